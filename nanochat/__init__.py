@@ -1,0 +1,1 @@
+"""nanochat: train a small chat model from nothing, and talk to it."""

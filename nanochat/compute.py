@@ -1,0 +1,211 @@
+"""
+The machine: device, ranks, dtype, seeds, and the three collectives that the rest is built on.
+
+Nothing is probed on import. Without torchrun there is one rank and a collective is a no-op; CPUs talk gloo, GPUs NCCL / RCCL.
+On CPU every run is deterministic: same machine type, same versions, same thread count, same bits.
+"""
+
+import datetime
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nanochat.common import UserError, print0
+
+DEVICE_TYPES = ("cuda", "mps", "xpu", "cpu")  # ROCm builds of torch call their devices cuda
+
+# Dense bf16 peak in TFLOP/s from the vendors' data sheets; the first name found in the device's name counts, so longer names first.
+PEAK_TFLOPS = {
+    "GB200": 2500, "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "A100": 312, "A800": 312,
+    "L40S": 362, "L4": 121, "A40": 149.7, "A10": 125, "A6000": 154.8, "RTX 6000 Ada": 364, "RTX 5090": 209.5, "RTX 4090": 165.2,
+    "RTX 4080": 97.5, "RTX 3090": 71, "MI355X": 2500, "MI325X": 1307, "MI300X": 1307, "MI300A": 981, "MI250X": 383, "MI210": 181,
+    "7900 XTX": 122.8, "7900 XT": 103.2, "9070 XT": 195,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where this process runs: one of `world_size` ranks, on `device`, computing in `dtype` (master weights stay fp32)."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_master(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over ranks, on every rank; values may live on any device and come back to theirs."""
+        if self.world_size == 1:
+            return values
+        total = values.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(values.device)
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def autodetect_device_type() -> str:
+    """The best of DEVICE_TYPES that this torch build and machine have."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "xpu" if torch.xpu.is_available() else "cpu"
+
+
+def compute_init(device_type: str = "auto", dtype: str = "auto", seed: int = 42) -> Compute:
+    """
+    Join the other ranks, pick device and dtype, seed everything, make CPU runs deterministic. Prints what it chose.
+    Raises UserError for a device that is not there. Pair with compute_cleanup().
+    """
+    if device_type == "auto":
+        device_type = autodetect_device_type()
+    world_size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    device = open_device(device_type, local_rank)
+    if world_size > 1:
+        join_ranks(device)
+    torch.manual_seed(seed)
+    torch.set_float32_matmul_precision("high")  # TF32 where there is a choice
+    if device.type == "cpu":
+        # The backward pass of a compiled graph is not deterministic without this. Its habit of filling fresh memory with NaN
+        # costs 13 % of an eager training step and guards only against reading uninitialised memory, so it is off.
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    compute = Compute(device, choose_dtype(dtype, device), int(os.environ.get("RANK", "0")), world_size)
+    name, threads = device_name(device), f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    print0(
+        f"device: {world_size} x {device.type} ({name}{threads}), computing in {str(compute.dtype).removeprefix('torch.')}"
+    )
+    return compute
+
+
+def open_device(device_type: str, local_rank: int) -> torch.device:
+    if device_type not in DEVICE_TYPES:
+        raise UserError(f"--device-type={device_type}: expected auto, {', '.join(DEVICE_TYPES)}")
+    available = {
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+        "xpu": torch.xpu.is_available,
+        "cpu": lambda: True,
+    }
+    if not available[device_type]():
+        raise UserError(
+            f"--device-type={device_type}: torch {torch.__version__} sees no such device; try --device-type=cpu"
+        )
+    if device_type != "cuda":
+        return torch.device(device_type)
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"rank {local_rank} has no GPU: torchrun --nproc_per_node={torch.cuda.device_count()} fits this machine"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def join_ranks(device: torch.device) -> None:
+    if device.type not in ("cuda", "cpu"):
+        raise UserError(f"several ranks need cuda or cpu devices, not {device.type}; start without torchrun")
+    options = {"device_id": device} if device.type == "cuda" else {}
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10), **options)
+    if (
+        device.type == "cpu"
+    ):  # ranks share the cores; torchrun sets 1 thread, which is right from as many ranks as cores on
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def compute_cleanup() -> None:
+    """Leave the other ranks; safe to call without any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it natively (on CPUs: AVX512_BF16 or AMX; twice to five times fp32), else float32."""
+    named = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if dtype in named:
+        return named[dtype]
+    if dtype != "auto":
+        raise UserError(f"--dtype={dtype}: expected auto, {', '.join(named)}")
+    if device.type == "cuda":  # sm_80 is Ampere; RDNA3 and CDNA report 9 and above
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
+    if device.type == "cpu":
+        return torch.bfloat16 if {"avx512_bf16", "amx_bf16"} & cpu_flags() else torch.float32
+    return torch.float32
+
+
+def cpu_flags() -> set[str]:
+    """The instruction sets of the first core, empty where there is no /proc/cpuinfo."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The card's dense bf16 FLOP/s by data sheet; None when unknown, and then no MFU is printed: it would be a guess."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device).lower()
+    return next((tflops * 1e12 for card, tflops in PEAK_TFLOPS.items() if card.lower() in name), None)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that a clock can be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held: allocated on the GPU, resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows, where only this line would miss it
+    import sys
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# -----------------------------------------------------------------------------
+# Collectives of the optimizers. Rank r owns rows [r * n, (r + 1) * n) of a tensor with world_size * n rows.
+
+
+def ranks() -> tuple[int, int]:
+    """(rank, world_size) of the process group, (0, 1) without one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def reduce_scatter(rows: Tensor) -> Tensor:
+    """This rank's rows of the sum over ranks."""
+    world_size = ranks()[1]
+    if world_size == 1:
+        return rows
+    own = torch.empty((rows.size(0) // world_size, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
+    dist.reduce_scatter_tensor(own, rows.contiguous())
+    return own
+
+
+def all_gather(own: Tensor) -> Tensor:
+    """All ranks' rows, in rank order."""
+    world_size = ranks()[1]
+    if world_size == 1:
+        return own
+    rows = torch.empty((own.size(0) * world_size, *own.shape[1:]), dtype=own.dtype, device=own.device)
+    dist.all_gather_into_tensor(rows, own.contiguous())
+    return rows

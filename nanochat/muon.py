@@ -1,0 +1,167 @@
+"""
+Muon: momentum whose update is made orthogonal, for the matrices inside the blocks. One class for any number of ranks.
+
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces a matrix's momentum U S V^T by U V^T, the step of the steepest
+descent in the spectral norm: every direction the gradient points to moves equally far. Here with Polar Express (arXiv 2505.16932)
+instead of Newton-Schulz, NorMuon's row-wise variance reduction (arXiv 2510.05491) and cautious weight decay (arXiv 2510.12402).
+
+Ranks: matrices of one shape are stacked, gradients are summed by reduce-scatter, each rank updates the whole matrices it owns, and
+parameters come back by all-gather (ZeRO-2). With one rank the same loop sends nothing. State is about 1/N per rank.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanochat.compute import all_gather, ranks, reduce_scatter
+
+# Five quintic steps x <- a x + b x^3 + c x^5 on the singular values, optimal in sequence for values in [1e-3, 1] (Polar Express,
+# with its safety factor of 1.01 and 2 % of cushion). The later ones converge fastest near 1.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """
+    The nearest semi-orthogonal matrix U V^T to each of `matrices` = U S V^T (K, M, N), in bf16.
+
+    Approximate on purpose: singular values end between about 0.7 and 1.2, small ones (below 1e-3 of the Frobenius norm) lower. The
+    error is a rescaling of directions that momentum averages out; five more digits would cost as much again and gain nothing.
+    """
+    x = matrices.bfloat16()
+    if matrices.size(-2) > matrices.size(-1):
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT  # (K, M, M) on the short side
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.mT if matrices.size(-2) > matrices.size(-1) else x
+
+
+def muon_update(grad: Tensor, momentum_buffer: Tensor, second_moment: Tensor, momentum: float, beta2: float) -> Tensor:
+    """
+    One step's direction for stacked matrices (K, M, N) fp32, updating momentum_buffer (K, M, N) and second_moment in place.
+
+    second_moment holds NorMuon's running mean square per row (K, M, 1), or per column (K, 1, N) of wide matrices. Dividing by its
+    root evens out rows that always move far; the total norm is put back, so the learning rate keeps its meaning.
+    """
+    momentum_buffer.lerp_(grad, 1 - momentum)
+    update = orthogonalize(grad.lerp(momentum_buffer, momentum)).float()  # Nesterov
+    reduced = -1 if second_moment.size(-1) == 1 else -2
+    second_moment.lerp_(update.square().mean(dim=reduced, keepdim=True), 1 - beta2)
+    before = update.norm(dim=(-2, -1), keepdim=True)
+    update = update * second_moment.clamp(min=1e-10).rsqrt()
+    return update * (before / update.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
+
+
+@dataclass
+class Stack:
+    """All matrices of one shape, and this rank's share of their state: `per_rank` matrices, padded with zeros at the end."""
+
+    names: list[str]
+    params: list[Tensor]
+    per_rank: int
+    momentum_buffer: Tensor  # (per_rank, M, N)
+    second_moment: Tensor  # (per_rank, M, 1) or (per_rank, 1, N)
+    grad: Tensor | None = None  # (per_rank, M, N), from reduce_gradients() to step()
+
+    def gather_rows(self, tensors: list[Tensor]) -> Tensor:
+        """Stack whole matrices and pad to a multiple of the ranks."""
+        padding = self.per_rank * ranks()[1] - len(tensors)
+        return torch.stack(tensors + [torch.zeros_like(tensors[0])] * padding)
+
+    def own(self, tensors: list[Tensor]) -> Tensor:
+        """This rank's rows of the stack of whole tensors."""
+        return self.gather_rows(tensors)[ranks()[0] * self.per_rank :][: self.per_rank].clone()
+
+
+class Muon(torch.optim.Optimizer):
+    """
+    Muon over (name, matrix) pairs. Each step: reduce_gradients(divisor) on every rank, then step().
+
+    param_groups has one group; its lr, momentum and weight_decay may be set between steps. A matrix with more rows than columns
+    steps sqrt(rows / columns) further, so that its output changes as much as a square one's.
+    """
+
+    def __init__(
+        self,
+        named_params: Iterable[tuple[str, Tensor]],
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        beta2: float = 0.9,
+        weight_decay: float = 0.0,
+    ):
+        named = list(named_params)
+        assert all(p.ndim == 2 for _, p in named), "Muon is for matrices"
+        defaults = {"lr": lr, "momentum": momentum, "beta2": beta2, "weight_decay": weight_decay}
+        super().__init__([p for _, p in named], defaults)
+        by_shape: dict[torch.Size, list[tuple[str, Tensor]]] = {}
+        for name, p in named:
+            by_shape.setdefault(p.shape, []).append((name, p))
+        self.stacks = [self.make_stack(members) for members in by_shape.values()]
+
+    @staticmethod
+    def make_stack(members: list[tuple[str, Tensor]]) -> Stack:
+        names, params = [name for name, _ in members], [p for _, p in members]
+        per_rank = -(-len(params) // ranks()[1])
+        rows, columns = params[0].shape
+        zeros = params[0].new_zeros((per_rank, rows, columns), dtype=torch.float32)
+        second = zeros[:, :, :1] if rows >= columns else zeros[:, :1, :]
+        return Stack(names, params, per_rank, zeros, second.clone())
+
+    @torch.no_grad()
+    def reduce_gradients(self, divisor: Tensor | float) -> Tensor:
+        """
+        Sum the gradients over ranks in a fixed order, divide once, keep this rank's share; a missing gradient counts as zeros.
+        Returns the share's sum of squares (0-d fp32): adding these up over ranks and optimizers gives the squared gradient norm.
+        """
+        squares = torch.zeros((), device=self.stacks[0].params[0].device)
+        for stack in self.stacks:
+            grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in stack.params]
+            stack.grad = reduce_scatter(stack.gather_rows(grads)).div_(divisor)
+            squares += stack.grad.square().sum()
+        self.zero_grad(set_to_none=True)
+        return squares
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]  # no closure: the gradients are already reduced
+        """Update from the reduced gradients; every rank ends with the same parameters."""
+        group = self.param_groups[0]
+        for stack in self.stacks:
+            assert stack.grad is not None, "call reduce_gradients() first"
+            rows, columns = stack.params[0].shape
+            lr = group["lr"] * max(1.0, rows / columns) ** 0.5
+            update = muon_update(
+                stack.grad, stack.momentum_buffer, stack.second_moment, group["momentum"], group["beta2"]
+            )
+            own = stack.own([p.data for p in stack.params])
+            if group["weight_decay"]:  # cautious: only weights that the update is already shrinking
+                own -= own * (update * own >= 0) * (lr * group["weight_decay"])
+            own -= lr * update
+            for p, new in zip(stack.params, all_gather(own), strict=False):  # the padding comes last
+                p.copy_(new)
+            stack.grad = None
+
+    def state_bytes(self) -> int:
+        """Memory of this rank's share of the state."""
+        return sum(stack.momentum_buffer.nbytes + stack.second_moment.nbytes for stack in self.stacks)
+
+    def full_state(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole tensor) of all state, one at a time. Collective: every rank must run through it."""
+        for stack in self.stacks:
+            for kind in ("momentum_buffer", "second_moment"):
+                for name, tensor in zip(stack.names, all_gather(getattr(stack, kind)), strict=False):
+                    yield f"{name}.{kind}", tensor
+
+    def load_full_state(self, read: Callable[[str], Tensor]) -> None:
+        """Take over a state saved by any number of ranks; `read` returns the whole tensor of a name."""
+        for stack in self.stacks:
+            for kind in ("momentum_buffer", "second_moment"):
+                getattr(stack, kind).copy_(stack.own([read(f"{name}.{kind}") for name in stack.names]))

@@ -1,0 +1,107 @@
+"""
+Pure numbers, no torch: how many steps, how they are split over ranks, and how rates move along the run.
+
+Every schedule is a function of (step, num_steps) with 0 <= step < num_steps, so a resumed run needs nothing but its step.
+"""
+
+import math
+from dataclasses import dataclass
+
+from nanochat.common import UserError
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """One optimizer step: `grad_accum_steps` micro-batches of device_batch_size rows on each of world_size ranks."""
+
+    device_batch_size: int
+    sequence_len: int
+    world_size: int
+    grad_accum_steps: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of one step over all ranks."""
+        return self.device_batch_size * self.world_size * self.grad_accum_steps
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one step over all ranks."""
+        return self.rows * self.sequence_len
+
+    def __str__(self) -> str:
+        ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
+        micro = f"{self.grad_accum_steps} micro-batch{'es' if self.grad_accum_steps > 1 else ''}"
+        return (
+            f"{self.tokens:,} tokens = {micro} x {self.device_batch_size} rows x {self.sequence_len} tokens x {ranks}"
+        )
+
+
+def plan_batches(total_batch_size: int, device_batch_size: int, sequence_len: int, world_size: int) -> BatchPlan:
+    """
+    The whole number of micro-batches nearest to total_batch_size tokens, at least one. It may differ from what was asked (six GPUs
+    rarely divide a power of two): print the plan, never assert divisibility.
+    """
+    if min(total_batch_size, device_batch_size, sequence_len) < 1:
+        raise UserError(
+            f"--total-batch-size={total_batch_size} --device-batch-size={device_batch_size} --max-seq-len={sequence_len}: "
+            "each must be at least 1"
+        )
+    micro_batch = device_batch_size * sequence_len * world_size
+    return BatchPlan(device_batch_size, sequence_len, world_size, max(1, round(total_batch_size / micro_batch)))
+
+
+def plan_horizon(
+    tokens_per_step: int,
+    flops_per_token: int,
+    num_params: int,
+    num_iterations: int | None = None,
+    target_flops: float | None = None,
+    target_param_data_ratio: float | None = None,
+) -> tuple[int, str]:
+    """
+    Steps, and the arithmetic that gave them, from exactly one of: steps, training FLOPs, or tokens per parameter (20 is Chinchilla's,
+    arXiv 2203.15556). Raises UserError unless exactly one is set.
+    """
+    given = [value for value in (num_iterations, target_flops, target_param_data_ratio) if value is not None]
+    if len(given) != 1 or given[0] <= 0:
+        raise UserError(
+            f"--num-iterations={num_iterations} --target-flops={target_flops} --target-param-data-ratio={target_param_data_ratio}: "
+            "exactly one must be set, to more than 0"
+        )
+    if num_iterations:
+        return num_iterations, f"{num_iterations:,} steps as asked"
+    if target_flops:
+        steps = max(1, round(target_flops / (flops_per_token * tokens_per_step)))
+        return (
+            steps,
+            f"{target_flops:.3g} FLOPs / ({flops_per_token:,} per token x {tokens_per_step:,} tokens per step)",
+        )
+    assert target_param_data_ratio
+    steps = max(1, round(target_param_data_ratio * num_params / tokens_per_step))
+    return (
+        steps,
+        f"{target_param_data_ratio:g} tokens x {num_params:,} parameters / {tokens_per_step:,} tokens per step",
+    )
+
+
+def trapezoid(step: int, num_steps: int, warmup_ratio: float, warmdown_ratio: float, final_fraction: float) -> float:
+    """
+    Learning rate multiplier: up to 1 over the first warmup_ratio of the run, flat, then linearly down to final_fraction over the last
+    warmdown_ratio. Never 0 at the first step, never negative, the same shape at any length.
+    """
+    warmup_steps, warmdown_steps = warmup_ratio * num_steps, warmdown_ratio * num_steps
+    up = min(1.0, (step + 1) / warmup_steps) if warmup_steps >= 1 else 1.0
+    left = min(1.0, max(0, num_steps - step) / warmdown_steps) if warmdown_steps >= 1 else 1.0
+    return up * (left + (1 - left) * final_fraction)
+
+
+def muon_momentum(step: int, num_steps: int, low: float = 0.85, high: float = 0.95, warmup_steps: int = 300) -> float:
+    """Muon's momentum: from low to high over the first 300 steps (nanochat), or a fifth of a run that is shorter than 1,500."""
+    rise = max(1.0, min(warmup_steps, num_steps / 5))
+    return low + (high - low) * min(1.0, step / rise)
+
+
+def cosine_to_zero(step: int, num_steps: int) -> float:
+    """Weight decay multiplier: half a cosine from 1 to 0 over the run, so that the last steps only refine."""
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, step / num_steps)))

@@ -1,0 +1,57 @@
+"""
+Score a base model: bits per byte on training and validation text, what a model must beat, and samples.
+
+    python -m scripts.base_loss
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_loss -- --model-tag=d20 --split-tokens=10485760
+"""
+
+from nanochat.configurator import configure
+
+# Model
+model_tag: str | None = None  # name of the checkpoint directory (None = the one saved last)
+step: int | None = None  # checkpoint step (None = the last)
+# Evaluation
+corpus: str | None = None  # directory name in $NANOCHAT_BASE_DIR/data (None = the only one there)
+split_tokens = 20 * 524288  # tokens of each split to score; a smaller split is scored whole
+device_batch_size = 32  # windows per rank and forward pass
+baselines = True  # also measure what must be beaten: byte frequencies and xz -9 (corpora up to 64 MB)
+# Machine
+device_type = "auto"  # auto, cuda, mps, xpu or cpu
+dtype = "auto"  # auto, bfloat16 or float32
+settings = configure(__name__)
+
+from nanochat.checkpoint_manager import load_model
+from nanochat.common import open_record, print0, run_main
+from nanochat.compute import compute_cleanup, compute_init
+from nanochat.dataset import iter_text, load_corpus
+from nanochat.loss_eval import byte_unigram_bpb, evaluate_bpb, xz_bpb
+
+XZ_WINDOW = 64 * 2**20  # the dictionary of xz -9: it cannot look back further, and would be an easy opponent
+
+
+def main() -> None:
+    compute = compute_init(device_type, dtype)
+    model, tokenizer, meta = load_model("base", compute.device, "eval", model_tag, step)
+    text = load_corpus(corpus)
+    splits = {"train": text.train_files, "val": text.val_files}
+    T = model.config.sequence_len
+    record = open_record("base_loss", f"step{meta['step']}", settings)
+    for split, files in splits.items():
+        result = evaluate_bpb(model, tokenizer, iter_text(files), compute, device_batch_size, max(1, T // 2), split_tokens)
+        record.write("bpb", split=split, bpb=result.bpb, bytes=result.bytes, tokens=result.tokens)
+        print0(f"{split} bpb {result.bpb:.4f} over {result.bytes:,} bytes, each scored once (windows of {T}, stride {T // 2})")
+    if baselines and compute.is_master:
+        measured = {"byte_unigram": byte_unigram_bpb(iter_text(text.val_files))}
+        print0(f"to beat: byte frequencies {measured['byte_unigram']:.4f}")
+        size = sum(entry["text_bytes"] for entry in text.manifest["train"])
+        if size <= XZ_WINDOW:
+            measured["xz"] = xz_bpb(iter_text(text.train_files), iter_text(text.val_files))
+            print0(f"to beat: xz -9 of train + val, the part for val {measured['xz']:.4f}")
+        else:
+            print0(f"xz -9 left out: {size:,} bytes of training text are more than its dictionary of {XZ_WINDOW:,}")
+        record.write("baselines", **measured)
+    compute_cleanup()
+
+
+if __name__ == "__main__":
+    run_main(main)

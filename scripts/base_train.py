@@ -1,0 +1,244 @@
+"""
+Pretrain a base model on a corpus.
+
+    python -m scripts.base_train dev/configs/laptop.py --minutes=5
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20 --target-param-data-ratio=20
+
+One dial: --depth decides width, heads and parameters. The run is a function of its settings, the corpus and the tokenizer: any
+number of ranks sees the same rows in the same order, and a run that was stopped continues with --resume as if it had not been
+(bit for bit on CPU). Ends with exit code 130 or 143 when Ctrl-C or SIGTERM stopped it, after saving.
+"""
+
+from nanochat.configurator import configure
+
+# Run
+run = "dummy"  # wandb run name; dummy = no wandb
+device_type = "auto"  # auto, cuda, mps, xpu or cpu
+dtype = "auto"  # what matmuls compute in: auto, bfloat16 or float32 (master weights are always fp32)
+compile = True  # torch.compile the blocks and the loss; without a C++ compiler the run is eager and says so
+seed = 42  # of the weights and of the order of the rows
+# Text
+corpus: str | None = None  # directory name in $NANOCHAT_BASE_DIR/data (None = the only one there)
+packing = "bos"  # bos: every row starts with BOS, best fit; flat: one long stream cut into rows
+# Model
+depth = 20  # number of Transformer layers; width and heads follow from it
+aspect_ratio = 64  # width / depth
+head_dim: int | None = None  # channels per attention head (None = 128, or 64 for models narrower than 512)
+kv_heads: int | None = None  # key/value heads (None = as many as query heads; fewer = grouped-query attention)
+max_seq_len = 2048  # context in tokens
+window_pattern = "L"  # tiled over the layers: L sees the full context, S half of it; the last layer is always L
+# Horizon: at most one of these four; none = 20 tokens per parameter (Chinchilla)
+num_iterations: int | None = None  # optimizer steps (the only one that changes the plan of a resumed run)
+target_flops: float | None = None  # training FLOPs, for scaling laws
+target_param_data_ratio: float | None = None  # tokens per parameter
+minutes: float | None = (
+    None  # training time, turned into steps once at the start; evaluation, saving and compiling not counted
+)
+# Batch
+device_batch_size = 32  # rows per rank and micro-batch: lower it until the model fits
+total_batch_size = (
+    524288  # tokens per step over all ranks, by accumulating micro-batches (rounded to whole ones, which is printed)
+)
+# Optimizers
+matrix_lr = 0.02  # Muon, for the matrices in the blocks
+embedding_lr = 0.2  # AdamW, for the embedding; scales with (width / 768)^-0.5
+unembedding_lr = 0.004  # AdamW, for the head; scales likewise
+weight_decay = 0.0  # Muon's cautious weight decay; falls to 0 along a cosine
+warmup_ratio = 0.0  # share of the run in which learning rates rise from 0
+warmdown_ratio = 0.4  # share of the run in which they fall to final_lr_frac
+final_lr_frac = 0.0  # where they end
+# Evaluation
+eval_every = 250  # steps between quick validations (-1 = never)
+eval_tokens = 20 * 524288  # tokens of each validation, quick or final; a smaller validation set is scored whole
+sample_every = 2000  # steps between samples (-1 = never)
+# Checkpoints
+model_tag: str | None = None  # name of the checkpoint directory (None = d<depth>)
+save_every = -1  # steps between checkpoints (-1 = only at the end)
+resume = False  # continue from the newest checkpoint of this tag
+resume_from_step: int | None = None  # continue from this step
+fresh = False  # start over although this tag has checkpoints; they are kept under another name
+settings = configure(__name__)
+
+from typing import Any
+
+from nanochat import train
+from nanochat.checkpoint_manager import (
+    find_resume,
+    restore_model,
+    restore_optimizers,
+    save_checkpoint,
+)
+from nanochat.common import Record, UserError, open_record, print0, run_main
+from nanochat.compute import Compute, compute_cleanup, compute_init, peak_memory_bytes
+from nanochat.dataloader import Position, training_stream
+from nanochat.dataset import Corpus, iter_text, load_corpus
+from nanochat.engine import Engine
+from nanochat.gpt import GPT, build_model, config_from_depth
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.schedule import BatchPlan, plan_batches, plan_horizon
+from nanochat.tokenizer import Tokenizer, get_tokenizer
+
+PROMPTS = (
+    "The",
+    "If the file does not exist,",
+    "The capital of France is",
+    "Once upon a time",
+    "Returns the number of",
+)
+
+
+def main() -> None:
+    compute = compute_init(device_type, dtype, seed)
+    text, tokenizer = load_corpus(corpus), get_tokenizer()
+    tag = model_tag or f"d{depth}"
+
+    # The model
+    vocab_size = tokenizer.get_vocab_size()
+    config = config_from_depth(depth, vocab_size, max_seq_len, aspect_ratio, head_dim, kv_heads, window_pattern)
+    model = build_model(config, compute.device, seed)
+    flops = model.estimate_flops()
+    print0(
+        f"model {tag}: {depth} layers x {aspect_ratio} = width {config.n_embd}, {config.n_head} heads of {config.head_dim}"
+    )
+    print0(
+        f"parameters: {model.num_params():,}, {model.num_matmul_params():,} of them in matmuls, {flops:,} FLOPs per token"
+    )
+    if compile:
+        train.compile_model(model, compute.device)
+
+    # The batch, and what a checkpoint and the run that continues it must agree on
+    batch = plan_batches(total_batch_size, device_batch_size, max_seq_len, compute.world_size)
+    print0(f"batch: {batch} (asked for {total_batch_size:,})")
+    identity = {"model_config": model.config_dict(), "rows_per_step": batch.rows, "packing": packing, "seed": seed}
+    identity |= {"corpus": text.fingerprint, "tokenizer": tokenizer.fingerprint}
+    checkpoint = find_resume("base", tag, identity, resume, resume_from_step, fresh, compute)
+
+    # The horizon: a run that goes on keeps its own, unless it is given a new number of steps
+    if checkpoint and num_iterations is None:
+        num_steps, formula = checkpoint.meta["num_steps"], "as planned at the start"
+    else:
+        num_steps, formula = plan_steps(model, text, tokenizer, batch, compute)
+    tokens = num_steps * batch.tokens
+    print0(f"horizon: {num_steps:,} steps, {tokens:,} tokens, {tokens * flops:.3g} FLOPs ({formula})")
+
+    # Weights, optimizers, position: new or restored
+    optimizers = model.setup_optimizers(matrix_lr, embedding_lr, unembedding_lr, weight_decay)
+    meter, first_step, position = train.Meter(flops, num_steps, compute), 0, Position()
+    if checkpoint:
+        restore_model(model, checkpoint)
+        restore_optimizers(optimizers, checkpoint)
+        meter.restore(checkpoint.meta["meter"])
+        first_step, position = checkpoint.step, Position.from_json(checkpoint.meta["position"])
+        print0(f"resumed from {checkpoint.path}")
+    record = open_record("base", tag, settings)
+    record.write(
+        "plan",
+        first_step=first_step,
+        num_steps=num_steps,
+        formula=formula,
+        batch=str(batch),
+        parameters=model.num_params(),
+        matmul_parameters=model.num_matmul_params(),
+        flops_per_token=flops,
+        optimizer_state_bytes=sum(optimizer.state_bytes() for optimizer in optimizers),
+    )
+    wandb_run = train.open_wandb(run, "base", settings)
+    stream = open_stream(text, tokenizer, compute, position)
+
+    with train.SignalWatch() as watch, train.progress_bar(num_steps, first_step) as bar:
+        for step in range(first_step, num_steps):
+            meter.start()
+            totals, position = train.accumulate(model, stream, batch.grad_accum_steps, compute)
+            rates = train.rates_at(step, num_steps, warmup_ratio, warmdown_ratio, final_lr_frac)
+            result = train.update(optimizers, totals, rates, compute, watch.received)
+            logged = meter.tick(result)
+            record.write("step", step=step, lr=round(rates.lr, 6), **logged)
+            train.show_progress(bar, meter, logged)
+            if wandb_run:
+                wandb_run.log({"step": step, "lr": rates.lr, **logged, **meter.summary()})
+
+            # Saves come before everything that may fail or take long.
+            done = step + 1
+            if done == num_steps or result.stop_signal or train.every(save_every, done):
+                state = {"num_steps": num_steps, "position": position.to_json(), "meter": meter.state()}
+                meta = {**identity, **state, "settings": settings}
+                path = save_checkpoint("base", tag, done, model, optimizers, tokenizer, meta, compute)
+                print0(f"saved {path}")
+            if result.stop_signal:
+                record.write("stopped", step=done, signal=result.stop_signal)
+                train.leave(result.stop_signal)
+            if train.every(eval_every, done) and done < num_steps:
+                quick = validate(model, text, tokenizer, compute, stride=max_seq_len)
+                record.write("eval", step=done, val_bpb_quick=quick)
+                print0(f"step {done:,}: quick val bpb {quick:.4f}")
+            if train.every(sample_every, done) or (sample_every > 0 and done == num_steps):
+                show_samples(model, tokenizer, compute, record, done)
+
+    # The end: the honest validation, and the figures
+    val_bpb = validate(model, text, tokenizer, compute, stride=max(1, max_seq_len // 2))
+    record.write("eval", step=num_steps, val_bpb=val_bpb)
+    memory = peak_memory_bytes(compute.device)
+    record.write("end", **meter.summary(), peak_memory_bytes=memory, text=position.describe())
+    print0(f"text: {position.describe()}")
+    print0(
+        f"speed: {train.describe_rates(meter)}, {meter.train_seconds:,.0f} s of training, {memory / 1e9:.1f} GB at most"
+    )
+    print0(f"val bpb {val_bpb:.4f} after {num_steps:,} steps")
+    if wandb_run:
+        wandb_run.log({"step": num_steps, "val_bpb": val_bpb})
+        wandb_run.finish()
+    compute_cleanup()
+
+
+def open_stream(text: Corpus, tokenizer: Tokenizer, compute: Compute, start: Position) -> train.Stream:
+    """The training rows of this rank, from a position on."""
+    files = text.train_files
+    return training_stream(files, tokenizer, device_batch_size, max_seq_len, compute, packing, seed, start)
+
+
+def plan_steps(model: GPT, text: Corpus, tokenizer: Tokenizer, batch: BatchPlan, compute: Compute) -> tuple[int, str]:
+    """The number of steps and where it comes from. For --minutes a few real steps are timed on the model and then undone."""
+    horizons: dict[str, float | None] = {
+        "num_iterations": num_iterations,
+        "target_flops": target_flops,
+        "target_param_data_ratio": target_param_data_ratio,
+        "minutes": minutes,
+    }
+    given = {name: value for name, value in horizons.items() if value is not None and value != -1}
+    if len(given) > 1 or any(value <= 0 for value in given.values()):
+        flags = " ".join(f"--{name.replace('_', '-')}={value}" for name, value in given.items())
+        raise UserError(f"{flags}: give at most one horizon, and more than 0")
+    if minutes is None:
+        horizon: dict[str, Any] = given or {"target_param_data_ratio": 20}
+        return plan_horizon(batch.tokens, model.estimate_flops(), model.num_params(), **horizon)
+    optimizers, stream = model.setup_optimizers(), open_stream(text, tokenizer, compute, Position())
+
+    def trial_step() -> None:
+        totals, _ = train.accumulate(model, stream, batch.grad_accum_steps, compute)
+        train.update(optimizers, totals, train.Rates(lr=0.1, momentum=0.9, weight_decay=0.0), compute)
+
+    num_steps = train.steps_in(minutes, trial_step, compute)
+    model.init_weights(seed)
+    return num_steps, f"{minutes:g} minutes at the pace of a few trial steps, which are undone"
+
+
+def validate(model: GPT, text: Corpus, tokenizer: Tokenizer, compute: Compute, stride: int) -> float:
+    """Bits per byte of the first eval_tokens of validation: stride max_seq_len is quick, half of it the honest one."""
+    texts = iter_text(text.val_files)
+    return evaluate_bpb(model, tokenizer, texts, compute, device_batch_size, stride, eval_tokens).bpb
+
+
+def show_samples(model: GPT, tokenizer: Tokenizer, compute: Compute, record: Record, step: int) -> None:
+    """What the model writes after a few fixed beginnings; rank 0 only, with a copy of the weights."""
+    if not compute.is_master:
+        return
+    engine = Engine(model, compute.dtype)
+    for prompt in PROMPTS:
+        ids = tokenizer.encode(prompt, prepend="<|bos|>")
+        text = tokenizer.decode(engine.generate_batch(ids, max_tokens=48, temperature=0.7, top_k=50)[0])
+        record.write("sample", step=step, prompt=prompt, text=text)
+        print0(f"  {prompt!r} -> {text!r}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,122 @@
+"""Cached decoding against the full forward pass, and sampling against its definition."""
+
+import pytest
+import torch
+
+from nanochat.common import UserError
+from nanochat.engine import Engine, KVCache, sample
+from nanochat.gpt import GPTConfig
+from tests.reference.generate import greedy
+from tests.test_gpt import SMALL, small_model
+
+PROMPT = [7, 3, 250, 9, 11]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("pattern", ["L", "SSL"])
+def test_cached_greedy_equals_the_full_forward(kv_heads, pattern):
+    """24 tokens: beyond the 16-token windows of the S layers, up to nearly the whole context."""
+    model = small_model(GPTConfig(**{**SMALL.__dict__, "n_kv_head": kv_heads, "window_pattern": pattern}))
+    assert Engine(model).generate_batch(PROMPT, max_tokens=24, temperature=0)[0] == greedy(model, PROMPT, 24)
+
+
+@pytest.mark.parametrize("cuts", [[1] * 20, [7, 13], [19, 1], [3, 1, 9, 7]])
+def test_any_chunking_of_a_prompt_gives_the_same_logits(cuts):
+    """nanochat's cache is wrong when it is filled a second time."""
+    model = small_model()
+    ids = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(3))
+    engine, cache = Engine(model), KVCache(SMALL, 2, 20, torch.device("cpu"), torch.float32)
+    start = 0
+    for cut in cuts:
+        with torch.no_grad():
+            logits = engine.forward(ids[:, start : start + cut], cache)
+        start += cut
+        torch.testing.assert_close(logits, model(ids[:, :start])[:, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_rows_of_different_length_decode_together():
+    """A slot's own position decides what it sees: shorter rows must not see the padding of longer ones."""
+    model = small_model()
+    engine = Engine(model)
+    ids = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(4))
+    cache = KVCache(SMALL, 2, 16, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        engine.forward(ids[:, :8], cache)
+        cache.lengths[1] = 5  # the second row forgets its last three tokens
+        logits = engine.forward(ids[:, 8:9], cache)
+        alone = torch.cat([ids[1:, :5], ids[1:, 8:9]], dim=1)
+        torch.testing.assert_close(logits[0], model(ids[:1, :9])[0, -1], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits[1], model(alone)[0, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_samples_do_not_share_their_first_token():
+    """
+    nanochat once drew the first token once and gave it to all samples. At temperature 1 over 300 nearly equal tokens, 32 samples
+    agree by chance with probability below 300^-31.
+    """
+    samples = Engine(small_model()).generate_batch(PROMPT, num_samples=32, max_tokens=1, temperature=1.0)
+    assert len({tokens[0] for tokens in samples}) > 1
+
+
+def test_several_samples_equal_single_ones_when_greedy():
+    engine = Engine(small_model())
+    single = engine.generate_batch(PROMPT, max_tokens=10, temperature=0)[0]
+    assert engine.generate_batch(PROMPT, num_samples=3, max_tokens=10, temperature=0) == [single] * 3
+
+
+def test_same_seed_same_text_other_seed_other_text():
+    engine = Engine(small_model())
+    a, b, c = (engine.generate_batch(PROMPT, 4, max_tokens=12, temperature=1.0, seed=seed) for seed in (1, 1, 2))
+    assert a == b and a != c
+
+
+def test_a_stop_token_ends_its_row_and_leaves_the_others():
+    """A finished row is dropped from the cache; the rows that go on must not notice."""
+    model = small_model()
+    free = Engine(model).generate_batch(PROMPT, 1, max_tokens=12, temperature=0)[0]
+    stop = free[4]
+    stopped = Engine(model, stop_tokens=frozenset({stop})).generate_batch(PROMPT, 2, max_tokens=12, temperature=0)
+    assert stopped == [free[: free.index(stop) + 1]] * 2
+    sampled = Engine(model).generate_batch(PROMPT, 6, max_tokens=8, temperature=1.0)
+    stop = sampled[0][0]
+    ended = Engine(model, stop_tokens=frozenset({stop})).generate_batch(PROMPT, 6, max_tokens=8, temperature=1.0)
+    assert ended[0] == [stop] and all(stop not in tokens[:-1] for tokens in ended)
+
+
+def test_a_full_context_is_an_error_and_not_a_frozen_cache():
+    """nanochat ran 61 tokens past a 32-slot cache without a word."""
+    engine = Engine(small_model())
+    assert len(engine.generate_batch(PROMPT, max_tokens=None, temperature=0)[0]) == 32 - len(PROMPT)
+    with pytest.raises(UserError, match="1 to 31"):
+        engine.generate_batch([1] * 32)
+    cache = KVCache(SMALL, 1, 4, torch.device("cpu"), torch.float32)
+    with pytest.raises(UserError, match="4 fit"):
+        engine.forward(torch.zeros(1, 5, dtype=torch.long), cache)
+
+
+def test_the_engine_does_not_see_later_training():
+    model = small_model()
+    engine = Engine(model)
+    before = engine.generate_batch(PROMPT, max_tokens=6, temperature=0)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
+    assert engine.generate_batch(PROMPT, max_tokens=6, temperature=0) == before
+
+
+def test_top_k_and_top_p_keep_what_they_say():
+    logits = torch.log(torch.tensor([[0.4, 0.3, 0.2, 0.1]])).expand(2000, 4)
+    g = torch.Generator().manual_seed(0)
+
+    def drawn(**options: float) -> dict[int, float]:
+        tokens = sample(logits, g, **options)
+        return {t: (tokens == t).float().mean().item() for t in tokens.unique().tolist()}
+
+    assert drawn(temperature=0.0) == {0: 1.0}
+    assert set(drawn(top_k=2)) == {0, 1}
+    assert set(drawn(top_p=0.5)) == {0, 1}  # 0.4 is not yet 0.5, so the next one belongs to it
+    assert set(drawn(top_p=0.4)) == {0}
+    everything = drawn()
+    assert everything[0] == pytest.approx(0.4, abs=0.05) and everything[3] == pytest.approx(0.1, abs=0.03)
+    assert drawn(temperature=0.5)[0] == pytest.approx(0.16 / 0.30, abs=0.05)
+    with pytest.raises(UserError, match="top_p=2"):
+        sample(logits, g, top_p=2)

@@ -1,0 +1,166 @@
+"""The model: its sizes, its parts against slow twins, and the transformers class it claims to be."""
+
+import pytest
+import torch
+
+from nanochat.common import UserError
+from nanochat.gpt import GPT, GPTConfig, HeadLoss, attend, build_model, causal_mask, config_from_depth, head_loss_slice
+from tests.reference import attention as slow
+
+CPU = torch.device("cpu")
+SMALL = GPTConfig(sequence_len=32, vocab_size=300, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SSL")
+
+
+def small_model(config: GPTConfig = SMALL) -> GPT:
+    """A small model with nothing left at zero, so that every weight matters."""
+    model = build_model(config, CPU, seed=1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("depth", "width", "heads", "millions"),
+    # 2 V C + 12 C^2 per layer, by hand, V = 65,536
+    [(4, 256, 4, 36.7), (12, 768, 6, 185.6), (20, 1280, 10, 561.0), (26, 1664, 13, 1082.0), (32, 2048, 16, 1879.0)],
+)
+def test_published_sizes(depth, width, heads, millions):
+    config = config_from_depth(depth, 65536, 2048)
+    assert (config.n_embd, config.n_head) == (width, heads)
+    with torch.device("meta"):
+        model = GPT(config)
+    assert model.num_params() == 2 * 65536 * width + 12 * width**2 * depth
+    assert model.num_params() / 1e6 == pytest.approx(millions, abs=0.06 if depth < 26 else 0.7)
+    assert model.num_matmul_params() == model.num_params() - 65536 * width
+    assert model.estimate_flops() == 6 * model.num_matmul_params() + 12 * depth * width * 2048
+
+
+def test_windows_cost_fewer_flops():
+    full, half = (config_from_depth(4, 512, 1024, window_pattern=pattern) for pattern in ("L", "S"))
+    assert half.windows() == [512, 512, 512, 1024]  # the last layer always sees everything
+    flops = [GPT(config).estimate_flops() for config in (full, half)]
+    assert flops[0] - flops[1] == 3 * 12 * full.n_embd * 512
+
+
+@pytest.mark.parametrize("changes", [{"n_head": 5}, {"n_kv_head": 3}, {"window_pattern": "SX"}, {"window_pattern": ""}, {"n_layer": 0}])
+def test_impossible_shapes_are_refused_in_one_line(changes):
+    with pytest.raises(UserError) as error:
+        GPTConfig(**{**SMALL.__dict__, **changes})
+    assert "\n" not in str(error.value)
+
+
+def test_init_leaves_nothing_uninitialised():
+    """Build as for a large model (on meta, then empty memory full of NaN): init_weights must write every parameter."""
+    with torch.device("meta"):
+        model = GPT(SMALL)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(torch.nan)
+    model.init_weights(seed=0)
+    assert all(p.isfinite().all() for p in model.parameters())
+    loss = model(torch.zeros(2, 8, dtype=torch.long), torch.ones(2, 8, dtype=torch.long))
+    assert loss.item() == pytest.approx(torch.tensor(300.0).log().item(), abs=0.01)
+
+
+@pytest.mark.parametrize("window", [1, 5, 12])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_equals_the_loop_over_everything(window, kv_heads):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 12, 8, generator=g) for heads in (4, kv_heads, kv_heads))
+    mask = causal_mask(12, 12, window, "cpu")
+    torch.testing.assert_close(attend(q, k, v, mask), slow.attention(q, k, v, mask), atol=1e-5, rtol=1e-5)
+
+
+def test_written_out_attention_equals_torchs_kernel():
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 64, 16, generator=g) for heads in (4, 2, 2))
+    kernel = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(attend(q, k, v, None), kernel, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [5, 1024 * 1024 // 64 + 3])  # one slice, and several with a shorter last one
+def test_loss_in_slices_equals_the_dense_one(tokens):
+    g = torch.Generator().manual_seed(0)
+    vocab = 256 * 4
+    model = GPT(GPTConfig(sequence_len=8, vocab_size=vocab, n_layer=1, n_head=1, n_kv_head=1, n_embd=8))
+    model.init_weights(0)
+    weight = (torch.randn(vocab, 8, generator=g) * 3).requires_grad_()
+    hidden = (torch.randn(tokens, 8, generator=g) * 3).requires_grad_()
+    targets = torch.randint(-1, vocab, (tokens,), generator=g)
+    weights = torch.rand(tokens, generator=g)
+    loss, losses = HeadLoss.apply(hidden, weight, targets, weights, True, head_loss_slice)
+    (2 * loss).backward()
+    h64, w64 = (t.detach().double().requires_grad_() for t in (hidden, weight))
+    reference = slow.loss(h64, w64, targets, weights.double())
+    (2 * reference).backward()
+    torch.testing.assert_close(loss.double(), reference, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close((losses * weights).sum(), loss, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(hidden.grad.double(), h64.grad, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(weight.grad.double(), w64.grad, rtol=1e-3, atol=2e-3)
+
+
+def test_reductions_agree_and_ignored_targets_count_nothing():
+    model = small_model()
+    idx = torch.randint(0, 300, (2, 9))
+    inputs, targets = idx[:, :-1], idx[:, 1:].clone()
+    targets[0, 3:] = -1
+    losses = model(inputs, targets, loss_reduction="none")
+    counted = targets >= 0
+    assert (losses[~counted] == 0).all() and (losses[counted] > 0).all()
+    torch.testing.assert_close(model(inputs, targets, loss_reduction="sum"), losses.sum())
+    torch.testing.assert_close(model(inputs, targets), losses.sum() / counted.sum())
+    nothing = model(inputs, torch.full_like(targets, -1))
+    nothing.backward()
+    assert nothing.item() == 0.0  # nanochat: 0 / 0 = NaN
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_parts_equal_eager_ones(dtype):
+    idx = torch.randint(0, 300, (2, 33), generator=torch.Generator().manual_seed(0))
+    results = []
+    for compiled in (False, True):
+        model = small_model()
+        if compiled:
+            model.compile_parts()
+        model(idx[:, :-1], idx[:, 1:], dtype=dtype).backward()
+        results.append([p.grad for p in model.parameters()])
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    for eager, compiled in zip(*results, strict=True):
+        assert (eager - compiled).norm() <= tolerance * eager.norm()
+
+
+def test_the_future_does_not_leak():
+    model = small_model()
+    idx = torch.randint(0, 300, (1, 32))
+    changed = idx.clone()
+    changed[0, 20:] = (changed[0, 20:] + 1) % 300
+    torch.testing.assert_close(model(idx)[0, :20], model(changed)[0, :20])
+    assert not torch.allclose(model(idx)[0, 20:], model(changed)[0, 20:])
+
+
+def test_default_model_is_transformers_nanochat():
+    """The promise that a default checkpoint exports without loss: same logits in transformers' own class."""
+    transformers = pytest.importorskip("transformers")
+    config = GPTConfig(sequence_len=32, vocab_size=300, n_layer=2, n_head=4, n_kv_head=2, n_embd=64)
+    model = small_model(config)
+    theirs = transformers.NanoChatForCausalLM(
+        transformers.NanoChatConfig(
+            vocab_size=300, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=32, rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
+            bos_token_id=299, eos_token_id=299, pad_token_id=299,
+        )
+    ).eval()  # fmt: skip
+    names = {"wte": "model.embed_tokens", "blocks": "model.layers", "attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj"}
+    names |= {"attn.c_v": "self_attn.v_proj", "attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        for ours, other in names.items():
+            name = name.replace(ours, other)
+        state[name] = tensor
+    theirs.load_state_dict(state)
+    idx = torch.randint(0, 300, (2, 32))
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx), theirs(idx).logits, atol=1e-4, rtol=1e-4)
