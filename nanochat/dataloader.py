@@ -93,10 +93,8 @@ def pack_bos(ids: np.ndarray, offsets: np.ndarray, carry: Sequence[int], bos: in
     the rest of a cropped document, 35 % of them.
     """
     T = sequence_len
-    # Spans as (start, end) into one array that has a BOS before each document, so that a document's first span is a plain slice.
     carried = np.asarray(carry, dtype=ids.dtype)
-    carried_starts = np.flatnonzero(carried == bos)
-    pieces = [carried[a + 1 : b] for a, b in zip(carried_starts, [*carried_starts[1:], len(carried)], strict=True)]
+    pieces = [span[1:] for span in np.split(carried, np.flatnonzero(carried == bos))[1:]]
     documents_cut = 0
     for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
         documents_cut += end - start > T

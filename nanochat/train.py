@@ -237,8 +237,9 @@ def every(interval: int, step: int) -> bool:
 
 class SignalWatch:
     """
-    Remembers the first SIGINT, SIGTERM or SIGUSR1 until the loop asks for it, so that a step is finished and saved. A second SIGINT
-    ends the process at once. Use as a context manager: the old handlers come back.
+    Remembers the first SIGINT, SIGTERM or SIGUSR1 until the loop asks for it, so that a step is finished and saved. A second SIGINT,
+    a second or more later (a terminal and torchrun may both deliver the first), ends the process at once. Use as a context manager:
+    the old handlers come back.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -255,9 +256,11 @@ class SignalWatch:
             signal.signal(number, handler)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = self.received or number
+        if self.received:
+            if number == signal.SIGINT and time.monotonic() - self.received_at >= 1:
+                raise KeyboardInterrupt
+            return
+        self.received, self.received_at = number, time.monotonic()
         print0(
             f"\n{signal.Signals(number).name}: finishing this step, then saving (Ctrl-C again: stop at once, lose the step)"
         )

@@ -133,6 +133,14 @@ def test_base_loss_and_chat_cli_read_what_base_train_wrote(home):
     scored = tiny.run(home, "scripts.base_loss", "--model-tag=whole", "--device-type=cpu", "--dtype=float32").stdout
     ended = tiny.events(home, "base", "whole", "eval")[-1]["val_bpb"]
     assert f"val bpb {ended:.4f}" in scored and "byte frequencies" in scored and "xz -9" in scored
-    flags = ["--source=base", "--model-tag=whole", "-p", "The small", "--max-tokens=12", "--temperature=0", "--dtype=float32"]
+    flags = [
+        "--source=base",
+        "--model-tag=whole",
+        "-p",
+        "The small",
+        "--max-tokens=12",
+        "--temperature=0",
+        "--dtype=float32",
+    ]
     text = tiny.run(home, "scripts.chat_cli", *flags).stdout.splitlines()[-1]
     assert text.startswith("The small") and len(text) > len("The small")

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanochat import dataloader
@@ -100,7 +100,8 @@ def batches(files, count, rank=0, world_size=1, rows=2, start=None, packing="bos
 
 
 @pytest.mark.parametrize("packing", ["bos", "flat"])
-@settings(max_examples=15, deadline=None)
+# The files are only read, so that they need not be new for every example.
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(k=st.integers(0, 250), n=st.integers(1, 60))
 def test_a_restart_continues_with_the_very_next_row(files, packing, k, n):
     """nanochat forgets its packing buffer and its place in the row group: 1,000 to 2,000 documents per rank."""

@@ -3,8 +3,18 @@
 import pytest
 import torch
 
+from nanochat import gpt
 from nanochat.common import UserError
-from nanochat.gpt import GPT, GPTConfig, HeadLoss, attend, build_model, causal_mask, config_from_depth, head_loss_slice
+from nanochat.gpt import (
+    GPT,
+    GPTConfig,
+    HeadLoss,
+    build_model,
+    causal_attention,
+    causal_mask,
+    config_from_depth,
+    head_loss_slice,
+)
 from tests.reference import attention as slow
 
 CPU = torch.device("cpu")
@@ -43,7 +53,9 @@ def test_windows_cost_fewer_flops():
     assert flops[0] - flops[1] == 3 * 12 * full.n_embd * 512
 
 
-@pytest.mark.parametrize("changes", [{"n_head": 5}, {"n_kv_head": 3}, {"window_pattern": "SX"}, {"window_pattern": ""}, {"n_layer": 0}])
+@pytest.mark.parametrize(
+    "changes", [{"n_head": 5}, {"n_kv_head": 3}, {"window_pattern": "SX"}, {"window_pattern": ""}, {"n_layer": 0}]
+)
 def test_impossible_shapes_are_refused_in_one_line(changes):
     with pytest.raises(UserError) as error:
         GPTConfig(**{**SMALL.__dict__, **changes})
@@ -66,18 +78,22 @@ def test_init_leaves_nothing_uninitialised():
 
 @pytest.mark.parametrize("window", [1, 5, 12])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attention_equals_the_loop_over_everything(window, kv_heads):
+@pytest.mark.parametrize("block", [4, 5, 128])
+def test_attention_equals_the_loop_over_everything(monkeypatch, window, kv_heads, block):
+    monkeypatch.setattr(gpt, "QUERY_BLOCK", block)
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 12, 8, generator=g) for heads in (4, kv_heads, kv_heads))
-    mask = causal_mask(12, 12, window, "cpu")
-    torch.testing.assert_close(attend(q, k, v, mask), slow.attention(q, k, v, mask), atol=1e-5, rtol=1e-5)
+    expected = slow.attention(q, k, v, causal_mask(12, 12, window, "cpu"))
+    torch.testing.assert_close(causal_attention(q, k, v, window), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_written_out_attention_equals_torchs_kernel():
+@pytest.mark.parametrize("window", [300, 200])
+def test_attention_in_blocks_equals_torchs_kernel(window):
     g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, heads, 64, 16, generator=g) for heads in (4, 2, 2))
-    kernel = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    torch.testing.assert_close(attend(q, k, v, None), kernel, atol=1e-5, rtol=1e-5)
+    q, k, v = (torch.randn(2, heads, 300, 16, generator=g) for heads in (4, 2, 2))
+    mask = causal_mask(300, 300, window, "cpu")
+    kernel = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(causal_attention(q, k, v, window), kernel, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [5, 1024 * 1024 // 64 + 3])  # one slice, and several with a shorter last one
@@ -153,8 +169,18 @@ def test_default_model_is_transformers_nanochat():
             bos_token_id=299, eos_token_id=299, pad_token_id=299,
         )
     ).eval()  # fmt: skip
-    names = {"wte": "model.embed_tokens", "blocks": "model.layers", "attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj"}
-    names |= {"attn.c_v": "self_attn.v_proj", "attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    names = {
+        "wte": "model.embed_tokens",
+        "blocks": "model.layers",
+        "attn.c_q": "self_attn.q_proj",
+        "attn.c_k": "self_attn.k_proj",
+    }
+    names |= {
+        "attn.c_v": "self_attn.v_proj",
+        "attn.c_proj": "self_attn.o_proj",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    }
     state = {}
     for name, tensor in model.state_dict().items():
         for ours, other in names.items():

@@ -58,7 +58,12 @@ def test_adamw_matches_the_paper_and_torch():
         p.grad = grad
         theirs.step()
     torch.testing.assert_close(ours, p.data)
-    torch.testing.assert_close(ours.double(), slow.adamw(start.double(), [x.double() for x in grads], 0.01, 0.8, 0.95, 1e-10, 0.1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        ours.double(),
+        slow.adamw(start.double(), [x.double() for x in grads], 0.01, 0.8, 0.95, 1e-10, 0.1),
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 def test_adam_moments_do_not_stall_in_low_precision():

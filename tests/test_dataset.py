@@ -1,0 +1,644 @@
+"""Corpora: built from docs and folders, fetched by shard, read back from any place; every mistake is one line."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nanochat import dataset, docs_corpus, shards
+from nanochat.common import UserError
+from nanochat.dataset import Corpus, DocumentIndex, iter_text, load_corpus, read_blocks
+
+PRETRAIN = Path(__file__).parents[2] / "shared" / "data" / "pretrain"
+Run = Callable[..., Corpus]
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty base directory."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def run(base: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The command with the given settings; returns the corpus it made."""
+
+    def run(**values: Any) -> Corpus:
+        for setting in dataclasses.fields(Defaults):
+            monkeypatch.setattr(dataset, setting.name, values.get(setting.name, setting.default))
+        assert values.keys() <= {setting.name for setting in dataclasses.fields(Defaults)}
+        dataset.main()
+        newest = max((base / "data").glob("[!.]*/manifest.json"), key=lambda file: file.stat().st_mtime_ns)
+        return load_corpus(newest.parent.name)
+
+    return run
+
+
+@dataclasses.dataclass
+class Defaults:
+    """The command's settings, so that one test's do not reach the next."""
+
+    source: str = "climbmix"
+    path: str | None = None
+    name: str | None = None
+    val_fraction: float | None = None
+    num_files: int | None = None
+    workers: int = 2
+
+
+def write_parquet(file: Path, texts: list[str | None], row_group_size: int = 3, type: Any = None) -> None:
+    """A parquet file with a text column and one that must be ignored."""
+    table = pa.table({"id": range(len(texts)), "text": pa.array(texts, type or pa.string())})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, file, row_group_size=row_group_size)
+
+
+def words(prefix: str, count: int) -> list[str]:
+    """Different documents of different lengths."""
+    return [f"{prefix} document {number} " + "word " * (number % 7) for number in range(count)]
+
+
+def texts_of(files: tuple[Path, ...]) -> list[str]:
+    return [text for texts in iter_text(files) for text in texts.to_pylist()]
+
+
+def hashes_on_disk(corpus: Corpus) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in corpus.path.iterdir()}
+
+
+# -----------------------------------------------------------------------------
+# Reading
+
+
+@pytest.fixture(scope="module")
+def mixed_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Row groups of 3, one of 2,500 rows, large strings, a dictionary, nulls, empty and non-ASCII documents."""
+    folder = tmp_path_factory.mktemp("mixed")
+    files = [folder / f"{number}.parquet" for number in range(4)]
+    write_parquet(files[0], [*words("äöü ☃", 10), "", None, "x"])
+    write_parquet(files[1], words("huge", 2500), row_group_size=10_000)
+    write_parquet(files[2], words("large", 5), type=pa.large_string())
+    write_parquet(files[3], ["word", "again", "word"] * 4, type=pa.dictionary(pa.int32(), pa.string()))
+    return files
+
+
+def flatten(blocks: Iterator[tuple[pa.ChunkedArray, DocumentIndex]]) -> list[str]:
+    return [text for block, _ in blocks for text in block.to_pylist()]
+
+
+def every_index(files: list[Path]) -> list[DocumentIndex]:
+    metadata = [pq.ParquetFile(file).metadata for file in files]
+    return [
+        DocumentIndex(shard, group, row)
+        for shard, about in enumerate(metadata)
+        for group in range(about.num_row_groups)
+        for row in range(about.row_group(group).num_rows)
+    ]
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.floats(0, 1, exclude_max=True), block_bytes=st.sampled_from([1, 30, 500, 20_000, 10**9]))
+def test_stream_continues_from_any_document(mixed_files: list[Path], place: float, block_bytes: int) -> None:
+    """A run resumed in the middle of a row group repeated or skipped documents."""
+    indices = every_index(mixed_files)
+    number = int(place * len(indices))
+    documents = texts_of(tuple(mixed_files))
+    assert len(documents) == len(indices)
+    blocks = list(read_blocks(mixed_files, indices[number], block_bytes))
+    assert flatten(iter(blocks)) == documents[number:]
+    taken = number
+    for position, (block, first) in enumerate(blocks):
+        assert first == indices[taken]
+        assert block.type == pa.string() and block.null_count == 0 and len(block) > 0
+        sizes = [len(text.encode()) for text in block.to_pylist()]
+        assert sum(sizes[:-1]) < block_bytes, "a document more than needed"
+        assert sum(sizes) >= block_bytes or position == len(blocks) - 1
+        taken += len(block)
+
+
+def test_blocks_are_the_same_from_every_block_start(mixed_files: list[Path]) -> None:
+    blocks = [(block.to_pylist(), first) for block, first in read_blocks(mixed_files, DocumentIndex(0, 0, 0), 5000)]
+    assert len(blocks) > 5
+    for number, (_, first) in enumerate(blocks):
+        assert [(block.to_pylist(), at) for block, at in read_blocks(mixed_files, first, 5000)] == blocks[number:]
+
+
+def test_blocks_are_slices_not_copies(tmp_path: Path) -> None:
+    """Copying every block costs as much as encoding it."""
+    write_parquet(tmp_path / "a.parquet", words("a", 100), row_group_size=100)
+    chunks = [block.chunk(0) for block, _ in read_blocks([tmp_path / "a.parquet"], DocumentIndex(0, 0, 0), 200)]
+    assert len(chunks) > 5
+    assert len({chunk.buffers()[2].address for chunk in chunks}) == 1
+
+
+def test_start_beyond_the_end_is_refused_not_empty(mixed_files: list[Path]) -> None:
+    """An empty stream makes a loader that starts a new epoch on an empty one spin for ever."""
+    for start in (DocumentIndex(4, 0, 0), DocumentIndex(3, 4, 0)):
+        with pytest.raises(ValueError, match="beyond"):
+            next(read_blocks(mixed_files, start, 100))
+
+
+def test_own_shards_have_small_row_groups(tmp_path: Path) -> None:
+    writer = shards.ShardWriter(tmp_path, iter(range(9)))
+    for number in range(1500):
+        writer.add(f"document {number}")
+    for number in range(3):
+        writer.add(str(number) * (3 << 20))
+    writer.flush()
+    about = pq.ParquetFile(tmp_path / "shard_00000.parquet").metadata
+    assert about.row_group(0).column(0).compression == "ZSTD"
+    assert sum(about.row_group(group).num_rows for group in range(about.num_row_groups)) == 1503
+    for group in range(about.num_row_groups):
+        assert about.row_group(group).num_rows <= 1024
+        assert about.row_group(group).total_byte_size < (4 + 3.1) * (1 << 20), "4 MB and the document that fills them"
+    (entry,) = writer.entries
+    assert entry["documents"] == 1503 and entry["text_bytes"] == 3 * (3 << 20) + sum(
+        len(f"document {number}") for number in range(1500)
+    )
+
+
+# -----------------------------------------------------------------------------
+# load_corpus
+
+
+def test_corpus_is_found_when_it_is_the_only_one(run: Run, tmp_path: Path) -> None:
+    write_parquet(tmp_path / "in" / "a.parquet", words("a", 50))
+    made = run(source="folder", path=str(tmp_path / "in"), name="one")
+    assert load_corpus() == load_corpus("one") == made
+    run(source="folder", path=str(tmp_path / "in"), name="two")
+    with pytest.raises(UserError, match=r"several corpora .*\(one, two\).*--corpus=one"):
+        load_corpus()
+    with pytest.raises(UserError, match=r"corpus=three: .*--source=folder --path=DIR --name=three"):
+        load_corpus("three")
+    with pytest.raises(UserError, match=r"corpus=climbmix: .*--source=climbmix"):
+        load_corpus("climbmix")
+
+
+def test_no_corpus_names_the_command(base: Path) -> None:
+    with pytest.raises(UserError, match=r"python -m nanochat\.dataset --source=docs"):
+        load_corpus()
+    (base / "data" / ".half.building").mkdir(parents=True)
+    (base / "data" / ".half.building" / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="no corpus"):
+        load_corpus()
+
+
+def test_changed_files_are_noticed(run: Run, tmp_path: Path) -> None:
+    write_parquet(tmp_path / "in" / "a.parquet", words("a", 50))
+    corpus = run(source="folder", path=str(tmp_path / "in"))
+    shard = corpus.train_files[0]
+    os.truncate(shard, shard.stat().st_size - 1)
+    with pytest.raises(UserError, match=r"shard_00000.parquet: \d+ bytes, not the"):
+        load_corpus()
+    shard.unlink()
+    with pytest.raises(UserError, match=r"shard_00000.parquet: missing"):
+        load_corpus()
+    (corpus.path / "manifest.json").write_text('{"train": []')
+    with pytest.raises(UserError, match=r"manifest.json: damaged"):
+        load_corpus()
+
+
+# -----------------------------------------------------------------------------
+# Folder
+
+
+def test_folder_takes_every_kind_of_file(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "in"
+    write_parquet(folder / "a.parquet", ["one", None, "  ", "two"])
+    write_parquet(folder / "val_00000.parquet", ["three"])
+    (folder / "b.jsonl").write_text('{"text": "four", "id": 1}\n\n{"text": null}\n{"text": "fünf"}\n', encoding="utf-8")
+    (folder / "deep" / "validation").mkdir(parents=True)
+    (folder / "deep" / "c.txt").write_text("six\nlines\r\n", newline="")
+    (folder / "deep" / "validation" / "d.txt").write_text("seven")
+    (folder / "values.txt").write_text("eight")
+    (folder / "README.md").write_text("not read")
+    (folder / ".hidden.txt").write_text("not read")
+    corpus = run(source="folder", path=str(folder))
+    assert sorted(texts_of(corpus.train_files)) == ["eight", "four", "fünf", "one", "six\nlines\r\n", "two"]
+    assert sorted(texts_of(corpus.val_files)) == ["seven", "three"]
+    assert corpus.name == "in"
+    assert corpus.manifest["left_out"] == {"empty": 3} and corpus.manifest["other_files"] == 1
+    printed = capsys.readouterr().out
+    assert "3 documents: empty" in printed and "1 of other kinds left out" in printed
+    record = [json.loads(line) for line in next((tmp_path / "base" / "records").iterdir()).read_text().splitlines()]
+    assert [event["event"] for event in record] == ["start", "corpus"]
+    assert record[1]["totals"]["train"] == {"files": 1, "documents": 6, "text_bytes": 31}
+
+
+def test_folder_split_by_hash_is_exact_and_stable(run: Run, tmp_path: Path) -> None:
+    """The same text on both sides of the split makes the validation loss a lie."""
+    folder = tmp_path / "in"
+    write_parquet(folder / "a.parquet", [*words("a", 200), *words("a", 200)])
+    first = run(source="folder", path=str(folder), val_fraction=0.1)
+    train, validation = texts_of(first.train_files), texts_of(first.val_files)
+    assert len(train) + len(validation) == 400 and 38 <= len(validation) <= 42
+    assert not set(train) & set(validation)
+    hashes = hashes_on_disk(first)
+    (folder / "a.parquet").rename(folder / "z.parquet")
+    write_parquet(folder / "b.parquet", ["something new"])
+    second = run(source="folder", path=str(folder), val_fraction=0.1)
+    assert set(texts_of(second.val_files)) - set(validation) <= {"something new"}
+    (folder / "b.parquet").unlink()
+    (folder / "z.parquet").rename(folder / "a.parquet")
+    third = run(source="folder", path=str(folder), val_fraction=0.1)
+    assert hashes_on_disk(third) == hashes and third.fingerprint == first.fingerprint != second.fingerprint
+    assert [file.name for file in (tmp_path / "base" / "data").iterdir()] == ["in"], "leftovers"
+
+
+def test_folder_is_shuffled(run: Run, tmp_path: Path) -> None:
+    """Files sorted by name are sorted by kind: the model ends its training on the last kind."""
+    write_parquet(tmp_path / "in" / "a.parquet", [f"{number:04d}" for number in range(1000)])
+    texts = texts_of(run(source="folder", path=str(tmp_path / "in")).train_files)
+    assert sum(int(text) for text in texts[:300]) / 300 == pytest.approx(500, abs=100)
+
+
+def make_truncated(folder: Path) -> None:
+    write_parquet(folder / "a.parquet", words("a", 50))
+    os.truncate(folder / "a.parquet", (folder / "a.parquet").stat().st_size // 2)
+
+
+def make_corrupt_page(folder: Path) -> None:
+    pq.write_table(pa.table({"text": words("a", 50)}), folder / "a.parquet")
+    data = bytearray((folder / "a.parquet").read_bytes())
+    data[4:200] = bytes(196)
+    (folder / "a.parquet").write_bytes(data)
+
+
+MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty folder": (lambda folder: None, "none of its 0 files ends in .parquet, .jsonl, .txt"),
+    "other files": (lambda folder: (folder / "a.md").write_text("x"), "none of its 1 files"),
+    "empty txt": (lambda folder: (folder / "a.txt").touch(), "a.txt: empty file"),
+    "empty parquet": (lambda folder: (folder / "a.parquet").touch(), "a.parquet: empty file"),
+    "no rows": (lambda folder: write_parquet(folder / "a.parquet", []), "a.parquet: holds no documents"),
+    "truncated": (make_truncated, "a.parquet: not a whole parquet file"),
+    "corrupt page": (make_corrupt_page, "a.parquet: damaged in row group 0"),
+    "no column": (
+        lambda folder: pq.write_table(pa.table({"content": ["x"]}), folder / "a.parquet"),
+        "a.parquet: no column named text, only content",
+    ),
+    "numbers": (
+        lambda folder: pq.write_table(pa.table({"text": [1]}), folder / "a.parquet"),
+        "a.parquet: column text holds int64",
+    ),
+    "not JSON": (lambda folder: (folder / "a.jsonl").write_text('{"text": "x"}\n{"text"\n'), "a.jsonl:2: expected"),
+    "no field": (lambda folder: (folder / "a.jsonl").write_text('{"content": "x"}\n'), "a.jsonl:1: expected"),
+    "list": (lambda folder: (folder / "a.jsonl").write_text("[1]\n"), "a.jsonl:1: expected"),
+    "number": (lambda folder: (folder / "a.jsonl").write_text('{"text": 0}\n'), "a.jsonl:1: expected"),
+    "surrogate": (lambda folder: (folder / "a.jsonl").write_text('{"text": "\\ud800"}\n'), "a.jsonl:1: expected"),
+    "latin-1": (lambda folder: (folder / "a.txt").write_bytes(b"caf\xe9"), "a.txt: not UTF-8 at byte 3"),
+    "one document": (lambda folder: (folder / "a.txt").write_text("x"), "1 documents are too few"),
+    "one text": (lambda folder: write_parquet(folder / "a.parquet", ["x"] * 9), "no document is left for training"),
+    "only validation": (lambda folder: (folder / "val.txt").write_text("x"), "no document is left for training"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_folder_mistakes_are_one_line(run: Run, base: Path, tmp_path: Path, mistake: str) -> None:
+    make, message = MISTAKES[mistake]
+    (tmp_path / "in").mkdir()
+    make(tmp_path / "in")
+    with pytest.raises(UserError) as caught:
+        run(source="folder", path=str(tmp_path / "in"))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert list((base / "data").iterdir()) == [], "a failed build left something behind"
+
+
+def test_failed_rebuild_keeps_the_old_corpus(run: Run, tmp_path: Path) -> None:
+    write_parquet(tmp_path / "in" / "a.parquet", words("a", 50))
+    corpus = run(source="folder", path=str(tmp_path / "in"))
+    (tmp_path / "in" / "b.txt").touch()
+    with pytest.raises(UserError, match="empty file"):
+        run(source="folder", path=str(tmp_path / "in"))
+    assert load_corpus() == corpus
+
+
+def test_corpus_of_another_folder_is_not_replaced(run: Run, tmp_path: Path) -> None:
+    for folder in ("a", "b", "docs"):
+        write_parquet(tmp_path / folder / "a.parquet", words(folder, 50))
+    run(source="folder", path=str(tmp_path / "a"), name="mine")
+    with pytest.raises(UserError, match=r"name=mine: .* was made from .*/a; choose another name"):
+        run(source="folder", path=str(tmp_path / "b"), name="mine")
+    with pytest.raises(UserError, match="name=docs: the name of another source"):
+        run(source="folder", path=str(tmp_path / "docs"))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"source": "folder"}, "--path=DIR"),
+        ({"source": "folder", "path": "/nowhere"}, "path=/nowhere: not a directory"),
+        ({"source": "folder", "path": ".", "name": "a/b"}, "name=a/b: expected letters"),
+        ({"source": "folder", "path": ".", "val_fraction": 1.0}, "val_fraction=1.0: expected"),
+        ({"source": "folder", "path": ".", "num_files": 8}, "num_files=8: means nothing to source=folder"),
+        ({"source": "docs", "path": "."}, "path=.: means nothing to source=docs"),
+        ({"val_fraction": 0.1}, "val_fraction=0.1: means nothing to source=climbmix"),
+        ({"workers": 0}, "workers=0: expected"),
+        ({"num_files": 0}, "num_files=0: climbmix has 1 to 6,542 training files"),
+        ({"num_files": -2}, "num_files=-2: climbmix has 1 to 6,542 training files"),
+        ({"source": "fineweb-edu", "num_files": 1823}, "num_files=1823: fineweb-edu has 1 to 1,822 training files"),
+    ],
+)
+def test_settings_without_meaning_are_refused(run: Run, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        run(**values)
+
+
+@pytest.mark.skipif(not PRETRAIN.is_dir(), reason=f"{PRETRAIN} is absent")
+def test_folder_reads_real_text(run: Run) -> None:
+    corpus = run(source="folder", path=str(PRETRAIN))
+    named = pq.read_table(PRETRAIN / "val_00000.parquet", columns=["text"])["text"].to_pylist()
+    assert sorted(texts_of(corpus.val_files)) == sorted(named)
+    totals = corpus.manifest["totals"]
+    assert totals["train"]["documents"] + totals["validation"]["documents"] == 4171
+    sizes = [size.stat().st_size for size in corpus.train_files]
+    assert sizes == [entry["file_bytes"] for entry in corpus.manifest["train"]]
+
+
+# -----------------------------------------------------------------------------
+# Hub
+
+
+@dataclasses.dataclass
+class FakeHub:
+    """Stands in for the hub's client: writes shards, and fails or truncates as often as it is told."""
+
+    failures: dict[str, int] = dataclasses.field(default_factory=dict)
+    truncations: dict[str, int] = dataclasses.field(default_factory=dict)
+    fetched: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+    def download(self, repository: str, revision: str, corpus: Path, file: str, again: bool) -> None:
+        self.fetched.append((file, revision))
+        if self.failures.get(file, 0) > 0:
+            self.failures[file] -= 1
+            raise ConnectionError("the line is dead\nand more")
+        if again or not (corpus / file).exists():
+            write_parquet(corpus / file, words(f"{repository} {file}", 20))
+        if self.truncations.get(file, 0) > 0:
+            self.truncations[file] -= 1
+            os.truncate(corpus / file, 100)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    fake = FakeHub()
+    monkeypatch.setattr(dataset, "download", fake.download)
+    monkeypatch.setattr(dataset, "hub_revision", lambda repository: "a" * 40)
+    monkeypatch.setattr(dataset, "RETRY_SECONDS", 0)
+    return fake
+
+
+def test_hub_validates_on_the_last_file_of_the_repository(run: Run, hub: FakeHub) -> None:
+    """Taking the last file present turns a training shard into the validation set when one download fails."""
+    corpus = run(num_files=3)
+    assert corpus.name == "climbmix"
+    assert [file.name for file in corpus.train_files] == [f"shard_0000{number}.parquet" for number in range(3)]
+    assert [file.name for file in corpus.val_files] == ["shard_06542.parquet"]
+    assert corpus.manifest["revision"] == "a" * 40
+    assert corpus.manifest["totals"]["train"]["documents"] == 60
+    assert corpus.manifest["train"][1]["text_bytes"] == sum(map(len, texts_of(corpus.train_files[1:2])))
+    assert run(source="fineweb-edu", num_files=1).val_files[0].name == "shard_01822.parquet"
+
+
+def test_hub_continues_and_never_shrinks(
+    run: Run, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run(num_files=1)
+    monkeypatch.setattr(dataset, "hub_revision", lambda repository: "b" * 40)
+    hub.fetched.clear()
+    second = run(num_files=3)
+    assert sorted(hub.fetched) == [(f"shard_0000{number}.parquet", "a" * 40) for number in (1, 2)]
+    assert second.fingerprint != first.fingerprint
+    hub.fetched.clear()
+    assert run(num_files=2) == second and hub.fetched == []
+    assert "already has 3 training files" in capsys.readouterr().out
+    second.train_files[1].unlink()
+    assert run(num_files=3).fingerprint == second.fingerprint
+    assert hub.fetched == [("shard_00001.parquet", "a" * 40)]
+
+
+def test_hub_failure_leaves_no_manifest_and_the_rerun_goes_on(run: Run, hub: FakeHub) -> None:
+    """Upstream exits 0 after failed downloads, and the next stage trains on what happens to be there."""
+    hub.failures["shard_00001.parquet"] = 99
+    with pytest.raises(UserError, match=r"cannot get shard_00001.parquet .*ConnectionError: the line is dead\)"):
+        run(num_files=3, workers=1)
+    with pytest.raises(UserError, match="no corpus"):
+        load_corpus()
+    hub.failures.clear()
+    assert len(run(num_files=3).train_files) == 3
+
+
+def test_hub_retries_dead_lines_and_damaged_files(run: Run, hub: FakeHub) -> None:
+    hub.failures["shard_00000.parquet"] = 1
+    hub.truncations["shard_00001.parquet"] = 2
+    corpus = run(num_files=2)
+    assert Counter(file for file, _ in hub.fetched) == {
+        "shard_00000.parquet": 2,
+        "shard_00001.parquet": 3,
+        "shard_06542.parquet": 1,
+    }
+    assert len(texts_of(corpus.train_files)) == 40
+
+
+def test_hub_client_is_asked_for_the_pinned_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def hf_hub_download(repo_id: str, filename: str, **options: Any) -> str:
+        asked.update(options, repo_id=repo_id, filename=filename)
+        return "unused"
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    dataset.download("owner/repository", "a" * 40, tmp_path, "shard_00000.parquet", again=False)
+    assert asked["repo_id"] == "owner/repository" and asked["filename"] == "shard_00000.parquet"
+    assert asked["repo_type"] == "dataset" and asked["revision"] == "a" * 40 and asked["local_dir"] == tmp_path
+
+
+# -----------------------------------------------------------------------------
+# Docs
+
+ALPHA = '''"""
+Tools for counting sheep at night.
+
+They work best when the room is dark and the sheep are calm, because a nervous sheep is counted twice.
+"""
+from torch import add_docstr
+
+class Flock:
+    """A number of :class:`~alpha.Sheep` that stay together, and the ``fence`` around them::"""
+
+    def grow(self, by, *others, slowly=True, **rest):
+        """
+        Let the flock grow.
+
+        Drawings
+        --------
+        +----+----+
+        | 12 | 34 |
+        +----+----+
+
+        Parameters
+        ----------
+        by : int
+            How many sheep are born, which happens mostly in spring.
+
+        Examples
+        --------
+        +----+----+
+        | 12 | 34 |
+        +----+----+
+        """
+
+common = parse_kwargs("""
+    sheep (Sheep): the animal that is counted.
+    out (list): where it goes.
+""")
+add_docstr(alpha.shear, r"""
+shear(sheep) -> wool
+
+.. math::
+    \\text{sheep}_{i} is the wool of this sheep before the shearing of it
+
+Where {sheep} is a set of one.
+""" + r"""
+Takes the wool from one sheep, in the way that {sheep} is known to like.
+
+Args:
+    {sheep}
+
+Example: {{sheep}} is a set with one element in it.
+""".format(**common))
+add_newdoc("alpha.core", "Flock", ("size", """The number of sheep in the whole flock at this moment."""))
+raise SystemExit("documentation must be read without importing")
+'''
+SHARED = (
+    '"""A sentence that two packages share word for word, and that is long enough to be a document of its own."""\n'
+)
+CYTHON = '''
+cdef class Barn(Base):
+    """
+    A house for animals and for what they eat in winter, when nothing grows outside and the days are short and cold.
+    """
+    def open(self, doors=None,
+             slowly=True):
+        """Open the doors of the barn, one after another, and wait until each of them is open."""
+'''
+
+
+@pytest.fixture
+def packages(tmp_path: Path) -> dict[str, Path]:
+    """Three made-up packages."""
+    files = {
+        "alpha/__init__.py": ALPHA,
+        "alpha/tests/test_sheep.py": '"""Never read, however long what a test module says about itself may be."""',
+        "alpha/broken.py": '"""unfinished',
+        "alpha/german.py": '"""' + "Größe, Straße, Bücher, Gemüse, schön, süß. " * 20 + '"""',
+        "alpha/barn.pyx": CYTHON,
+        "alpha/shared.py": SHARED * 1 + f'def a():\n    """{"Only alpha says this. " * 12}"""\n',
+        "beta/__init__.py": SHARED + f'def b():\n    """{"Only beta says that. " * 12}"""\n',
+        "beta/long.py": "".join(
+            f'def f{n}():\n    """Function {n}. {"It does nothing at all. " * 900}"""\n' for n in range(9)
+        ),
+    }
+    for name, text in files.items():
+        file = tmp_path / "packages" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    return {name: tmp_path / "packages" / name for name in ("alpha", "beta")}
+
+
+def collect(packages: dict[str, Path], validation: list[str]) -> tuple[list[str], list[str], Counter[str]]:
+    left_out: Counter[str] = Counter()
+    documents = list(docs_corpus.collect_docs(packages, validation, Counter(), left_out))
+    return [text for held, text in documents if not held], [text for held, text in documents if held], left_out
+
+
+def test_docs_become_prose_under_headings(packages: dict[str, Path]) -> None:
+    train, validation, left_out = collect(packages, ["beta"])
+    (document,) = [text for text in train if "module alpha\n" in text]
+    assert document.startswith("module alpha\n\nTools for counting sheep at night.\n\nThey work best")
+    assert "class alpha.Flock\n\nA number of `alpha.Sheep` that stay together, and the `fence` around them:" in document
+    assert (
+        "method Flock.grow(by, *others, slowly, **rest)\n\nLet the flock grow.\n\nParameters:\n\nby : int" in document
+    )
+    assert not any(word in document for word in ("Drawings", "Examples", "12"))
+    assert (
+        "function alpha.shear\n\nshear(sheep) -> wool\n\nWhere {sheep} is a set of one.\n\nTakes the wool" in document
+    )
+    assert "Args:\n    sheep (Sheep): the animal that is counted." in document and "{sheep} is a set" in document
+    assert "function alpha.core.Flock.size\n\nThe number of sheep in the whole flock" in document
+    assert any("class alpha.barn.Barn\n\nA house for animals" in text for text in train)
+    assert any("function alpha.barn.open\n\nOpen the doors of the barn" in text for text in train)
+    assert not any("Never read" in text or "Straße" in text for text in train)
+    assert left_out["files that do not parse"] == 1 and left_out["documents not in ASCII"] == 1
+    assert all(len(text) < 105_000 for text in validation) and sum("beta.long.f" in text for text in validation) > 1
+
+
+def test_docs_of_validation_packages_are_not_in_training(packages: dict[str, Path]) -> None:
+    """A sentence that both packages have belongs to validation, whichever package comes first."""
+    for held in ("alpha", "beta"):
+        train, validation, left_out = collect(packages, [held])
+        assert sum("share word for word" in text for text in validation) == 1
+        assert not any("share word for word" in text for text in train)
+        assert left_out["repeated documentation strings"] == 1
+
+
+def test_docs_are_the_same_every_time_and_kept(
+    run: Run, packages: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dataset, "find_packages", lambda: packages)
+    monkeypatch.setattr(dataset, "package_versions", lambda places: dict.fromkeys(places, "1.0"))
+    monkeypatch.setattr(dataset, "VALIDATION", ["beta"])
+    first = run(source="docs")
+    hashes = hashes_on_disk(first)
+    assert run(source="docs") == first
+    assert "already made from these versions" in capsys.readouterr().out
+    (first.path / "manifest.json").unlink()
+    assert hashes_on_disk(run(source="docs")) == hashes
+    first.val_files[0].unlink()
+    assert hashes_on_disk(run(source="docs")) == hashes, "a damaged corpus must be made again"
+    monkeypatch.setattr(dataset, "package_versions", lambda places: dict.fromkeys(places, "2.0"))
+    (packages["beta"] / "__init__.py").write_text(SHARED + f'def b():\n    """{"Beta changed its mind. " * 12}"""\n')
+    second = run(source="docs")
+    assert second.fingerprint != first.fingerprint
+    assert second.manifest["versions"]["beta"] == "2.0" and "not installed: mpmath" in capsys.readouterr().out
+
+
+def test_docs_finds_this_machines_packages_without_importing_them() -> None:
+    code = (
+        "import sys; from nanochat.docs_corpus import *; places = find_packages(); versions = package_versions(places);"
+        "assert not {'torch', 'numpy', 'sympy'} & set(sys.modules), 'imported';"
+        "assert {'numpy', 'torch', 'python', *VALIDATION} <= set(places), places; assert versions['numpy'];"
+        "print(sum(1 for _ in collect_docs({'python': places['python'] / 'json'}, [], Counter(), Counter())))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 1
+
+
+# -----------------------------------------------------------------------------
+# The command line
+
+
+def test_command_answers_mistakes_in_one_line(tmp_path: Path) -> None:
+    environment = {**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "nanochat.dataset"]
+    for arguments, message in (
+        (["--source=folder"], "--path=DIR"),
+        (["--source=web"], "source=web"),
+        (["-n", "0"], "num_files=0"),
+        (["-n", "-2", "-w", "3"], "num_files=-2"),
+    ):
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60, env=environment)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -1,0 +1,154 @@
+"""The verbs of a loop: averaging, metering, stopping."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nanochat import train
+from nanochat.common import Stopped, UserError
+from nanochat.compute import Compute
+from nanochat.dataloader import Position
+from nanochat.gpt import GPTConfig, build_model
+
+CPU = Compute(torch.device("cpu"), torch.float32)
+CONFIG = GPTConfig(sequence_len=8, vocab_size=50, n_layer=1, n_head=1, n_kv_head=1, n_embd=16)
+FLAT = train.Rates(lr=1.0, momentum=0.9, weight_decay=0.0)
+
+
+def stream(*targets: torch.Tensor):
+    for i, t in enumerate(targets):
+        inputs = torch.randint(0, 50, t.shape, generator=torch.Generator().manual_seed(i))
+        yield inputs, t, Position(rows_used=i + 1)
+
+
+def a_step(model, *targets):
+    optimizers = model.setup_optimizers()
+    totals, position = train.accumulate(model, stream(*targets), len(targets), CPU)
+    assert position.rows_used == len(targets)
+    return train.update(optimizers, totals, FLAT, CPU)
+
+
+def test_tokens_weigh_the_same_in_full_and_in_sparse_batches():
+    """nanochat averages each micro-batch and then the averages: a token in a sparse batch weighs more."""
+    full, sparse = torch.randint(0, 50, (2, 8)), torch.full((2, 8), -1)
+    sparse[0, 0] = 3
+    model = build_model(CONFIG, CPU.device, 0)
+    with torch.no_grad():
+        model.lm_head.weight.normal_()
+        losses = [model(x, y, loss_reduction="none") for x, y, _ in stream(full, sparse)]
+    result = a_step(model, full, sparse)
+    assert result.tokens == 17
+    assert result.loss == pytest.approx(sum(x.sum().item() for x in losses) / 17, rel=1e-5)
+
+
+def test_a_batch_without_a_target_adds_nothing():
+    """All-masked micro-batches gave 0 / 0 = NaN; here the step is the one without them, bit for bit."""
+    full, empty = torch.randint(0, 50, (2, 8)), torch.full((2, 8), -1)
+    one, two = (build_model(CONFIG, CPU.device, 0) for _ in range(2))
+    a_step(one, full)
+    a_step(two, full, empty)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_a_step_without_any_target_changes_no_weight():
+    model = build_model(CONFIG, CPU.device, 0)
+    before = [p.clone() for p in model.parameters()]
+    result = a_step(model, torch.full((2, 8), -1))
+    assert (result.loss, result.tokens, result.grad_norm) == (0.0, 0, 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_gradient_that_is_not_finite_stops_before_the_update(value):
+    model = build_model(CONFIG, CPU.device, 0)
+    optimizers = model.setup_optimizers()
+    totals, _ = train.accumulate(model, stream(torch.randint(0, 50, (2, 8))), 1, CPU)
+    model.wte.weight.grad[0, 0] = value
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(UserError, match="not finite"):
+        train.update(optimizers, totals, FLAT, CPU)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_gradient_norm_is_that_of_the_mean_gradient():
+    model = build_model(CONFIG, CPU.device, 0)
+    targets = torch.randint(0, 50, (2, 8))
+    inputs = next(stream(targets))[0]
+    model(inputs, targets).backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
+    model.zero_grad()
+    assert a_step(model, targets).grad_norm == pytest.approx(norm, rel=1e-5)
+
+
+def test_first_smoothed_loss_is_the_first_loss():
+    """nanochat's mid-training divides by the wrong power: a first loss of 5.00 prints as 2.63."""
+    meter = train.Meter(flops_per_token=100, num_steps=10, compute=CPU)
+    meter.tick(train.StepResult(loss=5.0, tokens=64, grad_norm=1.0, stop_signal=0))
+    assert meter.smooth_loss == pytest.approx(5.0)
+    for _ in range(50):
+        meter.tick(train.StepResult(loss=2.0, tokens=64, grad_norm=1.0, stop_signal=0))
+    assert meter.smooth_loss == pytest.approx(2.0, abs=0.02)
+
+
+def test_meter_counts_all_tokens_of_a_step_and_skips_the_slow_start(monkeypatch):
+    """Half a second a step after three that took ten (compilation): 128 tokens/s, and 10 * 128 FLOP/s."""
+    clock = iter([0, 10, 0, 10, 0, 10, 0, 0.5, 0, 0.5])
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+    meter = train.Meter(flops_per_token=10, num_steps=7, compute=CPU)
+    for _ in range(5):
+        meter.start()
+        meter.tick(train.StepResult(loss=1.0, tokens=64, grad_norm=1.0, stop_signal=0))
+    assert meter.tokens_per_second == pytest.approx(128)
+    assert meter.flops_per_second == pytest.approx(1280)
+    assert meter.eta_seconds == pytest.approx(1.0)
+    assert meter.mfu is None  # a CPU's peak is not guessed
+    assert meter.train_seconds == pytest.approx(31)
+
+
+def test_meter_goes_on_after_a_resume():
+    first = train.Meter(flops_per_token=1, num_steps=9, compute=CPU)
+    for loss in (4.0, 3.0):
+        first.tick(train.StepResult(loss=loss, tokens=1, grad_norm=0.0, stop_signal=0))
+    second = train.Meter(flops_per_token=1, num_steps=9, compute=CPU)
+    second.restore(first.state())
+    for meter in (first, second):
+        meter.tick(train.StepResult(loss=2.0, tokens=1, grad_norm=0.0, stop_signal=0))
+    assert first.smooth_loss == second.smooth_loss and second.steps == 3
+
+
+def test_every():
+    assert [step for step in range(7) if train.every(3, step)] == [3, 6]
+    assert not any(train.every(interval, step) for interval in (-1, 0) for step in range(7))
+
+
+def test_a_signal_is_remembered_and_the_handlers_come_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with train.SignalWatch() as watch:
+        assert watch.received == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert watch.received == signal.SIGTERM  # the first one decides the exit code
+    assert signal.getsignal(signal.SIGTERM) == before
+    with pytest.raises(Stopped):
+        train.leave(signal.SIGTERM)
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    with train.SignalWatch() as watch:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # the same key press, delivered by terminal and torchrun
+        watch.received_at -= 1
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_library_modules_import_without_side_effects():
+    """Importing the training library must not probe a device, start a thread or print."""
+    code = "import threading, nanochat.train, nanochat.engine, nanochat.checkpoint_manager as c, torch;"
+    code += "assert not torch.cuda.is_initialized() and threading.active_count() == 1"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
