@@ -10,7 +10,14 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 WORDS = "the cat dog bird saw heard liked a small red old house tree river near under over and but then slowly again".split()
 # Depth 2, width 64, 20 steps of 8 rows of 32 tokens.
-RUN = ["--depth=2", "--aspect-ratio=32", "--head-dim=16", "--max-seq-len=32", "--device-batch-size=2", "--total-batch-size=256"]
+RUN = [
+    "--depth=2",
+    "--aspect-ratio=32",
+    "--head-dim=16",
+    "--max-seq-len=32",
+    "--device-batch-size=2",
+    "--total-batch-size=256",
+]
 RUN += ["--num-iterations=20", "--eval-every=10", "--eval-tokens=2000", "--sample-every=-1", "--device-type=cpu"]
 EAGER = ["--compile=false", "--dtype=float32"]
 

@@ -1,0 +1,341 @@
+"""
+Settings of a script: its own module variables, overridden from the command line and from settings files.
+
+    SHORT = {"g": "model_tag"}  # optional: -g d20 for --model-tag=d20
+
+    # Model
+    depth = 20  # number of Transformer layers; width and heads follow from it
+    model_tag: str | None = None  # name of the checkpoint directory (None = d<depth>)
+    settings = configure(__name__)
+
+A setting is an assignment to a lowercase name above the configure line. Everything about it is in its line: name, default,
+type (the annotation, or that of the default), help (the trailing comment). The last full-line comment above is its section.
+
+    --depth=4   --model-tag=x   --model_tag x   -g x   --dry-run   --no-dry-run   --model-tag=None   tiny.py
+
+A word without dashes is a settings file, written like the block (`depth = 4  # why`). What comes later on the command line wins.
+
+Promises: scripts and settings files are parsed here, never executed; every value is checked before the first is assigned;
+a mistake is one line and exit code 2. Does not: abbreviate names, nest them, read them from the environment, or include one
+settings file in another.
+"""
+
+import ast
+import contextlib
+import difflib
+import math
+import operator
+import re
+import shutil
+import sys
+import textwrap
+import tokenize
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nanochat.common import UserError, get_rank, print0
+
+KINDS: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str}
+TRUTH = {"true": True, "1": True, "false": False, "0": False}
+ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+OPTION = re.compile(r"--|--?[A-Za-z_][\w-]*(=.*)?", re.DOTALL)  # never a spaced value; "-1" and "- a list" can be one
+
+# What nanoGPT, nanuGPT and older nanochats call a setting, where the name is too far from ours for difflib.
+FORMER_NAMES = dict(
+    pair.split("=")
+    for pair in """
+    batch_size=device_batch_size block_size=max_seq_len context_length=max_seq_len device=device_type
+    eval_interval=eval_every eval_iters=eval_tokens gradient_accumulation_steps=total_batch_size init_from=source
+    learning_rate=matrix_lr max_iters=num_iterations max_new_tokens=max_tokens n_layer=depth start=prompt
+    wandb_run_name=run
+    """.split()
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of a settings block."""
+
+    name: str
+    kind: type  # bool, int, float or str
+    choices: tuple[object, ...]  # of a Literal; empty = any
+    optional: bool  # None is allowed
+    default: object
+    help: str
+    section: str
+
+    @property
+    def type_name(self) -> str:
+        """As --help shows it: `int`, `str or None`, `base, mid`."""
+        return (", ".join(map(str, self.choices)) or self.kind.__name__) + (" or None" if self.optional else "")
+
+    def check(self, value: object, given: str) -> object:
+        """The value as this setting holds it (an int becomes a float where one is wanted); UserError when it does not fit."""
+        if value is None and self.optional:
+            return None
+        if self.kind is float and type(value) is int:
+            with contextlib.suppress(OverflowError):
+                value = float(value)
+        if (
+            type(value) is not self.kind
+            or (self.choices and value not in self.choices)
+            or (isinstance(value, float) and not math.isfinite(value))
+        ):
+            raise UserError(f"{given}: expected {'one of ' if self.choices else ''}{self.type_name}")
+        return value
+
+    def parse(self, text: str, given: str) -> object:
+        """The value that a command line gives as text; UserError when it does not fit."""
+        value: object = None if self.optional and text == "None" else text
+        if value is not None:
+            with contextlib.suppress(KeyError, ValueError):  # then it is still text, which check() refuses
+                value = TRUTH[text.lower()] if self.kind is bool else self.kind(text)
+        return self.check(value, given)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The settings block of a script, as its source says it."""
+
+    doc: str
+    settings: dict[str, Setting]
+    short: dict[str, str]  # letter -> name
+
+    def find(self, name: str, given: str) -> Setting:
+        """The setting of that name; UserError with the likeliest one otherwise."""
+        if name in self.settings:
+            return self.settings[name]
+        near = difflib.get_close_matches(name, self.settings, n=1)
+        if FORMER_NAMES.get(name) in self.settings:
+            near = [FORMER_NAMES[name]]
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UserError(f"no setting named {name} ({given}).{hint} --help lists them all.")
+
+
+# -----------------------------------------------------------------------------
+# Reading a script
+
+
+def literal(node: ast.expr) -> object:
+    """A literal, or sums, differences, products and quotients of number literals; ValueError for anything else."""
+    try:
+        if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
+            left, right = literal(node.left), literal(node.right)
+            if isinstance(left, (int, float)) and isinstance(right, (int, float)):
+                return ARITHMETIC[type(node.op)](left, right)
+        return ast.literal_eval(node)
+    except (ArithmeticError, TypeError) as error:  # 1 / 0, {[]: 1}
+        raise ValueError(str(error)) from None
+
+
+def assignment(node: ast.stmt) -> tuple[str, ast.expr | None, ast.expr | None]:
+    """(name, annotation, value) of an assignment to one name; the name is empty for any other statement."""
+    match node:
+        case ast.Assign(targets=[ast.Name(id=name)], value=value):
+            return name, None, value
+        case ast.AnnAssign(target=ast.Name(id=name), annotation=annotation, value=value):
+            return name, annotation, value
+    return "", None, None
+
+
+def ends_block(node: ast.stmt) -> bool:
+    """Whether this is the configure line, a function or a class."""
+    value = assignment(node)[2]
+    is_configure = isinstance(value, ast.Call) and ast.unparse(value.func) == "configure"
+    return is_configure or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+
+
+def read_type(annotation: ast.expr | None, default: object) -> tuple[type, tuple[object, ...], bool]:
+    """(kind, choices, optional) of a setting; ValueError when that is none of the allowed types."""
+    match annotation:
+        case None if type(default) in KINDS.values():
+            return type(default), (), False
+        case ast.BinOp(left=inner, op=ast.BitOr(), right=ast.Constant(value=None)):
+            return *read_type(inner, default)[:2], True
+        case ast.Name(id=name) if name in KINDS:
+            return KINDS[name], (), False
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=inner):
+            choices = tuple(literal(choice) for choice in (inner.elts if isinstance(inner, ast.Tuple) else [inner]))
+            if {type(choice) for choice in choices} in ({int}, {str}):
+                return type(choices[0]), choices, False
+    raise ValueError
+
+
+def read_comments(source: str, statements: Sequence[ast.stmt]) -> tuple[dict[int, str], dict[int, str]]:
+    """{line: text} of the comments on the lines of the statements, and of those between them (rules of dashes left out)."""
+    inside = {line for node in statements for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+    lines = source.splitlines(keepends=True)[: max(inside, default=0)]
+    trailing: dict[int, str] = {}
+    titles: dict[int, str] = {}
+    for token in tokenize.generate_tokens(iter(lines).__next__):
+        text = token.string.lstrip("#").strip()
+        if token.type == tokenize.COMMENT and re.search(r"\w", text):
+            (trailing if token.start[0] in inside else titles)[token.start[0]] = text
+    return trailing, titles
+
+
+def read_short(node: ast.expr | None, settings: dict[str, Setting], where: str) -> dict[str, str]:
+    """The short forms that SHORT = {letter: name} declares."""
+    with contextlib.suppress(ValueError):
+        if isinstance(node, ast.Dict) and isinstance(short := literal(node), dict):
+            fits = all(re.fullmatch("[A-Za-gi-z]", str(letter)) and name in settings for letter, name in short.items())
+            if fits and len(short) == len(node.keys):
+                return short
+    raise UserError(f"{where}: SHORT maps single letters (not h), each once, to settings of the block")
+
+
+def read_block(path: Path) -> Block:
+    """The settings block of a script, which is not imported; UserError with file and line when the block is badly written."""
+    source = path.read_text(encoding="utf-8")
+    tree = ast.parse(source, str(path))
+    body = tree.body[: next((i for i, node in enumerate(tree.body) if ends_block(node)), None)]
+    trailing, titles = read_comments(source, body)
+    settings: dict[str, Setting] = {}
+    short: dict[str, str] = {}
+    for node in body:
+        name, annotation, value = assignment(node)
+        where = f"{path}:{node.lineno}: setting {name}"
+        if not name or name.startswith("_") or name != name.lower():
+            continue
+        help = " ".join(text for line, text in trailing.items() if node.lineno <= line <= (node.end_lineno or 0))
+        section = next((text for line, text in reversed(titles.items()) if line < node.lineno), "Settings")
+        if name in settings:
+            raise UserError(f"{where} is declared twice")
+        if not help:
+            raise UserError(f"{where} has no comment; it is the help text: {name} = ...  # what it does")
+        try:
+            default = literal(value) if value else ...
+            kind, choices, optional = read_type(annotation, default)
+        except ValueError:
+            allowed = "bool, int, float, str or a Literal of int or str, perhaps | None"
+            raise UserError(f"{where} needs a literal default and one of the types {allowed}") from None
+        unchecked = Setting(name, kind, choices, optional, default, help, section)
+        settings[name] = replace(unchecked, default=unchecked.check(default, f"{where} = {default!r}"))
+    for node in body:
+        if assignment(node)[0] == "SHORT":
+            short = read_short(assignment(node)[2], settings, f"{path}:{node.lineno}")
+    return Block(ast.get_docstring(tree) or "", settings, short)
+
+
+# -----------------------------------------------------------------------------
+# Reading what the user gave
+
+
+def read_settings_file(block: Block, word: str) -> dict[str, tuple[object, str]]:
+    """{name: (value, file:line)} of a file of `name = value` lines; UserError with the line of the first mistake."""
+    try:
+        tree = ast.parse(Path(word).read_text(encoding="utf-8"))
+    except OSError as error:
+        is_setting = "=" in word and word.partition("=")[0].replace("-", "_") in block.settings
+        hint = f"did you mean --{word}?" if is_setting else "settings are given as --name=value"
+        raise UserError(f"cannot read settings file {word!r} ({error.strerror}); {hint}") from None
+    except SyntaxError as error:
+        raise UserError(f"{word}:{error.lineno or 1}: {error.msg}; expected name = value") from None
+    except ValueError as error:
+        raise UserError(f"{word}: not a settings file ({error})") from None
+    values: dict[str, tuple[object, str]] = {}
+    for node in tree.body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            continue  # a docstring
+        name, _, value = assignment(node)
+        where = f"{word}:{node.lineno}"
+        try:
+            if not name or not value:
+                raise ValueError
+            setting = block.find(name, where)
+            values[name] = setting.check(literal(value), f"{where}: {name} = {ast.unparse(value)}"), where
+        except UserError:
+            raise
+        except ValueError:
+            line = ast.unparse(node).splitlines()[0]
+            raise UserError(f"{where}: `{line}`: expected name = literal value; nothing is executed") from None
+    return values
+
+
+def parse_args(block: Block, argv: Sequence[str]) -> dict[str, tuple[object, str]]:
+    """{name: (value, where it was given)} of a command line; later wins. UserError for the first word that does not fit."""
+    given: dict[str, tuple[object, str]] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word == "--":  # torchrun and older command lines put one in front
+            continue
+        if not word.startswith("-"):
+            given |= read_settings_file(block, word)
+            continue
+        flag, equals, text = word.partition("=")
+        name = flag.lstrip("-").replace("-", "_")
+        name = name if flag.startswith("--") else block.short.get(name, name)
+        positive = name.removeprefix("no_")
+        if name not in block.settings and positive in block.settings and block.settings[positive].kind is bool:
+            if equals:
+                raise UserError(f"{word}: expected {flag} or --{flag.removeprefix('--no-')}={text}")
+            given[positive] = False, flag
+            continue
+        setting = block.find(name, word)
+        if not equals and setting.kind is bool:
+            if words and words[0].lower() in TRUTH:
+                raise UserError(f"{flag} {words[0]}: a value for a bool is not spaced; write {flag}={words[0]}")
+            given[name] = True, flag
+            continue
+        if not equals:
+            if not words or OPTION.fullmatch(words[0]):
+                raise UserError(
+                    f"{flag} needs a value: {flag}=VALUE ({setting.type_name}, default {setting.default!r})"
+                )
+            text = words.pop(0)
+        given[name] = setting.parse(text, f"{flag}={text}"), flag
+    return given
+
+
+def help_text(block: Block) -> str:
+    """The script's docstring, then every setting under its section: name, type, default, what it does."""
+    letters = {name: f"-{letter}, " for letter, name in block.short.items()}
+    rows = [
+        (f"  {letters.get(name, '')}--{name.replace('_', '-')}", setting.type_name, repr(setting.default), setting)
+        for name, setting in block.settings.items()
+    ]
+    widths = [max((len(row[i]) for row in rows), default=0) + 2 for i in range(3)]
+    width = max(shutil.get_terminal_size((120, 24)).columns, sum(widths) + 40)
+    lines = [
+        block.doc,
+        "",
+        "Settings: --name=value, --name value, or a file of `name = value` lines; the last one wins.",
+    ]
+    section = None
+    for flag, type_name, default, setting in rows:
+        if setting.section != section:
+            section = setting.section
+            lines += ["", section]
+        head = flag.ljust(widths[0]) + type_name.ljust(widths[1]) + default.ljust(widths[2])
+        lines.append(textwrap.fill(head + setting.help, width, subsequent_indent=" " * sum(widths)))
+    return "\n".join(lines).lstrip()
+
+
+def configure(module_name: str) -> dict[str, object]:
+    """
+    All settings of the calling module, {name: value}; `settings = configure(__name__)` stands right under its block.
+
+    When the module is `__main__`, sys.argv is applied first: the module's variables are set, and rank 0 prints each
+    override with its origin. --help prints the settings and exits 0; a mistake is printed by rank 0 and exits 2 on all
+    ranks, with nothing assigned. When it is imported, the defaults are returned and nothing else happens.
+    """
+    module = sys.modules[module_name]
+    path = Path(str(module.__file__))
+    if module_name != "__main__":
+        return {name: setting.default for name, setting in read_block(path).settings.items()}
+    try:
+        block = read_block(path)
+        if {"--help", "-h"} & set(sys.argv[1:]):
+            print0(help_text(block))
+            sys.exit(0)
+        given = parse_args(block, sys.argv[1:])
+    except UserError as error:
+        if get_rank() == 0:
+            print(f"{path.stem}: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    for name, (value, origin) in given.items():
+        setattr(module, name, value)
+        print0(f"{name} = {value!r} (from {origin}, default {block.settings[name].default!r})")
+    return {name: getattr(module, name) for name in block.settings}

@@ -1,0 +1,224 @@
+"""
+Text in parquet shards: reading documents from any place on, and writing shards that can be read so.
+
+Promises: reading never decodes more than about a row group ahead, hands out slices and not copies, and gives the same
+documents from every place it is started at; the same documents give the same bytes; a damaged file is one line. Knows
+nothing of corpora or where text comes from: that is dataset.py.
+"""
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nanochat.common import UserError, sha256_file
+
+ROW_GROUP_DOCUMENTS = 1024  # a row group ends at this many documents or bytes, whichever comes first:
+ROW_GROUP_BYTES = 4 << 20  # small enough to read singly, large enough for zstd to compress well
+SHARD_BYTES = 100 << 20  # text in one shard; also what is shuffled together, in memory
+SHUFFLE_SEED = 1337
+
+# -----------------------------------------------------------------------------
+# Reading
+
+
+class DocumentIndex(NamedTuple):
+    """Where a document stands in a list of files; (0, 0, 0) is the first."""
+
+    shard: int
+    row_group: int
+    row: int
+
+
+def iter_text(files: Iterable[Path]) -> Iterator[pa.Array]:
+    """
+    Yield the text of the files as string arrays, one per row group (several where a foreign row group has more than
+    1,024 rows).
+
+    The arrays are never empty, have type string (32-bit offsets) and no nulls: a null comes out as an empty document.
+    """
+    return (texts for texts, _ in text_arrays(tuple(files), DocumentIndex(0, 0, 0)))
+
+
+def read_blocks(
+    files: Sequence[Path], start: DocumentIndex, block_bytes: int
+) -> Iterator[tuple[pa.ChunkedArray, DocumentIndex]]:
+    """
+    Yield (documents, index of the first of them): consecutive documents from `start` until they have `block_bytes`
+    bytes of UTF-8.
+
+    A block has at least one document, and only the last of the stream may have fewer bytes. The stream ends with the
+    files. Starting again at a yielded index gives the same blocks; starting anywhere gives the same documents. Chunks
+    are slices of what iter_text yields, not copies. Raises ValueError when `start` is not an existing place.
+    """
+    pieces: list[pa.Array] = []
+    taken = 0
+    first = start
+    for texts, index in text_arrays(files, start):
+        # A slice shares its parent's buffers, so the offsets of its own rows begin at texts.offset.
+        offsets = np.frombuffer(texts.buffers()[1], dtype=np.int32)[texts.offset : texts.offset + len(texts) + 1]
+        begin = 0
+        while begin < len(texts):
+            if not pieces:
+                first = index._replace(row=index.row + begin)
+            # The smallest end with enough bytes; int() because int32 offsets near 2 GB plus the block would overflow.
+            wanted = int(offsets[begin]) + block_bytes - taken
+            end = min(max(int(np.searchsorted(offsets, wanted)), begin + 1), len(texts))
+            pieces.append(texts.slice(begin, end - begin))
+            taken += int(offsets[end]) - int(offsets[begin])
+            if taken >= block_bytes:
+                yield pa.chunked_array(pieces), first
+                pieces, taken = [], 0
+            begin = end
+    if pieces:
+        yield pa.chunked_array(pieces), first
+
+
+def text_arrays(files: Sequence[Path], start: DocumentIndex) -> Iterator[tuple[pa.Array, DocumentIndex]]:
+    """Yield (string array, index of its first row) from `start` on. Never an empty array."""
+    if start.shard >= len(files):
+        raise ValueError(f"{start} is beyond the {len(files)} files")
+    for shard in range(start.shard, len(files)):
+        with open_parquet(files[shard]) as file:
+            first_group = start.row_group if shard == start.shard else 0
+            if first_group >= file.num_row_groups and shard == start.shard:
+                raise ValueError(f"{start} is beyond the {file.num_row_groups} row groups of {files[shard]}")
+            for row_group in range(first_group, file.num_row_groups):
+                row = 0
+                skip = start.row if (shard, row_group) == start[:2] else 0
+                for texts in read_row_group(file, row_group, files[shard]):
+                    if row + len(texts) > skip:
+                        cut = max(skip - row, 0)
+                        yield texts.slice(cut), DocumentIndex(shard, row_group, row + cut)
+                    row += len(texts)
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """
+    Open a parquet file that has a `text` column of strings; UserError in one line where it is damaged or has none.
+    """
+    try:
+        # buffer_size: a foreign row group of gigabytes is decoded page by page, not read whole.
+        file = pq.ParquetFile(path, buffer_size=1 << 20)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a whole parquet file ({first_line(error)}); get it again") from None
+    schema = file.schema_arrow
+    if "text" not in schema.names:
+        raise UserError(
+            f"{path}: no column named text, only {', '.join(schema.names)}; rename the one that holds the text"
+        )
+    kind = schema.field("text").type
+    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(plain) or pa.types.is_large_string(plain) or pa.types.is_string_view(plain)):
+        raise UserError(f"{path}: column text holds {kind}, expected string")
+    return file
+
+
+def read_row_group(file: pq.ParquetFile, row_group: int, path: Path) -> Iterator[pa.Array]:
+    """Yield one row group's text in string arrays of at most 1,024 rows."""
+    try:
+        for batch in file.iter_batches(
+            ROW_GROUP_DOCUMENTS, row_groups=[row_group], columns=["text"], use_threads=False
+        ):
+            texts = batch.column(0)
+            texts = texts if pa.types.is_string(texts.type) else texts.cast(pa.string())
+            texts = texts.fill_null("") if texts.null_count else texts
+            if len(texts):
+                yield texts
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: damaged in row group {row_group} ({first_line(error)}); get it again") from None
+
+
+def first_line(error: Exception) -> str:
+    """An exception's message without the lines after its first."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+# -----------------------------------------------------------------------------
+# Writing
+
+
+class ShardWriter:
+    """
+    Collects documents and writes them, shuffled, to parquet shards of about 100 MB of text with row groups of at most
+    1,024 documents. `numbers` gives the next shard's number; `entries` is what the manifest says about the finished
+    ones.
+    """
+
+    def __init__(self, folder: Path, numbers: Iterator[int]):
+        self.folder = folder
+        self.numbers = numbers
+        self.entries: list[dict[str, Any]] = []
+        self.texts: list[str] = []
+        self.size = 0
+
+    def add(self, text: str) -> None:
+        """Take one document."""
+        self.texts.append(text)
+        self.size += len(text.encode())
+        if self.size >= SHARD_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has been collected as one shard; nothing if there is nothing."""
+        if not self.texts:
+            return
+        number = next(self.numbers)
+        file = self.folder / f"shard_{number:05d}.parquet"
+        # Files of a folder come sorted by name, hence by kind; a model would end its training on the last kind.
+        random.Random(SHUFFLE_SEED + number).shuffle(self.texts)
+        schema = pa.schema([pa.field("text", pa.string(), nullable=False)])
+        options = {"compression": "zstd", "compression_level": 3, "use_dictionary": False, "write_statistics": False}
+        with pq.ParquetWriter(file, schema, **options) as writer:
+            for group in row_groups(self.texts):
+                writer.write_table(pa.table([pa.array(group, pa.string())], schema=schema))
+        self.entries.append(describe_shard(file))
+        self.texts, self.size = [], 0
+
+
+def row_groups(texts: list[str]) -> Iterator[list[str]]:
+    """Cut documents into consecutive groups of at most 1,024 documents, ended early by the document that fills 4 MB."""
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        group.append(text)
+        size += len(text.encode())
+        if len(group) == ROW_GROUP_DOCUMENTS or size >= ROW_GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def describe_shard(file: Path) -> dict[str, Any]:
+    """
+    What the manifest says about a shard. Decodes all of it, so a damaged one raises UserError here and not in a
+    training run.
+    """
+    documents = text_bytes = 0
+    for texts in iter_text([file]):
+        try:
+            texts.validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{file}: text is not UTF-8 ({first_line(error)})") from None
+        documents += len(texts)
+        text_bytes += text_size(texts)
+    if not documents:
+        raise UserError(f"{file}: holds no documents")
+    return {
+        "file": file.name,
+        "documents": documents,
+        "text_bytes": text_bytes,
+        "file_bytes": file.stat().st_size,
+        "sha256": sha256_file(file),
+    }
+
+
+def text_size(texts: pa.Array) -> int:
+    """Bytes of UTF-8 in a string array or a slice of one."""
+    offsets = np.frombuffer(texts.buffers()[1], dtype=np.int32)
+    return int(offsets[texts.offset + len(texts)]) - int(offsets[texts.offset])
