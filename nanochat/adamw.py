@@ -1,8 +1,9 @@
 """
 AdamW (arXiv 1711.05101) for embedding and head. One class for any number of ranks and any tensor size, moments in fp32.
 
-Ranks: each parameter is seen flat, padded to a multiple of the ranks; gradients are summed by reduce-scatter, each rank updates its
-slice, and parameters come back by all-gather (ZeRO-2). With one rank the same loop sends nothing. State is 1/N per rank.
+Ranks: each parameter is seen flat, padded to a multiple of the ranks; gradients are summed by reduce-scatter, each rank
+updates its slice, and parameters come back by all-gather (ZeRO-2). With one rank the same loop sends nothing. State is
+1/N per rank.
 """
 
 from collections.abc import Callable, Iterator
@@ -85,8 +86,8 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def reduce_gradients(self, divisor: Tensor | float) -> Tensor:
         """
-        Sum the gradients over ranks in a fixed order, divide once, keep this rank's share; a missing gradient counts as zeros.
-        Returns the share's sum of squares (0-d fp32), as Muon.reduce_gradients does.
+        Sum the gradients over ranks in a fixed order, divide once, keep this rank's share; a missing gradient counts as
+        zeros. Returns the share's sum of squares (0-d fp32), as Muon.reduce_gradients does.
         """
         squares = torch.zeros((), device=self.slices[0][0].param.device)
         for part in (part for group in self.slices for part in group):

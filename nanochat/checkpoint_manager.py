@@ -2,10 +2,10 @@
 Checkpoints: one directory per step that exists whole or not at all.
 
     $NANOCHAT_BASE_DIR/base_checkpoints/d20/step_000500/
-        model.safetensors    fp32 master weights
-        optim.safetensors    whole-shape optimizer state, so that any number of ranks can go on
-        tokenizer.json       a model is useless with another tokenizer, so they travel together
-        meta.json            written last: sizes and sha256 of the other three, model config, settings, position, loop state, versions
+        model.safetensors    fp32 master weights optim.safetensors    whole-shape optimizer state, so that any number of
+        ranks can go on tokenizer.json       a model is useless with another tokenizer, so they travel together
+        meta.json            written last: sizes and sha256 of the other three, model config, settings, position, loop
+        state, versions
 
 A save is written beside its place and renamed into it. Loading verifies sizes always and sha256 unless told not to.
 Not covered: two runs that save under the same tag at the same time.
@@ -75,7 +75,7 @@ class Checkpoint:
         for name, entry in self.meta["files"].items():
             if sha256_file(self.path / name) != entry["sha256"]:
                 raise UserError(
-                    f"{self.path / name} is damaged (sha256 differs); delete {self.path} and resume from an earlier step"
+                    f"{self.path / name} is damaged (sha256 differs); delete {self.path}, resume from an earlier step"
                 )
 
 
@@ -112,7 +112,10 @@ def find_tag(source: str, model_tag: str | None) -> str:
 
 
 def find_checkpoint(source: str, model_tag: str | None = None, step: int | None = None) -> Checkpoint:
-    """The checkpoint of a stage: by default of the tag saved last, and its last step. Raises UserError where there is none."""
+    """
+    The checkpoint of a stage: by default of the tag saved last, and its last step. Raises UserError where there is
+    none.
+    """
     directory = checkpoints_dir(source, find_tag(source, model_tag))
     steps = saved_steps(directory)
     if step is not None and step not in steps:
@@ -149,15 +152,17 @@ def find_resume(
     compute: Compute,
 ) -> Checkpoint | None:
     """
-    The checkpoint that a run asked to continue, verified, or None for a run from the start. Raises UserError where it differs in
-    anything of `identity`, and for a run from the start over existing checkpoints without `fresh`, which sets them aside.
+    The checkpoint that a run asked to continue, verified, or None for a run from the start. Raises UserError where it
+    differs in anything of `identity`, and for a run from the start over existing checkpoints without `fresh`, which
+    sets them aside.
     """
     directory = checkpoints_dir(source, model_tag)
     steps = saved_steps(directory)
     if not resume and resume_from_step is None:
         if steps and not fresh:
             raise UserError(
-                f"{directory} already has step {steps[-1]}: continue it with --resume, start over with --fresh, or choose another --model-tag"
+                f"{directory} already has step {steps[-1]}: continue with --resume, start over with --fresh, or choose "
+                "another --model-tag"
             )
         set_aside(directory, steps, compute)
         return None
@@ -176,13 +181,19 @@ def find_resume(
 
 
 def set_aside(directory: Path, steps: list[int], compute: Compute) -> None:
-    """Move checkpoints that this run is going to write again to `<tag>-before-<time>`: never deleted, never mistaken for new ones."""
+    """
+    Move checkpoints that this run is going to write again to `<tag>-before-<time>`: never deleted, never mistaken for
+    new ones.
+    """
     if steps and compute.is_master:
         aside = directory.with_name(f"{directory.name}-before-{time.strftime('%Y%m%d-%H%M%S')}")
         aside.mkdir()
         for step in steps:
             os.replace(directory / f"step_{step:06d}", aside / f"step_{step:06d}")
-        print0(f"set aside: {len(steps)} checkpoint{'s' if len(steps) > 1 else ''} of {directory.name} (to step {steps[-1]}) moved to {aside}")
+        print0(
+            f"set aside: checkpoint{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps))} of {directory.name} "
+            f"moved to {aside}"
+        )
     compute.barrier()
 
 
@@ -201,8 +212,8 @@ def save_checkpoint(
     compute: Compute,
 ) -> Path:
     """
-    Write a checkpoint and return its directory. Collective: every rank calls it, rank 0 writes. A verified checkpoint already in the
-    place is kept as it is. Raises UserError when the disk is too small, before anything is written.
+    Write a checkpoint and return its directory. Collective: every rank calls it, rank 0 writes. A verified checkpoint
+    already in the place is kept as it is. Raises UserError when the disk is too small, before anything is written.
     """
     path = checkpoints_dir(source, model_tag) / f"step_{step:06d}"
     optim_state = {}
@@ -274,9 +285,7 @@ def restore_model(model: GPT, checkpoint: Checkpoint) -> None:
     for name in sorted(state.keys() | expected.keys()):
         found, wanted = (tuple(s[name].shape) if name in s else None for s in (state, expected))
         if found != wanted:
-            raise UserError(
-                f"{checkpoint.path}: {name} has shape {found}, this model needs {wanted}; check --depth and its relatives"
-            )
+            raise UserError(f"{checkpoint.path}: {name} has shape {found}, this model needs {wanted}; check --depth")
     model.load_state_dict(state)
 
 
@@ -295,8 +304,9 @@ def load_model(
     step: int | None = None,
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """
-    The model, its own tokenizer and meta of a checkpoint of stage `source` (base, mid, sft, rl), verified by sha256; `phase` is
-    train or eval. Without a tag the one saved last, without a step the last. Raises UserError where there is none or it is damaged.
+    The model, its own tokenizer and meta of a checkpoint of stage `source` (base, mid, sft, rl), verified by sha256;
+    `phase` is train or eval. Without a tag the one saved last, without a step the last. Raises UserError where there is
+    none or it is damaged.
     """
     if source not in STAGES:
         raise UserError(f"source={source}: expected one of {', '.join(STAGES)}")

@@ -1,8 +1,8 @@
 """
 What every stage needs and nothing else does: the user's mistakes, the base directory, whole files, the run record.
 
-Promises: a file written here exists whole or not at all; one line per mistake. Imports only the standard library, so `--help`
-and every mistake answer at once. Torch lives one layer up, in compute.py.
+Promises: a file written here exists whole or not at all; one line per mistake. Imports only the standard library, so
+`--help` and every mistake answer at once. Torch lives one layer up, in compute.py.
 """
 
 import hashlib
@@ -161,8 +161,9 @@ def cpu_name() -> str:
 
 class Record:
     """
-    An append-only event log, `records/<stage>-<tag>-<time>.jsonl`. Each line is one JSON object with `event` and `time`;
-    the first is `start` with the settings and provenance(). Lines are flushed as written: a killed run keeps its record.
+    An append-only event log, `records/<stage>-<tag>-<time>.jsonl`. Each line is one JSON object with `event` and
+    `time`; the first is `start` with the settings and provenance(). Lines are flushed as written: a killed run keeps
+    its record.
     """
 
     def __init__(self, file: TextIO | None):
@@ -174,6 +175,11 @@ class Record:
         if self.file:
             self.file.write(json.dumps({"event": event, "time": round(time.time(), 3), **values}) + "\n")
             self.file.flush()
+
+    def close(self) -> None:
+        """The end of the run; writing afterwards is an error."""
+        if self.file:
+            self.file.close()
 
 
 def open_record(stage: str, tag: str, settings: dict[str, Any]) -> Record:

@@ -1,12 +1,13 @@
 """
 The machine: device, ranks, dtype, seeds, and the three collectives that the rest is built on.
 
-Nothing is probed on import. Without torchrun there is one rank and a collective is a no-op; CPUs talk gloo, GPUs NCCL / RCCL.
-On CPU every run is deterministic: same machine type, same versions, same thread count, same bits.
+Nothing is probed on import. Without torchrun there is one rank and a collective is a no-op; CPUs talk gloo, GPUs NCCL /
+RCCL. On CPU every run is deterministic: same machine type, same versions, same thread count, same bits.
 """
 
 import datetime
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,18 +19,22 @@ from nanochat.common import UserError, print0
 
 DEVICE_TYPES = ("cuda", "mps", "xpu", "cpu")  # ROCm builds of torch call their devices cuda
 
-# Dense bf16 peak in TFLOP/s from the vendors' data sheets; the first name found in the device's name counts, so longer names first.
+# Dense bf16 peak in TFLOP/s from the vendors' data sheets; the first name found in the device's name counts, so longer
+# names first.
 PEAK_TFLOPS = {
-    "GB200": 2500, "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "A100": 312, "A800": 312,
-    "L40S": 362, "L4": 121, "A40": 149.7, "A10": 125, "A6000": 154.8, "RTX 6000 Ada": 364, "RTX 5090": 209.5, "RTX 4090": 165.2,
-    "RTX 4080": 97.5, "RTX 3090": 71, "MI355X": 2500, "MI325X": 1307, "MI300X": 1307, "MI300A": 981, "MI250X": 383, "MI210": 181,
+    "GB200": 2500, "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989,
+    "A100": 312, "A800": 312, "L40S": 362, "L4": 121, "A40": 149.7, "A10": 125, "A6000": 154.8, "6000 Ada": 364,
+    "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 4080": 97.5, "RTX 3090": 71,
+    "MI355X": 2500, "MI325X": 1307, "MI300X": 1307, "MI300A": 981, "MI250X": 383, "MI210": 181,
     "7900 XTX": 122.8, "7900 XT": 103.2, "9070 XT": 195,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Where this process runs: one of `world_size` ranks, on `device`, computing in `dtype` (master weights stay fp32)."""
+    """
+    Where this process runs: one of `world_size` ranks, on `device`, computing in `dtype` (master weights stay fp32).
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -76,22 +81,21 @@ def compute_init(device_type: str = "auto", dtype: str = "auto", seed: int = 42)
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")  # TF32 where there is a choice
     if device.type == "cpu":
-        # The backward pass of a compiled graph is not deterministic without this. Its habit of filling fresh memory with NaN
-        # costs 13 % of an eager training step and guards only against reading uninitialised memory, so it is off.
+        # The backward pass of a compiled graph is not deterministic without this. Its habit of filling fresh memory
+        # with NaN costs 13 % of an eager training step and guards only against reading uninitialised memory, so it is
+        # off.
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # not in its stubs
     compute = Compute(device, choose_dtype(dtype, device), int(os.environ.get("RANK", "0")), world_size)
-    name, threads = device_name(device), f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    print0(
-        f"device: {world_size} x {device.type} ({name}{threads}), computing in {str(compute.dtype).removeprefix('torch.')}"
-    )
+    name = device_name(device) + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
+    print0(f"device: {world_size} x {device.type} ({name}), computing in {str(compute.dtype).removeprefix('torch.')}")
     return compute
 
 
 def open_device(device_type: str, local_rank: int) -> torch.device:
     if device_type not in DEVICE_TYPES:
         raise UserError(f"--device-type={device_type}: expected auto, {', '.join(DEVICE_TYPES)}")
-    available = {
+    available: dict[str, Callable[[], bool]] = {
         "cuda": torch.cuda.is_available,
         "mps": torch.backends.mps.is_available,
         "xpu": torch.xpu.is_available,
@@ -114,9 +118,9 @@ def open_device(device_type: str, local_rank: int) -> torch.device:
 def join_ranks(device: torch.device) -> None:
     if device.type not in ("cuda", "cpu"):
         raise UserError(f"several ranks need cuda or cpu devices, not {device.type}; start without torchrun")
-    options = {"device_id": device} if device.type == "cuda" else {}
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10), **options)
+    device_id = device if device.type == "cuda" else None
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10), device_id=device_id)
     if (
         device.type == "cpu"
     ):  # ranks share the cores; torchrun sets 1 thread, which is right from as many ranks as cores on
@@ -130,7 +134,10 @@ def compute_cleanup() -> None:
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it natively (on CPUs: AVX512_BF16 or AMX; twice to five times fp32), else float32."""
+    """
+    bfloat16 where the hardware multiplies it natively (on CPUs: AVX512_BF16 or AMX; twice to five times fp32), else
+    float32.
+    """
     named = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     if dtype in named:
         return named[dtype]
@@ -159,7 +166,9 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The card's dense bf16 FLOP/s by data sheet; None when unknown, and then no MFU is printed: it would be a guess."""
+    """
+    The card's dense bf16 FLOP/s by data sheet; None when unknown, and then no MFU is printed: it would be a guess.
+    """
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device).lower()

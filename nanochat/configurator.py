@@ -8,16 +8,18 @@ Settings of a script: its own module variables, overridden from the command line
     model_tag: str | None = None  # name of the checkpoint directory (None = d<depth>)
     settings = configure(__name__)
 
-A setting is an assignment to a lowercase name above the configure line. Everything about it is in its line: name, default,
-type (the annotation, or that of the default), help (the trailing comment). The last full-line comment above is its section.
+A setting is an assignment to a lowercase name above the configure line. Everything about it is in its line: name,
+default, type (the annotation, or that of the default), help (the trailing comment). The last full-line comment above is
+its section.
 
     --depth=4   --model-tag=x   --model_tag x   -g x   --dry-run   --no-dry-run   --model-tag=None   tiny.py
 
-A word without dashes is a settings file, written like the block (`depth = 4  # why`). What comes later on the command line wins.
+A word without dashes is a settings file, written like the block (`depth = 4  # why`), or with SHORT = {"": "action"} a value of action. What comes later on the command
+line wins.
 
-Promises: scripts and settings files are parsed here, never executed; every value is checked before the first is assigned;
-a mistake is one line and exit code 2. Does not: abbreviate names, nest them, read them from the environment, or include one
-settings file in another.
+Promises: scripts and settings files are parsed here, never executed; every value is checked before the first is
+assigned; a mistake is one line and exit code 2. Does not: abbreviate names, nest them, read them from the environment,
+or include one settings file in another.
 """
 
 import ast
@@ -71,7 +73,7 @@ class Setting:
         return (", ".join(map(str, self.choices)) or self.kind.__name__) + (" or None" if self.optional else "")
 
     def check(self, value: object, given: str) -> object:
-        """The value as this setting holds it (an int becomes a float where one is wanted); UserError when it does not fit."""
+        """The value as this setting holds it (an int as a float where one is wanted); UserError if it does not fit."""
         if value is None and self.optional:
             return None
         if self.kind is float and type(value) is int:
@@ -163,7 +165,7 @@ def read_type(annotation: ast.expr | None, default: object) -> tuple[type, tuple
 
 
 def read_comments(source: str, statements: Sequence[ast.stmt]) -> tuple[dict[int, str], dict[int, str]]:
-    """{line: text} of the comments on the lines of the statements, and of those between them (rules of dashes left out)."""
+    """{line: text} of the comments on the lines of the statements, and of those between them except rules of dashes."""
     inside = {line for node in statements for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
     lines = source.splitlines(keepends=True)[: max(inside, default=0)]
     trailing: dict[int, str] = {}
@@ -176,17 +178,17 @@ def read_comments(source: str, statements: Sequence[ast.stmt]) -> tuple[dict[int
 
 
 def read_short(node: ast.expr | None, settings: dict[str, Setting], where: str) -> dict[str, str]:
-    """The short forms that SHORT = {letter: name} declares."""
+    """The short forms that SHORT = {letter: name} declares; under "" stands the setting whose choices may come as bare words."""
     with contextlib.suppress(ValueError):
         if isinstance(node, ast.Dict) and isinstance(short := literal(node), dict):
-            fits = all(re.fullmatch("[A-Za-gi-z]", str(letter)) and name in settings for letter, name in short.items())
+            fits = all(re.fullmatch("[A-Za-gi-z]?", str(letter)) and name in settings for letter, name in short.items())
             if fits and len(short) == len(node.keys):
                 return short
     raise UserError(f"{where}: SHORT maps single letters (not h), each once, to settings of the block")
 
 
 def read_block(path: Path) -> Block:
-    """The settings block of a script, which is not imported; UserError with file and line when the block is badly written."""
+    """The settings block of a script, which is not imported; UserError with file and line when it is badly written."""
     source = path.read_text(encoding="utf-8")
     tree = ast.parse(source, str(path))
     body = tree.body[: next((i for i, node in enumerate(tree.body) if ends_block(node)), None)]
@@ -205,7 +207,9 @@ def read_block(path: Path) -> Block:
         if not help:
             raise UserError(f"{where} has no comment; it is the help text: {name} = ...  # what it does")
         try:
-            default = literal(value) if value else ...
+            if value is None:
+                raise ValueError
+            default = literal(value)
             kind, choices, optional = read_type(annotation, default)
         except ValueError:
             allowed = "bool, int, float, str or a Literal of int or str, perhaps | None"
@@ -254,7 +258,7 @@ def read_settings_file(block: Block, word: str) -> dict[str, tuple[object, str]]
 
 
 def parse_args(block: Block, argv: Sequence[str]) -> dict[str, tuple[object, str]]:
-    """{name: (value, where it was given)} of a command line; later wins. UserError for the first word that does not fit."""
+    """{name: (value, where it was given)} of a command line; later wins. UserError for the first word that is wrong."""
     given: dict[str, tuple[object, str]] = {}
     words = list(argv)
     while words:
@@ -262,7 +266,11 @@ def parse_args(block: Block, argv: Sequence[str]) -> dict[str, tuple[object, str
         if word == "--":  # torchrun and older command lines put one in front
             continue
         if not word.startswith("-"):
-            given |= read_settings_file(block, word)
+            bare = block.short.get("", "")
+            if bare and word in block.settings[bare].choices:
+                given[bare] = word, word
+            else:
+                given |= read_settings_file(block, word)
             continue
         flag, equals, text = word.partition("=")
         name = flag.lstrip("-").replace("-", "_")
@@ -291,12 +299,12 @@ def parse_args(block: Block, argv: Sequence[str]) -> dict[str, tuple[object, str
 
 def help_text(block: Block) -> str:
     """The script's docstring, then every setting under its section: name, type, default, what it does."""
-    letters = {name: f"-{letter}, " for letter, name in block.short.items()}
+    letters = {name: f"-{letter}, " if letter else "WORD, " for letter, name in block.short.items()}
     rows = [
-        (f"  {letters.get(name, '')}--{name.replace('_', '-')}", setting.type_name, repr(setting.default), setting)
+        (f"  {letters.get(name, '')}--{name.replace('_', '-')}", setting.type_name, repr(setting.default))
         for name, setting in block.settings.items()
     ]
-    widths = [max((len(row[i]) for row in rows), default=0) + 2 for i in range(3)]
+    widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
     width = max(shutil.get_terminal_size((120, 24)).columns, sum(widths) + 40)
     lines = [
         block.doc,
@@ -304,11 +312,11 @@ def help_text(block: Block) -> str:
         "Settings: --name=value, --name value, or a file of `name = value` lines; the last one wins.",
     ]
     section = None
-    for flag, type_name, default, setting in rows:
+    for row, setting in zip(rows, block.settings.values(), strict=True):
         if setting.section != section:
             section = setting.section
             lines += ["", section]
-        head = flag.ljust(widths[0]) + type_name.ljust(widths[1]) + default.ljust(widths[2])
+        head = "".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True))
         lines.append(textwrap.fill(head + setting.help, width, subsequent_indent=" " * sum(widths)))
     return "\n".join(lines).lstrip()
 

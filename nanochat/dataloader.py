@@ -8,9 +8,10 @@ A numbered pipeline of generators, each resumable from what it yields:
     3. pack      the block into rows of T + 1 tokens, in an order shuffled by seed  pack_bos or pack_flat
     4. deal      rows to batches: a batch is B rows for each rank, a rank takes its own
 
-Promises: N ranks see together exactly what one rank sees; `Position` resumes any number of ranks at any batch; every token of every
-document is trained on once per epoch (a row cut short at the end of a block is carried into the next); too little text is an error.
-Costs: every rank tokenises everything. Attention is not masked between the documents of a row (measured as neutral by nanochat).
+Promises: N ranks see together exactly what one rank sees; `Position` resumes any number of ranks at any batch; every
+token of every document is trained on once per epoch (a row cut short at the end of a block is carried into the next);
+too little text is an error. Costs: every rank tokenises everything. Attention is not masked between the documents of a
+row (measured as neutral by nanochat).
 """
 
 import queue
@@ -38,7 +39,10 @@ BLOCK_BYTES = (
 
 @dataclass(frozen=True)
 class Position:
-    """Where the stream stands: everything needed to continue with the next row. JSON-friendly; a few hundred numbers at most."""
+    """
+    Where the stream stands: everything needed to continue with the next row. JSON-friendly; a few hundred numbers at
+    most.
+    """
 
     epoch: int = 0
     shard: int = 0  # first document of the current block, as in dataset.DocumentIndex
@@ -65,8 +69,8 @@ class Position:
         """One line on how the text was cut, for the log and the report."""
         share = self.documents_cut / max(1, self.documents)
         return (
-            f"epoch {self.epoch + 1}, {self.documents:,} documents in finished blocks: {share:.1%} cut into row-sized spans, "
-            f"{self.spans_cropped:,} spans cropped to fill a row, 0 tokens excluded"
+            f"epoch {self.epoch + 1}, {self.documents:,} documents in finished blocks: {share:.1%} cut into row-sized "
+            f"spans, {self.spans_cropped:,} spans cropped to fill a row, 0 tokens excluded"
         )
 
 
@@ -84,13 +88,14 @@ def pack_bos(ids: np.ndarray, offsets: np.ndarray, carry: Sequence[int], bos: in
     """
     Best fit, every row starts with BOS and is full. Documents are ids[offsets[i]:offsets[i + 1]], without BOS.
 
-    1. A document longer than a row is cut into spans of T tokens; every span gets its own BOS. (A row has T + 1 tokens, the last
+    1. A document longer than a row is cut into spans of T tokens; every span gets its own BOS. (A row has T + 1 tokens,
+    the last
        only as a target: so each token of the text is a target exactly once.)
     2. A row takes the longest span that fits into what is left of it, again and again.
     3. When none fits, the longest span is cropped to fill the row and its rest, with a BOS, goes back among the spans.
 
-    The row that the spans run out in is the carry. With T = 2,048 and web text 100 % of the tokens are used; nanochat's packer drops
-    the rest of a cropped document, 35 % of them.
+    The row that the spans run out in is the carry. With T = 2,048 and web text 100 % of the tokens are used; nanochat's
+    packer drops the rest of a cropped document, 35 % of them.
     """
     T = sequence_len
     carried = np.asarray(carry, dtype=ids.dtype)
@@ -133,8 +138,8 @@ def pack_bos(ids: np.ndarray, offsets: np.ndarray, carry: Sequence[int], bos: in
 
 def pack_flat(ids: np.ndarray, offsets: np.ndarray, carry: Sequence[int], bos: int, sequence_len: int) -> Packed:
     """
-    One long stream of BOS document BOS document ..., cut every T tokens; a row's last token is the next row's first. Rows start
-    anywhere in a document. The GPT-2 way: best where documents are few and long.
+    One long stream of BOS document BOS document ..., cut every T tokens; a row's last token is the next row's first.
+    Rows start anywhere in a document. The GPT-2 way: best where documents are few and long.
     """
     T = sequence_len
     stream = np.concatenate([np.asarray(carry, dtype=ids.dtype), np.insert(ids, offsets[:-1], bos)])
@@ -154,8 +159,8 @@ def packed_blocks(
     files: Sequence[Path], tokenizer: Tokenizer, sequence_len: int, packing: str, seed: int, start: Position
 ) -> Iterator[tuple[np.ndarray, Position]]:
     """
-    Yield (rows (R, T + 1), position of the block's first row), epoch after epoch, forever. The first block is the one that `start`
-    stands in, whole. Raises UserError when a whole epoch does not fill one row.
+    Yield (rows (R, T + 1), position of the block's first row), epoch after epoch, forever. The first block is the one
+    that `start` stands in, whole. Raises UserError when a whole epoch does not fill one row.
     """
     position, rows_in_epoch = replace(start, rows_used=0), 1
     bos = tokenizer.get_bos_token_id()
@@ -176,7 +181,8 @@ def packed_blocks(
             )
         if rows_in_epoch == 0:
             raise UserError(
-                f"too little text in {files[0].parent}: not one row of {sequence_len} tokens; lower --max-seq-len or get more text"
+                f"too little text in {files[0].parent}: not one row of {sequence_len} tokens; "
+                "lower --max-seq-len or get more text"
             )
         position, rows_in_epoch = replace(position, epoch=position.epoch + 1, shard=0, row_group=0, row=0), 0
 
@@ -212,8 +218,8 @@ def training_stream(
     start: Position | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Position]]:
     """
-    Yield (inputs (B, T), targets (B, T), position after them) forever, int64 on compute.device, from `start` or the beginning.
-    A thread reads, tokenises and packs ahead, so that a training step never waits for text.
+    Yield (inputs (B, T), targets (B, T), position after them) forever, int64 on compute.device, from `start` or the
+    beginning. A thread reads, tokenises and packs ahead, so that a training step never waits for text.
     """
     if packing not in PACKERS:
         raise UserError(f"--packing={packing}: expected {' or '.join(PACKERS)}")
@@ -240,7 +246,7 @@ def prefetch(iterator: Iterator[Item], depth: int) -> Iterator[Item]:
                 if closed.is_set():
                     return
             put((None, StopIteration()))
-        except BaseException as error:  # noqa: BLE001  # handed over, not swallowed
+        except BaseException as error:  # handed over, not swallowed
             put((None, error))
 
     def put(item: tuple[Item | None, BaseException | None]) -> None:

@@ -434,9 +434,8 @@ def main() -> None:
     print0(f"{data / manifest['name']} in {seconds} s, fingerprint {fingerprint_of(manifest)[:12]}")
     record = open_record("dataset", manifest["name"], settings)
     about = {key: value for key, value in manifest.items() if key not in ("train", "validation")}
-    record.write("corpus", seconds=seconds, fingerprint=fingerprint_of(manifest), **about)
-    if record.file:
-        record.file.close()
+    record.write("corpus", seconds_in_all=seconds, fingerprint=fingerprint_of(manifest), **about)
+    record.close()
 
 
 if __name__ == "__main__":

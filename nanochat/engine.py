@@ -1,9 +1,9 @@
 """
 Inference: a KV cache, sampling, and batched generation. The same engine serves CLI, web, RL rollouts and evaluation.
 
-Weights are cast once, when the engine is made. The cache has a row (slot) per sequence and a position per slot, so rows of different
-lengths decode together: attention masks what lies beyond a row's own position. Positions live on the device and on the host; a step
-reads nothing back but its sampled tokens.
+Weights are cast once, when the engine is made. The cache has a row (slot) per sequence and a position per slot, so rows
+of different lengths decode together: attention masks what lies beyond a row's own position. Positions live on the
+device and on the host; a step reads nothing back but its sampled tokens.
 
 Equals the full forward pass token for token in fp32 (tests/test_engine.py, against tests/reference/generate.py).
 """
@@ -20,7 +20,9 @@ from nanochat.gpt import GPT, GPTConfig
 
 @dataclass
 class LayerSlots:
-    """One layer's keys and values (slots, G, capacity, D), and what a block needs to append to them and look at them."""
+    """
+    One layer's keys and values (slots, G, capacity, D), and what a block needs to append to them and look at them.
+    """
 
     cache: "KVCache"
     window: int
@@ -29,8 +31,8 @@ class LayerSlots:
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """
-        Store k, v (B, T, G, D) at the positions of the current step. Returns views of all keys and values up to the longest row
-        (B, G, S, D) and the mask (B, 1, T, S): causal, inside the window, a row's own tokens only.
+        Store k, v (B, T, G, D) at the positions of the current step. Returns views of all keys and values up to the
+        longest row (B, G, S, D) and the mask (B, 1, T, S): causal, inside the window, a row's own tokens only.
         """
         positions, longest = self.cache.step_positions, self.cache.step_longest  # (B, T)
         rows = torch.arange(k.size(0), device=k.device)[:, None]
@@ -43,8 +45,8 @@ class LayerSlots:
 
 class KVCache:
     """
-    Keys and values of `slots` sequences, up to `capacity` tokens each. Raises UserError when a sequence would outgrow it: a cache
-    that overflows silently goes on with a frozen context.
+    Keys and values of `slots` sequences, up to `capacity` tokens each. Raises UserError when a sequence would outgrow
+    it: a cache that overflows silently goes on with a frozen context.
     """
 
     def __init__(self, config: GPTConfig, slots: int, capacity: int, device: torch.device, dtype: torch.dtype):
@@ -61,7 +63,7 @@ class KVCache:
         self.step_longest = max(self.lengths) + tokens
         if self.step_longest > self.capacity:
             raise UserError(
-                f"the context is full: {self.step_longest} tokens asked, {self.capacity} fit; start a new chat or shorten it"
+                f"the context is full: {self.step_longest} tokens asked, {self.capacity} fit; begin anew or shorten it"
             )
         starts = torch.tensor(self.lengths, device=self.device)
         self.step_positions = starts[:, None] + torch.arange(tokens, device=self.device)
@@ -99,8 +101,9 @@ def sample(
     top_p: float | None = None,
 ) -> Tensor:
     """
-    One token per row of logits (B, V), as (B,). Temperature 0 takes the most likely one. top_k keeps the k most likely, then top_p
-    the fewest whose probabilities reach p; 0 or None switches either off. Each row draws its own random number.
+    One token per row of logits (B, V), as (B,). Temperature 0 takes the most likely one. top_k keeps the k most likely,
+    then top_p the fewest whose probabilities reach p; 0 or None switches either off. Each row draws its own random
+    number.
     """
     check_sampling(temperature, top_k, top_p)
     if temperature == 0:
@@ -132,8 +135,8 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
 @dataclass
 class Engine:
     """
-    Generates with a frozen copy of `model` in `dtype` (default: the model's own fp32). Later changes of the model are not seen.
-    stop_tokens end a row and are yielded as its last token.
+    Generates with a frozen copy of `model` in `dtype` (default: the model's own fp32). Later changes of the model are
+    not seen. stop_tokens end a row and are yielded as its last token.
     """
 
     model: GPT
@@ -155,8 +158,9 @@ class Engine:
         seed: int = 42,
     ) -> Iterator[list[int | None]]:
         """
-        Yield one token per sample and step, None for samples that have ended. The prompt is read once whatever num_samples is.
-        Generates until max_tokens, the end of the context, or until every sample has met a stop token. Same seed, same tokens.
+        Yield one token per sample and step, None for samples that have ended. The prompt is read once whatever
+        num_samples is. Generates until max_tokens, the end of the context, or until every sample has met a stop token.
+        Same seed, same tokens.
         """
         room = self.model.config.sequence_len - len(tokens)
         if not tokens or room < 1:
@@ -184,7 +188,10 @@ class Engine:
             logits = self.forward(new[:, None], cache)
 
     def forward(self, idx: Tensor, cache: KVCache) -> Tensor:
-        """Append idx (B, T) to the cache's slots; logits (B, V) fp32 of what follows the last token. Chunks of any size are equal."""
+        """
+        Append idx (B, T) to the cache's slots; logits (B, V) fp32 of what follows the last token. Chunks of any size
+        are equal.
+        """
         positions = cache.begin_step(idx.size(1))
         hidden = self.model.hidden(idx, self.dtype, positions, list(cache.layers))
         return self.model.logits(hidden[:, -1])

@@ -1,13 +1,13 @@
 """
 The Transformer. One dial: `depth` decides width, heads and (with the vocabulary) everything else.
 
-What it is, exactly: token embedding, RMSNorm, then `n_layer` blocks of `x += attn(norm(x)); x += mlp(norm(x))`, RMSNorm, an untied
-head, logits softly capped at +-15. Rotary positions, QK-norm after them, ReLU squared, grouped-query attention, no biases and no
-learned norms anywhere. transformers knows this model as NanoChatForCausalLM, so a checkpoint exports without loss while every layer
-sees the full context (window pattern "L").
+What it is, exactly: token embedding, RMSNorm, then `n_layer` blocks of `x += attn(norm(x)); x += mlp(norm(x))`,
+RMSNorm, an untied head, logits softly capped at +-15. Rotary positions, QK-norm after them, ReLU squared, grouped-query
+attention, no biases and no learned norms anywhere. transformers knows this model as NanoChatForCausalLM, so a
+checkpoint exports without loss while every layer sees the full context (window pattern "L").
 
-Master weights are fp32; a matmul runs in the dtype of its input, so `forward(..., dtype=torch.bfloat16)` is all that mixed precision
-takes. Shapes below: B batch, T time, C width, H heads, G key/value heads, D head size, V vocabulary.
+Master weights are fp32; a matmul runs in the dtype of its input, so `forward(..., dtype=torch.bfloat16)` is all that
+mixed precision takes. Shapes below: B batch, T time, C width, H heads, G key/value heads, D head size, V vocabulary.
 """
 
 import math
@@ -28,7 +28,9 @@ SOFTCAP = 15.0  # logits are squeezed into (-15, 15) by tanh, as in Gemma 2 (arX
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """What is needed to rebuild the model, stored in every checkpoint. Raises UserError for shapes that cannot be built."""
+    """
+    What is needed to rebuild the model, stored in every checkpoint. Raises UserError for shapes that cannot be built.
+    """
 
     sequence_len: int = 2048  # training context in tokens; also half of it is the window of an "S" layer
     vocab_size: int = 65536
@@ -74,8 +76,8 @@ def config_from_depth(
     window_pattern: str = "L",
 ) -> GPTConfig:
     """
-    The one dial: width = depth * aspect_ratio, rounded up to whole heads. Heads have 128 channels where the width is at least 512
-    and a multiple of 128, else 64: a 256-wide model with two heads is worse than one with four.
+    The one dial: width = depth * aspect_ratio, rounded up to whole heads. Heads have 128 channels where the width is at
+    least 512 and a multiple of 128, else 64: a 256-wide model with two heads is worse than one with four.
     """
     if depth < 1 or aspect_ratio < 1 or (head_dim is not None and head_dim < 2):
         raise UserError(
@@ -118,9 +120,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """
     Softmax attention of q (B, H, T, D) over k, v (B, G, T, D): each position sees itself and the window - 1 before it.
 
-    On CPU, contexts up to 1,024 are written out in blocks of 128 queries, each with just the keys it may see: two batched bf16 matmuls
-    and a fused softmax take 8.5 ms where torch's flash kernel takes 19 (forward and backward, 16 rows of 256 tokens, 3 heads of 64,
-    two Zen 5 cores). Elsewhere it is torch's kernel, with a dense mask where the window is shorter than the context.
+    On CPU, contexts up to 1,024 are written out in blocks of 128 queries, each with just the keys it may see: two
+    batched bf16 matmuls and a fused softmax take 8.5 ms where torch's flash kernel takes 19 (forward and backward, 16
+    rows of 256 tokens, 3 heads of 64, two Zen 5 cores). Elsewhere it is torch's kernel, with a dense mask where the
+    window is shorter than the context.
     """
     H, T, D = q.shape[1:]
     G = k.shape[1]
@@ -227,8 +230,9 @@ def head_loss_slice(
     For n tokens: their losses in nats (n,) fp32 and, if asked, d(sum of token_weights * loss)/d(logits) (n, V).
     hidden (n, C) and weight (V, C) share a dtype.
 
-    Written for one pass over the logits once compiled: the cap bounds exp() by e^15, so no maximum is subtracted; tanh(z) is
-    2 sigmoid(2z) - 1, which vectorises; the target's own share is added afterwards. 7 ms instead of 22 for 1,024 x 4,096 on two cores.
+    Written for one pass over the logits once compiled: the cap bounds exp() by e^15, so no maximum is subtracted;
+    tanh(z) is 2 sigmoid(2z) - 1, which vectorises; the target's own share is added afterwards. 7 ms instead of 22 for
+    1,024 x 4,096 on two cores.
     """
     logits = F.linear(hidden, weight)  # (n, V)
     tanh = 2 * torch.sigmoid(logits.float() * (2 / SOFTCAP)) - 1
@@ -248,8 +252,8 @@ class HeadLoss(torch.autograd.Function):
     sum(token_weights * cross_entropy(softcap(hidden @ weight.T), targets)) without ever holding all the logits.
 
     The loss is a weighted sum, so its gradient with respect to a slice of logits is known as soon as the slice is: both
-    gradients are made in the forward pass and nothing of size tokens x vocabulary survives it. (The idea of Liger's and Cut
-    Cross-Entropy's kernels, arXiv 2410.10989 and 2411.09009, in plain torch.) Targets below 0 count nothing.
+    gradients are made in the forward pass and nothing of size tokens x vocabulary survives it. (The idea of Liger's and
+    Cut Cross-Entropy's kernels, arXiv 2410.10989 and 2411.09009, in plain torch.) Targets below 0 count nothing.
     """
 
     @staticmethod
@@ -269,7 +273,7 @@ class HeadLoss(torch.autograd.Function):
         clamped, token_weights = targets.clamp(min=0), token_weights * (targets >= 0)
         for rows in slice_rows(targets.numel(), weight.size(0), hidden.device):
             losses[rows], grad = slice_fn(hidden[rows], w, clamped[rows], token_weights[rows], with_grad)
-            if grad_hidden is not None and grad_weight is not None:
+            if grad is not None and grad_hidden is not None and grad_weight is not None:
                 torch.mm(grad, w, out=grad_hidden[rows])
                 grad_weight += grad.t() @ hidden[rows]
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -285,7 +289,10 @@ class HeadLoss(torch.autograd.Function):
 
 
 def slice_rows(tokens: int, vocab_size: int, device: torch.device) -> list[slice]:
-    """Slices of equal length (one compiled shape) whose fp32 logits stay near 16 MB on CPU (the L3 cache) and 512 MB elsewhere."""
+    """
+    Slices of equal length (one compiled shape) whose fp32 logits stay near 16 MB on CPU (the L3 cache) and 512 MB
+    elsewhere.
+    """
     budget = (16 if device.type == "cpu" else 512) * 2**20
     n = max(1, budget // (4 * vocab_size))
     n = math.ceil(tokens / math.ceil(tokens / n))
@@ -296,20 +303,24 @@ def slice_rows(tokens: int, vocab_size: int, device: torch.device) -> list[slice
 
 
 class GPT(nn.Module):
-    """The model. Weights are uninitialised until init_weights(): build on "meta" and `to_empty(device=...)` for large ones."""
+    """
+    The model. Weights are uninitialised until init_weights(): build on "meta" and `to_empty(device=...)` for large
+    ones.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList([Block(config, window) for window in config.windows()])
+        self.blocks: list[Block] = nn.ModuleList([Block(config, window) for window in config.windows()])  # type: ignore[assignment]
         self.lm_head = Linear(config.n_embd, config.vocab_size)
         self.loss_slice = head_loss_slice
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """
-        All initialisation in one place, from its own generator. U(a) is uniform in (-a, a) with the standard deviation given.
+        All initialisation in one place, from its own generator. U(a) is uniform in (-a, a) with the standard deviation
+        given.
 
             wte                  N(0, 0.8)
             attn.c_q c_k c_v     U, std C^-0.5
@@ -337,7 +348,10 @@ class GPT(nn.Module):
     def hidden(
         self, idx: Tensor, dtype: torch.dtype, positions: Tensor | None = None, caches: list[LayerCache] | None = None
     ) -> Tensor:
-        """The final normalised states (B, T, C) of tokens idx (B, T), which stand at `positions` (T,) or (B, T), default 0..T-1."""
+        """
+        The final normalised states (B, T, C) of tokens idx (B, T), which stand at `positions` (T,) or (B, T), default
+        0..T-1.
+        """
         if positions is None:
             positions = torch.arange(idx.size(1), device=idx.device)
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_base)
@@ -359,11 +373,12 @@ class GPT(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         """
-        Logits (B, T, V) of idx (B, T); with targets (B, T) their cross-entropy in nats instead, targets below 0 ignored.
+        Logits (B, T, V) of idx (B, T); with targets (B, T) their cross-entropy in nats instead, targets below 0
+        ignored.
 
-        loss_reduction "sum" weighs each token's loss by `weights` (B, T) (default 1) and adds up: what training uses, dividing once
-        by the number of tokens in the whole step over all ranks. "mean" divides by the tokens counted here. "none" gives the losses
-        (B, T), without a gradient.
+        loss_reduction "sum" weighs each token's loss by `weights` (B, T) (default 1) and adds up: what training uses,
+        dividing once by the number of tokens in the whole step over all ranks. "mean" divides by the tokens counted
+        here. "none" gives the losses (B, T), without a gradient.
         """
         hidden = self.hidden(idx, dtype)
         if targets is None:
@@ -389,7 +404,10 @@ class GPT(nn.Module):
         self.loss_slice = torch.compile(head_loss_slice, dynamic=False)
 
     def inference_copy(self, dtype: torch.dtype) -> "GPT":
-        """A separate model with the same weights in `dtype`, eager and without gradients. Later training does not reach it."""
+        """
+        A separate model with the same weights in `dtype`, eager and without gradients. Later training does not reach
+        it.
+        """
         with torch.device("meta"):
             model = GPT(self.config)
         model.to(dtype).to_empty(device=self.device)
@@ -411,8 +429,9 @@ class GPT(nn.Module):
 
     def estimate_flops(self) -> int:
         """
-        Training FLOPs per token at full context, forward and backward: 6 per matmul weight, and 12 H D min(window, T) per layer for
-        the attention scores and their sums (PaLM, arXiv 2204.02311, appendix B; not halved for causality).
+        Training FLOPs per token at full context, forward and backward: 6 per matmul weight, and 12 H D min(window, T)
+        per layer for the attention scores and their sums (PaLM, arXiv 2204.02311, appendix B; not halved for
+        causality).
         """
         attention = sum(12 * self.config.n_embd * window for window in self.config.windows())
         return 6 * self.num_matmul_params() + attention
@@ -426,16 +445,18 @@ class GPT(nn.Module):
         embedding_lr: float = 0.2,
         unembedding_lr: float = 0.004,
         weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> list[AdamW | Muon]:
         """
-        Muon for the matrices inside the blocks, AdamW for embedding and head. The AdamW rates were tuned at width 768 and scale with
-        (C / 768)^-0.5 (nanochat); Muon's update has a size of its own and needs no such rule. `weight_decay` is Muon's.
+        Muon for the matrices inside the blocks, AdamW for embedding and head. The AdamW rates were tuned at width 768
+        and scale with (C / 768)^-0.5 (nanochat); Muon's update has a size of its own and needs no such rule.
+        `weight_decay` and `dtype` are Muon's.
         """
         scale = (self.config.n_embd / 768) ** -0.5
         named = dict(self.named_parameters())
         embedding = {"params": [("wte.weight", named.pop("wte.weight"))], "lr": embedding_lr * scale}
         head = {"params": [("lm_head.weight", named.pop("lm_head.weight"))], "lr": unembedding_lr * scale}
-        return [AdamW([embedding, head]), Muon(list(named.items()), lr=matrix_lr, weight_decay=weight_decay)]
+        return [AdamW([embedding, head]), Muon(list(named.items()), matrix_lr, weight_decay=weight_decay, dtype=dtype)]
 
 
 def build_model(config: GPTConfig, device: torch.device, seed: int | None = None) -> GPT:

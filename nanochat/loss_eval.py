@@ -1,8 +1,10 @@
 """
-Bits per byte: how well a model compresses text, comparable across tokenizers, context lengths and with plain compressors.
+Bits per byte: how well a model compresses text, comparable across tokenizers, context lengths and with plain
+compressors.
 
-Every document is scored alone, from its BOS on, in windows of T tokens; each byte is scored exactly once. With stride T the windows
-do not overlap (quick, little context at their start); with stride T / 2 each window scores its second half (the honest number).
+Every document is scored alone, from its BOS on, in windows of T tokens; each byte is scored exactly once. With stride T
+the windows do not overlap (quick, little context at their start); with stride T / 2 each window scores its second half
+(the honest number).
 """
 
 import itertools
@@ -57,15 +59,17 @@ def evaluate_bpb(
     max_tokens: int | None = None,
 ) -> BitsPerByte:
     """
-    Bits per byte of the documents in `texts`, in batches of `rows` windows of the model's sequence_len over all ranks. Stops after
-    the first batch that reaches max_tokens. Collective: all ranks pass the same texts and get the same result.
+    Bits per byte of the documents in `texts`, in batches of `rows` windows of the model's sequence_len over all ranks.
+    Stops after the first batch that reaches max_tokens. Collective: all ranks pass the same texts and get the same
+    result.
     """
     T = model.config.sequence_len
     bos = tokenizer.get_bos_token_id()
     token_bytes = torch.from_numpy(tokenizer.token_bytes.astype(np.int64)).to(compute.device)
     totals = torch.zeros(3, dtype=torch.float64)  # nats, bytes, tokens of this rank
     tokens_seen = 0  # of all ranks
-    every_window = (window for text in texts for window in windows(*tokenizer.encode_arrow(text), bos, T, stride or T))
+    encoded = map(tokenizer.encode_arrow, texts)
+    every_window = (window for ids, offsets in encoded for window in windows(ids, offsets, bos, T, stride or T))
     for batch in batched(every_window, rows * compute.world_size):
         tokens, counts = window_rows(batch[compute.rank * rows :][:rows], rows, T)
         inputs, counted = torch.from_numpy(tokens).to(compute.device), torch.from_numpy(counts).to(compute.device)
@@ -112,8 +116,8 @@ def byte_unigram_bpb(texts: Iterable[pa.Array]) -> float:
 
 def xz_bpb(train: Iterable[pa.Array], validation: Iterable[pa.Array]) -> float:
     """
-    Bits per validation byte that `xz -9` adds when the validation text follows the training text: it may copy from everything the
-    model was trained on, within its 64 MB dictionary. Takes about two seconds per MB of training text.
+    Bits per validation byte that `xz -9` adds when the validation text follows the training text: it may copy from
+    everything the model was trained on, within its 64 MB dictionary. Takes about two seconds per MB of training text.
     """
     train_bytes = "".join(itertools.chain.from_iterable(text.to_pylist() for text in train)).encode()
     val_bytes = "".join(itertools.chain.from_iterable(text.to_pylist() for text in validation)).encode()

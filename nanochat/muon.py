@@ -1,12 +1,14 @@
 """
 Muon: momentum whose update is made orthogonal, for the matrices inside the blocks. One class for any number of ranks.
 
-Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces a matrix's momentum U S V^T by U V^T, the step of the steepest
-descent in the spectral norm: every direction the gradient points to moves equally far. Here with Polar Express (arXiv 2505.16932)
-instead of Newton-Schulz, NorMuon's row-wise variance reduction (arXiv 2510.05491) and cautious weight decay (arXiv 2510.12402).
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces a matrix's momentum U S V^T by U V^T, the step of
+the steepest descent in the spectral norm: every direction the gradient points to moves equally far. Here with Polar
+Express (arXiv 2505.16932) instead of Newton-Schulz, NorMuon's row-wise variance reduction (arXiv 2510.05491) and
+cautious weight decay (arXiv 2510.12402).
 
-Ranks: matrices of one shape are stacked, gradients are summed by reduce-scatter, each rank updates the whole matrices it owns, and
-parameters come back by all-gather (ZeRO-2). With one rank the same loop sends nothing. State is about 1/N per rank.
+Ranks: matrices of one shape are stacked, gradients are summed by reduce-scatter, each rank updates the whole matrices
+it owns, and parameters come back by all-gather (ZeRO-2). With one rank the same loop sends nothing. State is about 1/N
+per rank.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,8 +19,8 @@ from torch import Tensor
 
 from nanochat.compute import all_gather, ranks, reduce_scatter
 
-# Five quintic steps x <- a x + b x^3 + c x^5 on the singular values, optimal in sequence for values in [1e-3, 1] (Polar Express,
-# with its safety factor of 1.01 and 2 % of cushion). The later ones converge fastest near 1.
+# Five quintic steps x <- a x + b x^3 + c x^5 on the singular values, optimal in sequence for values in [1e-3, 1] (Polar
+# Express, with its safety factor of 1.01 and 2 % of cushion). The later ones converge fastest near 1.
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -28,14 +30,15 @@ POLAR_EXPRESS = (
 )
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """
-    The nearest semi-orthogonal matrix U V^T to each of `matrices` = U S V^T (K, M, N), in bf16.
+    The nearest semi-orthogonal matrix U V^T to each of `matrices` = U S V^T (K, M, N), computed and returned in dtype.
 
-    Approximate on purpose: singular values end between about 0.7 and 1.2, small ones (below 1e-3 of the Frobenius norm) lower. The
-    error is a rescaling of directions that momentum averages out; five more digits would cost as much again and gain nothing.
+    Approximate on purpose: singular values end between about 0.7 and 1.2, small ones (below 1e-3 of the Frobenius norm)
+    lower. The error is a rescaling of directions that momentum averages out; five more digits would cost as much again
+    and gain nothing.
     """
-    x = matrices.bfloat16()
+    x = matrices.to(dtype)
     if matrices.size(-2) > matrices.size(-1):
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-6)
@@ -45,15 +48,19 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return x.mT if matrices.size(-2) > matrices.size(-1) else x
 
 
-def muon_update(grad: Tensor, momentum_buffer: Tensor, second_moment: Tensor, momentum: float, beta2: float) -> Tensor:
+def muon_update(
+    grad: Tensor, momentum_buffer: Tensor, second_moment: Tensor, momentum: float, beta2: float, dtype: torch.dtype
+) -> Tensor:
     """
-    One step's direction for stacked matrices (K, M, N) fp32, updating momentum_buffer (K, M, N) and second_moment in place.
+    One step's direction for stacked matrices (K, M, N) fp32, updating momentum_buffer (K, M, N) and second_moment in
+    place.
 
-    second_moment holds NorMuon's running mean square per row (K, M, 1), or per column (K, 1, N) of wide matrices. Dividing by its
-    root evens out rows that always move far; the total norm is put back, so the learning rate keeps its meaning.
+    second_moment holds NorMuon's running mean square per row (K, M, 1), or per column (K, 1, N) of wide matrices.
+    Dividing by its root evens out rows that always move far; the total norm is put back, so the learning rate keeps its
+    meaning.
     """
     momentum_buffer.lerp_(grad, 1 - momentum)
-    update = orthogonalize(grad.lerp(momentum_buffer, momentum)).float()  # Nesterov
+    update = orthogonalize(grad.lerp(momentum_buffer, momentum), dtype).float()  # Nesterov
     reduced = -1 if second_moment.size(-1) == 1 else -2
     second_moment.lerp_(update.square().mean(dim=reduced, keepdim=True), 1 - beta2)
     before = update.norm(dim=(-2, -1), keepdim=True)
@@ -63,7 +70,9 @@ def muon_update(grad: Tensor, momentum_buffer: Tensor, second_moment: Tensor, mo
 
 @dataclass
 class Stack:
-    """All matrices of one shape, and this rank's share of their state: `per_rank` matrices, padded with zeros at the end."""
+    """
+    All matrices of one shape, and this rank's share of their state: `per_rank` matrices, padded with zeros at the end.
+    """
 
     names: list[str]
     params: list[Tensor]
@@ -86,8 +95,10 @@ class Muon(torch.optim.Optimizer):
     """
     Muon over (name, matrix) pairs. Each step: reduce_gradients(divisor) on every rank, then step().
 
-    param_groups has one group; its lr, momentum and weight_decay may be set between steps. A matrix with more rows than columns
-    steps sqrt(rows / columns) further, so that its output changes as much as a square one's.
+    param_groups has one group; its lr, momentum and weight_decay may be set between steps. A matrix with more rows than
+    columns steps sqrt(rows / columns) further, so that its output changes as much as a square one's. It orthogonalizes
+    in `dtype`: bf16 is enough, but turns a gradient's last bit into the loss's fifth digit, so a run that computes in
+    fp32 asks for fp32.
     """
 
     def __init__(
@@ -97,6 +108,7 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         beta2: float = 0.9,
         weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.bfloat16,
     ):
         named = list(named_params)
         assert all(p.ndim == 2 for _, p in named), "Muon is for matrices"
@@ -105,6 +117,7 @@ class Muon(torch.optim.Optimizer):
         by_shape: dict[torch.Size, list[tuple[str, Tensor]]] = {}
         for name, p in named:
             by_shape.setdefault(p.shape, []).append((name, p))
+        self.dtype = dtype
         self.stacks = [self.make_stack(members) for members in by_shape.values()]
 
     @staticmethod
@@ -119,8 +132,9 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def reduce_gradients(self, divisor: Tensor | float) -> Tensor:
         """
-        Sum the gradients over ranks in a fixed order, divide once, keep this rank's share; a missing gradient counts as zeros.
-        Returns the share's sum of squares (0-d fp32): adding these up over ranks and optimizers gives the squared gradient norm.
+        Sum the gradients over ranks in a fixed order, divide once, keep this rank's share; a missing gradient counts as
+        zeros. Returns the share's sum of squares (0-d fp32): adding these up over ranks and optimizers gives the
+        squared gradient norm.
         """
         squares = torch.zeros((), device=self.stacks[0].params[0].device)
         for stack in self.stacks:
@@ -138,9 +152,8 @@ class Muon(torch.optim.Optimizer):
             assert stack.grad is not None, "call reduce_gradients() first"
             rows, columns = stack.params[0].shape
             lr = group["lr"] * max(1.0, rows / columns) ** 0.5
-            update = muon_update(
-                stack.grad, stack.momentum_buffer, stack.second_moment, group["momentum"], group["beta2"]
-            )
+            state = (stack.momentum_buffer, stack.second_moment)
+            update = muon_update(stack.grad, *state, group["momentum"], group["beta2"], self.dtype)
             own = stack.own([p.data for p in stack.params])
             if group["weight_decay"]:  # cautious: only weights that the update is already shrinking
                 own -= own * (update * own >= 0) * (lr * group["weight_decay"])

@@ -1,7 +1,8 @@
 """
 Pure numbers, no torch: how many steps, how they are split over ranks, and how rates move along the run.
 
-Every schedule is a function of (step, num_steps) with 0 <= step < num_steps, so a resumed run needs nothing but its step.
+Every schedule is a function of (step, num_steps) with 0 <= step < num_steps, so a resumed run needs nothing but its
+step.
 """
 
 import math
@@ -39,13 +40,13 @@ class BatchPlan:
 
 def plan_batches(total_batch_size: int, device_batch_size: int, sequence_len: int, world_size: int) -> BatchPlan:
     """
-    The whole number of micro-batches nearest to total_batch_size tokens, at least one. It may differ from what was asked (six GPUs
-    rarely divide a power of two): print the plan, never assert divisibility.
+    The whole number of micro-batches nearest to total_batch_size tokens, at least one. It may differ from what was
+    asked (six GPUs rarely divide a power of two): print the plan, never assert divisibility.
     """
     if min(total_batch_size, device_batch_size, sequence_len) < 1:
         raise UserError(
-            f"--total-batch-size={total_batch_size} --device-batch-size={device_batch_size} --max-seq-len={sequence_len}: "
-            "each must be at least 1"
+            f"--total-batch-size={total_batch_size} --device-batch-size={device_batch_size} "
+            f"--max-seq-len={sequence_len}: each must be at least 1"
         )
     micro_batch = device_batch_size * sequence_len * world_size
     return BatchPlan(device_batch_size, sequence_len, world_size, max(1, round(total_batch_size / micro_batch)))
@@ -60,14 +61,14 @@ def plan_horizon(
     target_param_data_ratio: float | None = None,
 ) -> tuple[int, str]:
     """
-    Steps, and the arithmetic that gave them, from exactly one of: steps, training FLOPs, or tokens per parameter (20 is Chinchilla's,
-    arXiv 2203.15556). Raises UserError unless exactly one is set.
+    Steps, and the arithmetic that gave them, from exactly one of: steps, training FLOPs, or tokens per parameter (20 is
+    Chinchilla's, arXiv 2203.15556). Raises UserError unless exactly one is set.
     """
     given = [value for value in (num_iterations, target_flops, target_param_data_ratio) if value is not None]
     if len(given) != 1 or given[0] <= 0:
         raise UserError(
-            f"--num-iterations={num_iterations} --target-flops={target_flops} --target-param-data-ratio={target_param_data_ratio}: "
-            "exactly one must be set, to more than 0"
+            f"--num-iterations={num_iterations} --target-flops={target_flops} "
+            f"--target-param-data-ratio={target_param_data_ratio}: exactly one must be set, to more than 0"
         )
     if num_iterations:
         return num_iterations, f"{num_iterations:,} steps as asked"
@@ -87,8 +88,8 @@ def plan_horizon(
 
 def trapezoid(step: int, num_steps: int, warmup_ratio: float, warmdown_ratio: float, final_fraction: float) -> float:
     """
-    Learning rate multiplier: up to 1 over the first warmup_ratio of the run, flat, then linearly down to final_fraction over the last
-    warmdown_ratio. Never 0 at the first step, never negative, the same shape at any length.
+    Learning rate multiplier: up to 1 over the first warmup_ratio of the run, flat, then linearly down to final_fraction
+    over the last warmdown_ratio. Never 0 at the first step, never negative, the same shape at any length.
     """
     warmup_steps, warmdown_steps = warmup_ratio * num_steps, warmdown_ratio * num_steps
     up = min(1.0, (step + 1) / warmup_steps) if warmup_steps >= 1 else 1.0
@@ -97,7 +98,10 @@ def trapezoid(step: int, num_steps: int, warmup_ratio: float, warmdown_ratio: fl
 
 
 def muon_momentum(step: int, num_steps: int, low: float = 0.85, high: float = 0.95, warmup_steps: int = 300) -> float:
-    """Muon's momentum: from low to high over the first 300 steps (nanochat), or a fifth of a run that is shorter than 1,500."""
+    """
+    Muon's momentum: from low to high over the first 300 steps (nanochat), or a fifth of a run that is shorter than
+    1,500.
+    """
     rise = max(1.0, min(warmup_steps, num_steps / 5))
     return low + (high - low) * min(1.0, step / rise)
 

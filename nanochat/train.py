@@ -1,7 +1,8 @@
 """
 Verbs of a training loop: accumulate gradients, update, meter, decide "every so often", stop when told to.
 
-Plain functions that take values. The loops themselves are written out in the scripts, because reading them is the point.
+Plain functions that take values. The loops themselves are written out in the scripts, because reading them is the
+point.
 """
 
 import shutil
@@ -58,8 +59,9 @@ class StepResult:
 
 def accumulate(model: GPT, stream: Stream, grad_accum_steps: int, compute: Compute) -> tuple[Tensor, Position]:
     """
-    Forward and backward over the micro-batches of one step. Gradients of the *sum* of the losses stay on the parameters; the
-    division happens once, in update(). Returns (loss sum, counted tokens) of this rank, still on the device, and the new position.
+    Forward and backward over the micro-batches of one step. Gradients of the *sum* of the losses stay on the
+    parameters; the division happens once, in update(). Returns (loss sum, counted tokens) of this rank, still on the
+    device, and the new position.
     """
     totals = torch.zeros(
         2, dtype=torch.float64 if compute.device.type != "mps" else torch.float32, device=compute.device
@@ -76,8 +78,8 @@ def update(
     optimizers: Sequence[AdamW | Muon], totals: Tensor, rates: Rates, compute: Compute, stop_signal: int = 0
 ) -> StepResult:
     """
-    Average the gradients over all counted tokens of all ranks, and step. One small all-reduce carries loss, tokens and the wish to
-    stop, so that all ranks agree on all three. A step without a counted token changes nothing.
+    Average the gradients over all counted tokens of all ranks, and step. One small all-reduce carries loss, tokens and
+    the wish to stop, so that all ranks agree on all three. A step without a counted token changes nothing.
 
     Raises UserError, on every rank and before the update, when loss or gradient is not finite.
     """
@@ -111,10 +113,11 @@ def update(
 @dataclass
 class Meter:
     """
-    Running figures of a loop: smoothed loss, time per step, tokens/s, FLOP/s, MFU where the card's peak is known, time left.
+    Running figures of a loop: smoothed loss, time per step, tokens/s, FLOP/s, MFU where the card's peak is known, time
+    left.
 
-    The first `SKIP` steps after a start (compilation, caches) count in no rate. smooth_loss is an exponential mean with its start-up
-    bias removed: after one step it is that step's loss. State that must survive a resume is `state()`.
+    The first `SKIP` steps after a start (compilation, caches) count in no rate. smooth_loss is an exponential mean with
+    its start-up bias removed: after one step it is that step's loss. State that must survive a resume is `state()`.
     """
 
     flops_per_token: int
@@ -213,13 +216,15 @@ def show_progress(bar: Any, meter: Meter, logged: dict[str, Any]) -> None:
     if bar.disable and (meter.steps % max(1, meter.num_steps // 20) == 0 or meter.steps == 1):
         left = f", {meter.eta_seconds / 60:.1f} min left" if meter.timed_steps else ""
         print0(
-            f"step {meter.steps:,}/{meter.num_steps:,}: loss {meter.smooth_loss:.4f}, gradient norm {logged['grad_norm']:.3f}, "
-            f"{1000 * logged['seconds']:.0f} ms, {describe_rates(meter)}{left}"
+            f"step {meter.steps:,}/{meter.num_steps:,}: loss {meter.smooth_loss:.4f}, "
+            f"gradient norm {logged['grad_norm']:.3f}, {1000 * logged['seconds']:.0f} ms, {describe_rates(meter)}{left}"
         )
 
 
 def compile_model(model: GPT, device: torch.device) -> None:
-    """torch.compile where its backend has what it needs; a CPU without a C++ compiler trains eagerly, and is told so."""
+    """
+    torch.compile where its backend has what it needs; a CPU without a C++ compiler trains eagerly, and is told so.
+    """
     if device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
         print0("compile: no C++ compiler found, training eagerly (about half the speed); Debian: apt-get install g++")
         return
@@ -237,15 +242,16 @@ def every(interval: int, step: int) -> bool:
 
 class SignalWatch:
     """
-    Remembers the first SIGINT, SIGTERM or SIGUSR1 until the loop asks for it, so that a step is finished and saved. A second SIGINT,
-    a second or more later (a terminal and torchrun may both deliver the first), ends the process at once. Use as a context manager:
-    the old handlers come back.
+    Remembers the first SIGINT, SIGTERM or SIGUSR1 until the loop asks for it, so that a step is finished and saved. A
+    second SIGINT, a second or more later (a terminal and torchrun may both deliver the first), ends the process at
+    once. Use as a context manager: the old handlers come back.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self.received = 0
+        self.received_at = 0.0
 
     def __enter__(self) -> Self:
         self.previous: dict[int, Any] = {number: signal.signal(number, self.handle) for number in self.SIGNALS}
@@ -262,7 +268,7 @@ class SignalWatch:
             return
         self.received, self.received_at = number, time.monotonic()
         print0(
-            f"\n{signal.Signals(number).name}: finishing this step, then saving (Ctrl-C again: stop at once, lose the step)"
+            f"\n{signal.Signals(number).name}: finishing this step, then saving (Ctrl-C again: stop at once, unsaved)"
         )
 
 
@@ -277,9 +283,9 @@ def leave(stop_signal: int) -> NoReturn:
 
 def steps_in(minutes: float, one_step: Callable[[], object], compute: Compute, warmup: int = 3, timed: int = 5) -> int:
     """
-    How many steps fit into `minutes`, from the median time of a few trial steps after the warm-up ones (compilation), the same on
-    every rank. The caller throws away what the trial steps did, so that the run is bit for bit the one that --num-iterations with
-    this number gives.
+    How many steps fit into `minutes`, from the median time of a few trial steps after the warm-up ones (compilation),
+    the same on every rank. The caller throws away what the trial steps did, so that the run is bit for bit the one that
+    --num-iterations with this number gives.
     """
     seconds = []
     for _ in range(warmup + timed):

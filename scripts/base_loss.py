@@ -37,9 +37,14 @@ def main() -> None:
     T = model.config.sequence_len
     record = open_record("base_loss", f"step{meta['step']}", settings)
     for split, files in splits.items():
-        result = evaluate_bpb(model, tokenizer, iter_text(files), compute, device_batch_size, max(1, T // 2), split_tokens)
+        result = evaluate_bpb(
+            model, tokenizer, iter_text(files), compute, device_batch_size, max(1, T // 2), split_tokens
+        )
         record.write("bpb", split=split, bpb=result.bpb, bytes=result.bytes, tokens=result.tokens)
-        print0(f"{split} bpb {result.bpb:.4f} over {result.bytes:,} bytes, each scored once (windows of {T}, stride {T // 2})")
+        print0(
+            f"{split} bpb {result.bpb:.4f} over {result.bytes:,} bytes, each scored once "
+            f"(windows of {T}, stride {max(1, T // 2)})"
+        )
     if baselines and compute.is_master:
         measured = {"byte_unigram": byte_unigram_bpb(iter_text(text.val_files))}
         print0(f"to beat: byte frequencies {measured['byte_unigram']:.4f}")
@@ -50,6 +55,7 @@ def main() -> None:
         else:
             print0(f"xz -9 left out: {size:,} bytes of training text are more than its dictionary of {XZ_WINDOW:,}")
         record.write("baselines", **measured)
+    record.close()
     compute_cleanup()
 
 

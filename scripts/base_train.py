@@ -4,9 +4,10 @@ Pretrain a base model on a corpus.
     python -m scripts.base_train dev/configs/laptop.py --minutes=5
     torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20 --target-param-data-ratio=20
 
-One dial: --depth decides width, heads and parameters. The run is a function of its settings, the corpus and the tokenizer: any
-number of ranks sees the same rows in the same order, and a run that was stopped continues with --resume as if it had not been
-(bit for bit on CPU). Ends with exit code 130 or 143 when Ctrl-C or SIGTERM stopped it, after saving.
+One dial: --depth decides width, heads and parameters. The run is a function of its settings, the corpus and the
+tokenizer: any number of ranks sees the same rows in the same order, and a run that was stopped continues with --resume
+as if it had not been (bit for bit on CPU). Ends with exit code 130 or 143 when Ctrl-C or SIGTERM stopped it, after
+saving.
 """
 
 from nanochat.configurator import configure
@@ -97,11 +98,10 @@ def main() -> None:
     config = config_from_depth(depth, vocab_size, max_seq_len, aspect_ratio, head_dim, kv_heads, window_pattern)
     model = build_model(config, compute.device, seed)
     flops = model.estimate_flops()
+    heads = f"{config.n_head} heads of {config.head_dim}"
+    print0(f"model {tag}: {depth} layers x {aspect_ratio} = width {config.n_embd}, {heads}, vocabulary {vocab_size:,}")
     print0(
-        f"model {tag}: {depth} layers x {aspect_ratio} = width {config.n_embd}, {config.n_head} heads of {config.head_dim}"
-    )
-    print0(
-        f"parameters: {model.num_params():,}, {model.num_matmul_params():,} of them in matmuls, {flops:,} FLOPs per token"
+        f"parameters: {model.num_params():,}, of them {model.num_matmul_params():,} in matmuls; {flops:,} FLOPs/token"
     )
     if compile:
         train.compile_model(model, compute.device)
@@ -122,7 +122,7 @@ def main() -> None:
     print0(f"horizon: {num_steps:,} steps, {tokens:,} tokens, {tokens * flops:.3g} FLOPs ({formula})")
 
     # Weights, optimizers, position: new or restored
-    optimizers = model.setup_optimizers(matrix_lr, embedding_lr, unembedding_lr, weight_decay)
+    optimizers = model.setup_optimizers(matrix_lr, embedding_lr, unembedding_lr, weight_decay, compute.dtype)
     meter, first_step, position = train.Meter(flops, num_steps, compute), 0, Position()
     if checkpoint:
         restore_model(model, checkpoint)
@@ -131,6 +131,7 @@ def main() -> None:
         first_step, position = checkpoint.step, Position.from_json(checkpoint.meta["position"])
         print0(f"resumed from {checkpoint.path}")
     record = open_record("base", tag, settings)
+    record.write("corpus", name=text.name, fingerprint=text.fingerprint)
     record.write(
         "plan",
         first_step=first_step,
@@ -187,6 +188,7 @@ def main() -> None:
     if wandb_run:
         wandb_run.log({"step": num_steps, "val_bpb": val_bpb})
         wandb_run.finish()
+    record.close()
     compute_cleanup()
 
 
@@ -197,7 +199,9 @@ def open_stream(text: Corpus, tokenizer: Tokenizer, compute: Compute, start: Pos
 
 
 def plan_steps(model: GPT, text: Corpus, tokenizer: Tokenizer, batch: BatchPlan, compute: Compute) -> tuple[int, str]:
-    """The number of steps and where it comes from. For --minutes a few real steps are timed on the model and then undone."""
+    """
+    The number of steps and where it comes from. For --minutes a few real steps are timed on the model and then undone.
+    """
     horizons: dict[str, float | None] = {
         "num_iterations": num_iterations,
         "target_flops": target_flops,
@@ -211,7 +215,7 @@ def plan_steps(model: GPT, text: Corpus, tokenizer: Tokenizer, batch: BatchPlan,
     if minutes is None:
         horizon: dict[str, Any] = given or {"target_param_data_ratio": 20}
         return plan_horizon(batch.tokens, model.estimate_flops(), model.num_params(), **horizon)
-    optimizers, stream = model.setup_optimizers(), open_stream(text, tokenizer, compute, Position())
+    optimizers, stream = model.setup_optimizers(dtype=compute.dtype), open_stream(text, tokenizer, compute, Position())
 
     def trial_step() -> None:
         totals, _ = train.accumulate(model, stream, batch.grad_accum_steps, compute)

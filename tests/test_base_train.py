@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nanochat.common import UserError
 from tests import tiny
 from tests.tiny import EAGER, RUN
 
@@ -30,8 +31,8 @@ def losses(home: Path, tag: str) -> list[float]:
 
 def test_golden_run(home):
     """
-    Twenty steps at depth 2: the same bits in another fresh process, and near the stored losses on any machine. A change of the
-    mathematics must say so and store new ones: set NANOCHAT_STORE_GOLDEN=1 and run this test.
+    Twenty steps at depth 2: the same bits in another fresh process, and near the stored losses on any machine. A change
+    of the mathematics must say so and store new ones: set NANOCHAT_STORE_GOLDEN=1 and run this test.
     """
     tiny.run(home, "scripts.base_train", *RUN, *EAGER, "--model-tag=second")
     assert tiny.weights(home, "whole", 20) == tiny.weights(home, "second", 20)
@@ -44,13 +45,14 @@ def test_golden_run(home):
 def stop_at(home: Path, tag: str, step: int, signum: int, *flags: str) -> int:
     """Start a run, send it a signal when it has logged `step` steps, and return its exit code."""
     command = [sys.executable, "-m", "scripts.base_train", *RUN, *flags, f"--model-tag={tag}"]
-    process = subprocess.Popen(command, env=tiny.environment(home), cwd=tiny.ROOT, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith(f"step {step}/"):
-            process.send_signal(signum)
-            break
-    process.stdout.read()
-    return process.wait(timeout=120)
+    options = {"env": tiny.environment(home), "cwd": tiny.ROOT, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **options) as process:
+        for line in process.stdout:
+            if line.startswith(f"step {step}/"):
+                process.send_signal(signum)
+                break
+        process.stdout.read()
+        return process.wait(timeout=120)
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -68,79 +70,120 @@ def test_compiled_bf16_continues_bit_for_bit(home):
     """The fast path, on the CPU that is here: compiled blocks, bf16 matmuls, an intermediate checkpoint."""
     flags = [*RUN, "--dtype=bfloat16"]
     tiny.run(home, "scripts.base_train", *flags, "--model-tag=fast", "--save-every=8")
-    tiny.run(home, "scripts.base_train", *flags, "--model-tag=fast2", "--save-every=8")
     whole = tiny.weights(home, "fast", 20)
-    assert whole == tiny.weights(home, "fast2", 20)
-    for path in (home / "base_checkpoints" / "fast2" / "step_000020").iterdir():
-        path.unlink()
-    tiny.run(home, "scripts.base_train", *flags, "--model-tag=fast2", "--save-every=8", "--resume-from-step=8")
-    assert tiny.weights(home, "fast2", 20) == whole
+    tiny.run(home, "scripts.base_train", *flags, "--model-tag=fast", "--save-every=8", "--resume-from-step=8")
+    assert tiny.weights(home, "fast", 20) == whole
+    assert (
+        len(list((home / "base_checkpoints").glob("fast-before-*/step_*"))) == 2
+    )  # steps 16 and 20 of the first run, kept
 
 
-def test_minutes_become_steps_and_leave_no_trace(home):
-    """A budget in minutes is the run that its number of steps gives: the trial steps that measured the pace are undone."""
-    flags = [flag for flag in RUN if "num-iterations" not in flag] + EAGER
-    tiny.run(home, "scripts.base_train", *flags, "--model-tag=budget", "--minutes=0.01")
+@pytest.fixture
+def train_here(home, monkeypatch):
+    """Run base_train's main() in this process, with settings given by name: a second instead of four."""
+    from scripts import base_train
+
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(home))
+    values = {
+        "depth": 2,
+        "aspect_ratio": 32,
+        "head_dim": 16,
+        "max_seq_len": 32,
+        "device_batch_size": 2,
+        "eval_every": -1,
+    }
+    values |= {"total_batch_size": 256, "eval_tokens": 500, "sample_every": -1, "compile": False, "dtype": "float32"}
+
+    def run(**changes: object) -> None:
+        for name, value in {**values, "device_type": "cpu", "num_iterations": 4, **changes}.items():
+            assert hasattr(base_train, name)
+            monkeypatch.setattr(base_train, name, value)
+        base_train.main()
+
+    return run
+
+
+def test_minutes_become_steps_and_leave_no_trace(home, train_here):
+    """
+    A budget in minutes is the run that its number of steps gives: the trial steps that measured the pace are undone.
+    """
+    train_here(model_tag="budget", minutes=0.002, num_iterations=None)
     plan = tiny.events(home, "base", "budget", "plan")[0]
-    assert plan["num_steps"] >= 1 and "0.01 minutes" in plan["formula"]
-    tiny.run(home, "scripts.base_train", *flags, "--model-tag=counted", f"--num-iterations={plan['num_steps']}")
+    assert plan["num_steps"] >= 1 and "0.002 minutes" in plan["formula"]
+    train_here(model_tag="counted", num_iterations=plan["num_steps"])
     assert tiny.weights(home, "budget", plan["num_steps"]) == tiny.weights(home, "counted", plan["num_steps"])
 
 
+@pytest.mark.parametrize("flags", [["--dept=3"], ["--depth=abc"], ["--depth"]])
+def test_mistyped_settings_get_one_line_and_exit_code_2(home, flags):
+    result = tiny.run(home, "scripts.base_train", *RUN, *flags, check=False)
+    assert result.returncode == 2 and "depth" in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("changes", "message"),
     [
-        (["--dept=3"], "Did you mean depth"),
-        (["--depth=abc"], "depth=abc"),
-        (["--depth"], "depth"),
-        (["--num-iterations=5", "--minutes=1"], "at most one horizon"),
-        (["--device-type=cuda"], "try --device-type=cpu"),
-        (["--model-tag=whole"], "--resume"),
-        (["--model-tag=whole", "--resume", "--seed=7"], "seed"),
-        (["--model-tag=whole", "--resume", "--max-seq-len=16"], "sequence_len"),
-        (["--model-tag=whole", "--resume-from-step=3"], "no step 3"),
-        (["--model-tag=../up"], "letters"),
-        (["--model-tag=none", "--resume"], "no base checkpoint none"),
-        (["--corpus=elsewhere"], "elsewhere"),
-        (["--head-dim=7"], "head-dim"),
+        ({"minutes": 1.0}, "at most one horizon"),
+        ({"num_iterations": 0}, "more than 0"),
+        ({"device_type": "cuda"}, "try --device-type=cpu"),
+        ({"model_tag": "whole"}, "--resume"),
+        ({"model_tag": "whole", "resume": True, "seed": 7}, "seed"),
+        ({"model_tag": "whole", "resume": True, "max_seq_len": 16}, "sequence_len"),
+        ({"model_tag": "whole", "resume": True, "total_batch_size": 512}, "rows_per_step"),
+        ({"model_tag": "whole", "resume_from_step": 3}, "no step 3"),
+        ({"model_tag": "../up"}, "letters"),
+        ({"model_tag": "none", "resume": True}, "no base checkpoint none"),
+        ({"corpus": "elsewhere"}, "elsewhere"),
+        ({"head_dim": 7}, "head-dim"),
+        ({"packing": "tight"}, "bos or flat"),
+        ({"dtype": "float16"}, "bfloat16, float32"),
     ],
 )
-def test_mistakes_get_one_line_and_exit_code_2(home, flags, message):
-    command = ["scripts.base_train", *RUN, *EAGER, *flags]
-    result = tiny.run(home, *command, check=False)
-    assert result.returncode == 2
-    assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
+def test_mistakes_are_told_in_one_line(train_here, changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        train_here(**changes)
+    assert "\n" not in str(error.value)
 
 
-def test_missing_corpus_and_tokenizer_name_the_command(tmp_path, home):
+def test_missing_corpus_and_tokenizer_name_the_command(tmp_path, home, train_here, monkeypatch):
     result = tiny.run(tmp_path, "scripts.base_train", *RUN, *EAGER, check=False)
     assert result.returncode == 2 and "python -m nanochat.dataset --source=docs" in result.stderr
     (tmp_path / "data").symlink_to(home / "data")
-    result = tiny.run(tmp_path, "scripts.base_train", *RUN, *EAGER, check=False)
-    assert result.returncode == 2 and "python -m scripts.tok_train" in result.stderr
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    with pytest.raises(UserError, match=r"python -m scripts\.tok_train"):
+        train_here()
 
 
-def test_fresh_start_keeps_the_earlier_work(home):
-    tiny.run(home, "scripts.base_train", *RUN, *EAGER, "--model-tag=again")
-    before = tiny.weights(home, "again", 20)
-    tiny.run(home, "scripts.base_train", *RUN, *EAGER, "--model-tag=again", "--fresh", "--seed=2")
-    assert tiny.weights(home, "again", 20) != before
-    aside = list((home / "base_checkpoints").glob("again-before-*/step_000020/model.safetensors"))
+def test_fresh_start_keeps_the_earlier_work(home, train_here):
+    train_here(model_tag="again")
+    before = tiny.weights(home, "again", 4)
+    train_here(model_tag="again", fresh=True, seed=2)
+    assert tiny.weights(home, "again", 4) != before
+    aside = list((home / "base_checkpoints").glob("again-before-*/step_000004/model.safetensors"))
     assert [path.read_bytes() for path in aside] == [before]
 
 
+def test_a_finished_run_may_be_given_more_steps(home, train_here):
+    train_here(model_tag="longer")
+    train_here(model_tag="longer", resume=True, num_iterations=6)
+    assert [event["step"] for event in tiny.events(home, "base", "longer", "step")] == [0, 1, 2, 3, 4, 5]
+
+
 def test_base_loss_and_chat_cli_read_what_base_train_wrote(home):
-    scored = tiny.run(home, "scripts.base_loss", "--model-tag=whole", "--device-type=cpu", "--dtype=float32").stdout
+    flags = ["--device-type=cpu", "--dtype=float32", "--model-tag=whole"]
+    scored = tiny.run(home, "scripts.base_loss", *flags, "--split-tokens=2000", "--device-batch-size=2").stdout
     ended = tiny.events(home, "base", "whole", "eval")[-1]["val_bpb"]
     assert f"val bpb {ended:.4f}" in scored and "byte frequencies" in scored and "xz -9" in scored
-    flags = [
-        "--source=base",
-        "--model-tag=whole",
-        "-p",
-        "The small",
-        "--max-tokens=12",
-        "--temperature=0",
-        "--dtype=float32",
-    ]
-    text = tiny.run(home, "scripts.chat_cli", *flags).stdout.splitlines()[-1]
+    options = ["--source=base", "-p", "The small", "--max-tokens=12", "--temperature=0"]
+    text = tiny.run(home, "scripts.chat_cli", *flags, *options).stdout.splitlines()[-1]
     assert text.startswith("The small") and len(text) > len("The small")
+
+
+def test_the_report_shows_what_was_recorded(home):
+    printed = tiny.run(home, "nanochat.report", "generate").stdout
+    assert printed.startswith("# Report")
+    assert "| val bpb" in printed or "**val bpb**" in printed and "320 tokens" in printed
+    assert (home / "report" / "report.md").read_text(encoding="utf-8") in printed
+    tiny.run(home, "nanochat.report", "reset")
+    assert not list((home / "records").glob("*.jsonl")) and list((home / "records").glob("before-*/*.jsonl"))
+    assert "no records" in tiny.run(home, "nanochat.report", check=False).stderr

@@ -24,7 +24,7 @@ def test_orthogonalize_keeps_directions_and_evens_out_sizes(shape):
 def test_muon_update_has_the_size_of_an_orthogonal_matrix():
     grad = torch.randn(2, 48, 24, generator=torch.Generator().manual_seed(0)) * 1e-5
     momentum, second = torch.zeros(2, 48, 24), torch.zeros(2, 48, 1)
-    update = muon_update(grad, momentum, second, momentum=0.9, beta2=0.9)
+    update = muon_update(grad, momentum, second, momentum=0.9, beta2=0.9, dtype=torch.bfloat16)
     torch.testing.assert_close(update.norm(dim=(1, 2)), torch.full((2,), 24**0.5), rtol=0.1, atol=0)
     torch.testing.assert_close(momentum, 0.1 * grad)
 
@@ -67,7 +67,9 @@ def test_adamw_matches_the_paper_and_torch():
 
 
 def test_adam_moments_do_not_stall_in_low_precision():
-    """nanochat keeps the second moment of bf16 embeddings in bf16: from 1.0 towards 0.5 it stops at 0.89 (beta2 0.995)."""
+    """
+    nanochat keeps the second moment of bf16 embeddings in bf16: from 1.0 towards 0.5 it stops at 0.89 (beta2 0.995).
+    """
     p = torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
     optimizer = AdamW([{"params": [("p", p)], "lr": 0.0}], betas=(0.8, 0.995))
     part = optimizer.slices[0][0]

@@ -14,7 +14,10 @@ def home(tmp_path_factory):
 
 
 def test_losses_and_optimizer_state_on_1_2_and_3_ranks(home):
-    """12 rows a step: 6 micro-batches of 2 on one rank, 3 on two, 2 on three. Same rows, same losses, state divided by the ranks."""
+    """
+    12 rows a step: 6 micro-batches of 2 on one rank, 3 on two, 2 on three. Same rows, same losses, state divided by the
+    ranks.
+    """
     flags = [*RUN, *EAGER, f"--total-batch-size={12 * 32}"]
     tiny.run(home, "scripts.base_train", *flags, "--model-tag=one")
     for ranks, tag in ((2, "two"), (3, "three")):
@@ -30,7 +33,10 @@ def test_losses_and_optimizer_state_on_1_2_and_3_ranks(home):
 
 
 def test_three_ranks_continue_on_one(home):
-    """Optimizer state is saved whole, so the ranks may change; gloo sums in another order, so the weights are near and not equal."""
+    """
+    Optimizer state is saved whole, so the ranks may change; gloo sums in another order, so the weights are near and not
+    equal.
+    """
     flags = [*RUN, *EAGER, f"--total-batch-size={12 * 32}", "--save-every=10", "--model-tag=moved"]
     tiny.torchrun(home, 3, "scripts.base_train", "--", *flags)
     whole = [event["loss"] for event in tiny.events(home, "base", "moved", "step")]

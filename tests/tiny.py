@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-WORDS = "the cat dog bird saw heard liked a small red old house tree river near under over and but then slowly again".split()
+WORDS = "the cat dog bird saw heard liked a small red old house tree river near under over and but then slowly".split()
 # Depth 2, width 64, 20 steps of 8 rows of 32 tokens.
 RUN = [
     "--depth=2",

@@ -1,5 +1,5 @@
-# A model for two CPU cores: four layers, 192 wide, about eight minutes of training. Measured choices, see docs/explanation/cpu.md.
-# python -m scripts.base_train dev/configs/laptop.py
+# A model for two CPU cores: four layers, 192 wide, about eight minutes of training. Measured choices, see
+# docs/explanation/cpu.md. python -m scripts.base_train dev/configs/laptop.py
 
 # Model: 3.3 M parameters with a vocabulary of 4,096, half of them in embedding and head
 depth = 4

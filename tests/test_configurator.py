@@ -1,0 +1,324 @@
+"""Settings: every form a user can type, every mistake, every way an author can write the block wrongly."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanochat.common import UserError
+from nanochat.configurator import FORMER_NAMES, help_text, parse_args, read_block
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = '''"""A stage."""
+
+from typing import Literal
+
+from nanochat.configurator import configure
+
+SHORT = {"i": "source", "p": "prompt", "n": "num_files", "q": "quiet"}
+
+# -----------------------------------------------------------------------------
+# Model
+depth = 20  # number of layers
+model_tag: str | None = None  # directory name (None = d<depth>)
+source: Literal["base", "mid"] = "mid"  # where from
+head_dim: Literal[64, 128] | None = None  # channels
+# Horizon: one of these
+num_files: int | None = None  # files
+matrix_lr = 0.02  # Muon
+minutes: float | None = (
+    None  # training time
+)
+tokens = 20 * 524288  # of text
+# Other
+prompt = ""  # text, with = and # in it
+compile = True  # or eager
+quiet = False  # say nothing
+_private = 1
+CONSTANT = 2
+settings = configure(__name__)
+
+later = 3
+
+
+def main() -> None:
+    print(sorted(settings.items(), key=str) == sorted({name: globals()[name] for name in settings}.items(), key=str))
+    print(f"{depth=} {source=} {prompt=}")
+
+
+if __name__ == "__main__":
+    main()
+'''
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "stage.py"
+    path.write_text(SCRIPT, encoding="utf-8")
+    return path
+
+
+def values(script: Path, *argv: str) -> dict[str, object]:
+    return {name: value for name, (value, _) in parse_args(read_block(script), argv).items()}
+
+
+def refusal(script: Path, *argv: str) -> str:
+    with pytest.raises(UserError) as error:
+        values(script, *argv)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def run(script: Path, *argv: str, rank: str = "0") -> subprocess.CompletedProcess[str]:
+    environment = {"PYTHONPATH": str(ROOT), "RANK": rank, "PATH": ""}
+    return subprocess.run([sys.executable, str(script), *argv], capture_output=True, text=True, env=environment)
+
+
+def test_block_is_what_stands_above_configure(script: Path) -> None:
+    settings = read_block(script).settings
+    assert list(settings) == (
+        "depth model_tag source head_dim num_files matrix_lr minutes tokens prompt compile quiet".split()
+    )
+    assert settings["tokens"].default == 10485760
+    assert settings["minutes"].help == "training time"  # ruff moves a long comment inside parentheses
+    assert settings["depth"].section == "Model"
+    assert settings["minutes"].section == "Horizon: one of these"
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--depth=4"], {"depth": 4}),
+        (["--depth", "4"], {"depth": 4}),
+        (["--depth=2_000_000"], {"depth": 2000000}),
+        (["--model-tag=d4"], {"model_tag": "d4"}),
+        (["--model_tag=d4"], {"model_tag": "d4"}),
+        (["--model_tag", "d4"], {"model_tag": "d4"}),
+        (["--model-tag=4"], {"model_tag": "4"}),
+        (["--model-tag=None"], {"model_tag": None}),
+        (["--prompt=None"], {"prompt": "None"}),
+        (["--prompt="], {"prompt": ""}),
+        (["--prompt", ""], {"prompt": ""}),
+        (["--prompt=a=b # c"], {"prompt": "a=b # c"}),
+        (["-p", "- a list"], {"prompt": "- a list"}),
+        (["-p=-dash"], {"prompt": "-dash"}),
+        (["-p", "two\nlines"], {"prompt": "two\nlines"}),
+        (["-i", "base"], {"source": "base"}),
+        (["-i=base"], {"source": "base"}),
+        (["-n", "8"], {"num_files": 8}),
+        (["-n", "-1"], {"num_files": -1}),
+        (["--num-files", "-1"], {"num_files": -1}),
+        (["--head-dim=128"], {"head_dim": 128}),
+        (["--matrix-lr=1"], {"matrix_lr": 1.0}),
+        (["--matrix-lr=1e-3"], {"matrix_lr": 0.001}),
+        (["--matrix-lr", "-.5"], {"matrix_lr": -0.5}),
+        (["--minutes=6"], {"minutes": 6.0}),
+        (["--quiet"], {"quiet": True}),
+        (["-q"], {"quiet": True}),
+        (["--quiet=True"], {"quiet": True}),
+        (["--compile=false"], {"compile": False}),
+        (["--compile=0"], {"compile": False}),
+        (["--no-compile"], {"compile": False}),
+        (["--no_compile", "--depth=3"], {"compile": False, "depth": 3}),
+        (["--", "--depth=3", "--"], {"depth": 3}),
+        (["--depth=3", "--depth=4"], {"depth": 4}),
+        ([], {}),
+    ],
+)
+def test_accepted_forms(script: Path, argv: list[str], expected: dict[str, object]) -> None:
+    given = values(script, *argv)
+    assert given == expected
+    assert [type(value) for value in given.values()] == [type(value) for value in expected.values()]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--dept=3"], "no setting named dept (--dept=3). Did you mean depth? --help lists them all."),
+        (["--zzz"], "no setting named zzz (--zzz). --help lists them all."),
+        (["-x"], "no setting named x (-x). --help lists them all."),
+        (
+            ["--learning_rate=0.1"],
+            "no setting named learning_rate (--learning_rate=0.1). Did you mean matrix_lr? --help",
+        ),
+        (["--later=4"], "no setting named later (--later=4)."),
+        (["--CONSTANT=4"], "no setting named CONSTANT (--CONSTANT=4)."),
+        (["--_private=4"], "no setting named _private (--_private=4)."),
+        (["--settings=4"], "no setting named settings (--settings=4)."),
+        (["--depth"], "--depth needs a value: --depth=VALUE (int, default 20)"),
+        (["--depth", "--quiet"], "--depth needs a value: --depth=VALUE (int, default 20)"),
+        (["--prompt", "-dash"], "--prompt needs a value: --prompt=VALUE (str, default '')"),
+        (["--prompt", "--"], "--prompt needs a value: --prompt=VALUE"),
+        (["--depth=abc"], "--depth=abc: expected int"),
+        (["--depth="], "--depth=: expected int"),
+        (["--depth=4.0"], "--depth=4.0: expected int"),
+        (["--depth=True"], "--depth=True: expected int"),
+        (["--depth=None"], "--depth=None: expected int"),
+        (["-n", "x"], "-n=x: expected int or None"),
+        (["--matrix-lr=fast"], "--matrix-lr=fast: expected float"),
+        (["--matrix-lr=nan"], "--matrix-lr=nan: expected float"),
+        (["--matrix-lr=1e999"], "--matrix-lr=1e999: expected float"),
+        (["--source=sft"], "--source=sft: expected one of base, mid"),
+        (["--head-dim=96"], "--head-dim=96: expected one of 64, 128 or None"),
+        (["--quiet=maybe"], "--quiet=maybe: expected bool"),
+        (["--quiet", "false"], "--quiet false: a value for a bool is not spaced; write --quiet=false"),
+        (["--no-compile=true"], "--no-compile=true: expected --no-compile or --compile=true"),
+        (["--no-depth"], "no setting named no_depth (--no-depth)."),
+        (["missing.py"], "cannot read settings file 'missing.py' (No such file or directory); settings are given as"),
+        (["depth=4"], "cannot read settings file 'depth=4' (No such file or directory); did you mean --depth=4?"),
+        (["/"], "cannot read settings file '/' (Is a directory)"),
+    ],
+)
+def test_refused_forms(script: Path, argv: list[str], message: str) -> None:
+    assert refusal(script, *argv).startswith(message)
+
+
+def test_settings_files_and_flags_apply_in_the_order_given(script: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.py", tmp_path / "two.py"
+    one.write_text(
+        '"""Why."""\n# Model\ndepth: int = 2 * 3 - 1  # why\nmatrix_lr = 1\nmodel_tag = None\nquiet = True\n'
+    )
+    two.write_text("tokens = 2_000 * 10\ndepth = 7\nmatrix_lr = 1 / 4\nnum_files = -1\nprompt = 'a'  'b'\n")
+    both = {"depth": 7, "matrix_lr": 0.25, "model_tag": None, "quiet": True}
+    both |= {"tokens": 20000, "num_files": -1, "prompt": "ab"}
+    assert values(script, str(one), str(two)) == both
+    assert values(script, str(two), str(one)) == both | {"depth": 5, "matrix_lr": 1.0}
+    assert values(script, str(one), "--depth=9")["depth"] == 9
+    assert values(script, "--depth=9", str(one))["depth"] == 5
+    origins = {name: origin for name, (_, origin) in parse_args(read_block(script), [str(one), "--quiet"]).items()}
+    assert (origins["depth"], origins["quiet"]) == (f"{one}:3", "--quiet")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("depth = 4\ndept = 3\n", ":2). Did you mean depth? --help lists them all."),
+        ("depth = 4\ndepth = = 3\n", ":2: invalid syntax; expected name = value"),
+        ("depth = 'x'\n", ":1: depth = 'x': expected int"),
+        ("depth = True\n", ":1: depth = True: expected int"),
+        ("matrix_lr = 1e999\n", "expected float"),
+        (f"matrix_lr = 1{'0' * 400}\n", "expected float"),
+        ("\nsource = 'sft'\n", ":2: source = 'sft': expected one of base, mid"),
+        ("quiet = 1\n", ":1: quiet = 1: expected bool"),
+        ("model_tag = ['d4']\n", "expected str or None"),
+        ("depth = 1 // 0\n", ":1: `depth = 1 // 0`: expected name = literal value; nothing is executed"),
+        ("depth = 1 / 0\n", ":1: `depth = 1 / 0`: expected name = literal value; nothing is executed"),
+        ("depth = {[]: 1}\n", ":1: `depth = {[]: 1}`: expected name = literal value"),
+        ("import os\n", ":1: `import os`: expected name = literal value; nothing is executed"),
+        ("if True:\n    depth = 1\n", ":1: `if True:`: expected name = literal value; nothing is executed"),
+        ("depth: int\n", ":1: `depth: int`: expected name = literal value; nothing is executed"),
+        ("depth = __import__('os').system('touch ran')\n", "expected name = literal value; nothing is executed"),
+        ("depth, quiet = 4, True\n", "expected name = literal value; nothing is executed"),
+        ("\0", ": source code string cannot contain null bytes"),
+    ],
+)
+def test_mistakes_in_a_settings_file_name_their_line(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my.py").write_text(text, encoding="utf-8")
+    found = refusal(script, "my.py")
+    assert "my.py" in found and message in found
+    assert not Path("ran").exists()
+
+
+def test_binary_as_settings_file(script: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"\xff\xfe\x00")
+    assert "not a settings file" in refusal(script, str(tmp_path / "model.bin"))
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ("depth = 20\n", ":2: setting depth has no comment"),
+        ("depth = 20  #\n", ":2: setting depth has no comment"),
+        ("tag = None  # name\n", ":2: setting tag needs a literal default and one of the types"),
+        ("tag: int  # no default\n", ":2: setting tag needs a literal default"),
+        ("tag = [1]  # a list\n", ":2: setting tag needs a literal default and one of the types"),
+        ("tag: list[int] = [1]  # a list\n", ":2: setting tag needs a literal default and one of the types"),
+        ("tag: int | str = 1  # two types\n", ":2: setting tag needs a literal default and one of the types"),
+        ("tag: Literal['a', 1] = 1  # two types\n", ":2: setting tag needs a literal default and one of the types"),
+        ("tag = open('x')  # a call\n", ":2: setting tag needs a literal default"),
+        ("tag: int = 'x'  # wrong default\n", ":2: setting tag = 'x': expected int"),
+        ("tag: Literal['a'] = 'b'  # wrong default\n", ":2: setting tag = 'b': expected one of a"),
+        ("a = 1  # x\na = 2  # x\n", ":3: setting a is declared twice"),
+        ("SHORT = {'a': 'a', 'a': 'b'}\na = 1  # x\nb = 1  # x\n", ":2: SHORT maps single letters"),
+        ("SHORT = {'a': 'c'}\na = 1  # x\n", ":2: SHORT maps single letters"),
+        ("SHORT = {'ab': 'a'}\na = 1  # x\n", ":2: SHORT maps single letters"),
+        ("SHORT = {'h': 'a'}\na = 1  # x\n", ":2: SHORT maps single letters"),
+        ("SHORT = dict(a='a')\na = 1  # x\n", ":2: SHORT maps single letters"),
+    ],
+)
+def test_badly_written_block(tmp_path: Path, block: str, message: str) -> None:
+    path = tmp_path / "stage.py"
+    path.write_text(f"from nanochat.configurator import configure\n{block}settings = configure(__name__)\n")
+    with pytest.raises(UserError) as error:
+        read_block(path)
+    assert f"{path}{message}" in str(error.value)
+
+
+def test_badly_written_block_is_one_line_for_whoever_runs_it(tmp_path: Path) -> None:
+    path = tmp_path / "stage.py"
+    path.write_text("from nanochat.configurator import configure\ndepth = 20\nsettings = configure(__name__)\n")
+    result = run(path)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+
+
+def test_help_says_everything_the_block_says(script: Path) -> None:
+    text = help_text(read_block(script))
+    assert text.startswith("A stage.\n")
+    for part in ["\nModel\n", "\nHorizon: one of these\n", "--model-tag", "-p, --prompt", "base, mid", "'mid'"]:
+        assert part in text
+    for setting in read_block(script).settings.values():
+        assert setting.help in text and setting.type_name in text and repr(setting.default) in text
+
+
+def test_run_assigns_returns_and_reports(script: Path, tmp_path: Path) -> None:
+    (tmp_path / "my.py").write_text("source = 'base'\n")
+    result = run(script, "--depth=4", str(tmp_path / "my.py"), "-p", "x=y")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.splitlines() == [
+        "depth = 4 (from --depth, default 20)",
+        f"source = 'base' (from {tmp_path / 'my.py'}:1, default 'mid')",
+        "prompt = 'x=y' (from -p, default '')",
+        "True",  # the returned dict is what the module variables hold
+        "depth=4 source='base' prompt='x=y'",
+    ]
+
+
+def test_a_mistake_is_one_line_and_exit_2_and_only_rank_0_speaks(script: Path) -> None:
+    result = run(script, "--dept=4")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "stage: no setting named dept (--dept=4). Did you mean depth? --help lists them all.\n"
+    result = run(script, "--dept=4", rank="1")
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", "")
+    assert run(script, "--depth=4", rank="1").stdout.splitlines() == ["True", "depth=4 source='mid' prompt=''"]
+
+
+def test_help_exits_0_also_beside_mistakes(script: Path) -> None:
+    for argv in (["--help"], ["-h"], ["--zzz", "--help"]):
+        result = run(script, *argv)
+        assert (result.returncode, result.stderr) == (0, "") and "number of layers" in result.stdout
+    assert run(script, "--help", rank="1").stdout == ""
+
+
+def test_imported_script_keeps_its_defaults(
+    script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tests import scripts: pytest's own arguments must not reach them."""
+    monkeypatch.syspath_prepend(str(script.parent))
+    monkeypatch.setattr(sys, "argv", ["pytest", "--zzz", "--help"])
+    stage = __import__("stage")
+    monkeypatch.delitem(sys.modules, "stage")
+    assert stage.settings["depth"] == stage.depth == 20
+    assert list(stage.settings) == list(read_block(script).settings)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_former_names_point_at_settings_that_exist() -> None:
+    blocks = [read_block(path) for path in (ROOT / "scripts").glob("*.py")]
+    known = {name for block in blocks for name in block.settings}
+    assert set(FORMER_NAMES.values()) <= known
+    assert not known & set(FORMER_NAMES)
