@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# Make .venv: Python, the pinned dependencies with the torch build that fits this machine, and rustbpe. The second call does nothing.
+# Make .venv: Python, the pinned dependencies with the torch build that fits this machine, and rustbpe.
+# The second call does nothing.
 #
 #   bash dev/setup.sh                      # what a run needs
 #   bash dev/setup.sh dev                  # and what dev/test.sh needs
-#   TORCH_BUILD=cu130 bash dev/setup.sh    # for another machine than this one: cpu, cu126, cu130, rocm7.2, or default (the usual index)
-#   PYTHON=python3.12 bash dev/setup.sh    # another Python
+#   TORCH_BUILD=cu130 bash dev/setup.sh    # for another machine than this one: cpu, cu126, cu130, rocm7.2,
+#                                          # or default (what the usual package index has)
+#   PYTHON=python3.12 bash dev/setup.sh    # another Python (where there is no .venv yet)
 #
-# Uses uv where there is one, venv and pip where not. Exit code 2 and one line when something is missing; all output is in .venv/setup.log.
+# Uses uv where there is one, venv and pip where not. When something is missing: one line that says what to do, exit
+# code 2; .venv/setup.log has what the last step said.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin"
@@ -65,8 +68,8 @@ esac
 # -----------------------------------------------------------------------------
 # Done already? One stamp for each mode: a checksum of everything that decides what is installed.
 
-crate=$(find rustbpe -name target -prune -o -name '*.rs' -print -o -name '*.toml' -print -o -name '*.py' -print | LC_ALL=C sort)
-stamp=$(echo "$PWD $installer $build" | cat - pyproject.toml constraints.txt dev/setup.sh $crate | cksum)
+crate=$(find rustbpe \( -name target -o -name _native \) -prune -o \( -name '*.rs' -o -name '*.toml' -o -name '*.py' \) -print)
+stamp=$(echo "$PWD $installer $build" | cat - pyproject.toml constraints.txt dev/setup.sh $(sort <<<"$crate") | cksum)
 stamp_file=.venv/.stamp${extras:+-dev}
 if [ -x .venv/bin/python ] && [ "$(cat "$stamp_file" 2>/dev/null)" = "$stamp" ]; then
   echo "setup: .venv is ready: $(<.venv/.ready)"
@@ -78,28 +81,32 @@ fi
 
 make_venv() {
   local free=$(($(df -Pk . | awk 'NR == 2 { print $4 }') / 1000000))
-  [ "$free" -ge "$gigabytes" ] || fail "$free GB are free in $PWD, the $build build needs about $gigabytes GB; make room or move the checkout"
+  [ "$free" -ge "$gigabytes" ] ||
+    fail "$free GB are free in $PWD, the $build build needs about $gigabytes GB; make room or move the checkout"
   echo "setup: making .venv with $installer for the $build build of torch ($why); the first time takes minutes"
   rm -rf .venv
   if [ $installer = uv ]; then
     uv venv --quiet --python "${PYTHON:->=3.11}" .venv || fail "uv could not make .venv"
   else
-    "$python" -m venv .venv >/dev/null || fail "$python -m venv .venv failed; on Debian and Ubuntu: apt install python3-venv"
+    "$python" -m venv .venv >/dev/null ||
+      fail "$python -m venv .venv failed; on Debian and Ubuntu: apt install python3-venv"
   fi
+  echo "$build $why" >.venv/.torch-build
 }
 
 install() { # WHAT ARGUMENTS...
   local what=$1 command=(.venv/bin/python -m pip install --no-input --no-compile)
   [ $installer = pip ] || command=(uv pip install --python .venv/bin/python)
-  "${command[@]}" "${@:2}" >>"$log" 2>&1 && return
+  "${command[@]}" "${@:2}" >"$log" 2>&1 && return
   local line
   line=$(grep -iE '^ *error[:[]' "$log" | grep -v 'subprocess-exited' | head -n 1 | sed 's/^ *//') || true
-  case $(tail -n 40 "$log") in
+  case $(<"$log") in
     *"No space left"*) fail "the disk is full; the $build build of torch and the rest need about $gigabytes GB in $PWD" ;;
-    *"No matching distribution"* | *"onnection"* | *"No solution found"* | *"ailed to fetch"* | *"dns error"*)
-      fail "no package index has $what, or none answers: check the network, or name one with ${installer^^}_INDEX_URL (log: $log)" ;;
+    *"No matching dist"* | *"onnection"* | *"conflicting dep"* | *"No solution"* | *"ailed to fetch"* | *"dns error"*)
+      fail "no package index has $what, or none answers: check the network, or name an index (PIP_INDEX_URL for pip," \
+        "UV_INDEX_URL for uv). See $log" ;;
   esac
-  fail "installing $what failed: ${line:-see $log} (log: $log)"
+  fail "installing $what failed: ${line:-nothing said why}. See $log"
 }
 
 reachable() { # whether a server answers within 5 seconds, name lookup included
@@ -115,35 +122,36 @@ os._exit(0)
 PYTHON
 }
 
-# Torch comes first and alone, from PyTorch's index; everything else, its dependencies too, then comes pinned from the usual one.
-# Only ROCm's own libraries are nowhere else.
+# Torch comes first and alone, from PyTorch's index; everything else, its dependencies too, then comes pinned from the
+# usual one. Only ROCm's own libraries are nowhere else.
 install_torch() {
   local torch index="https://download.pytorch.org/whl/$build"
   torch=$(grep '^torch==' constraints.txt)
-  if [ "$build" = default ] || compgen -G ".venv/lib/python3*/site-packages/${torch/==/-}*" >/dev/null; then
+  if [ "$build" = default ] || compgen -G ".venv/lib/python3*/site-packages/${torch/==/-}*/RECORD" >/dev/null; then
     return # the usual index has it, or it is here
   elif reachable "$index/torch/"; then
     [[ $build = rocm* ]] && local deps="" || local deps="--no-deps"
-    PIP_CONSTRAINT="" UV_CONSTRAINT="" install "$torch+$build" $deps --index-url "$index" "$torch"
-  elif [[ $build = rocm* ]]; then
-    fail "$index does not answer, and torch for AMD is nowhere else; go online, or: TORCH_BUILD=cpu bash dev/setup.sh"
-  else
+    PIP_CONSTRAINT="" UV_CONSTRAINT="" install "$torch+$build" $deps --index-url "$index" "$torch+$build"
+  elif [ "$build" != cpu ] && [ "$build" != cu130 ]; then
+    fail "$index does not answer, and the $build build is nowhere else; go online, or: TORCH_BUILD=cpu bash dev/setup.sh"
+  else # on Linux that is the build for CUDA 13, which runs on CPUs too
     why+="; PyTorch's index does not answer, so from the usual one"
   fi
 }
 
-# A half-made .venv is completed; one for another build is made anew.
-if [ ! -x .venv/bin/python ] || [ "$(cut -d ' ' -f 1 .venv/.torch-build 2>/dev/null)" != "$build" ]; then
+# A half-made .venv, or one that `uv sync` made, is completed; one for another build is made anew.
+made_for=$(cut -d ' ' -f 1 .venv/.torch-build 2>/dev/null || true)
+[ $installer = uv ] && tool=python || tool=pip
+if [ ! -x .venv/bin/$tool ] || [ "${made_for:-$build}" != "$build" ]; then
   make_venv
 fi
-export PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt UV_CONSTRAINT=constraints.txt UV_BUILD_CONSTRAINT=constraints.txt
-export PIP_DISABLE_PIP_VERSION_CHECK=1
-: >"$log"
+export PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1
+export UV_CONSTRAINT=constraints.txt UV_BUILD_CONSTRAINT=constraints.txt
 install_torch
 echo "$build $why" >.venv/.torch-build
 install "the dependencies" -e ".$extras"
 install rustbpe --no-deps --force-reinstall ./rustbpe
-if [ -n "$extras" ]; then # PyPI's rustbpe, the oracle of the tests: it has our import name, so it stays out of .venv's own packages
+if [ -n "$extras" ]; then # the tests' oracle has the import name of ours, so it stays out of .venv's own packages
   install "the rustbpe that tests compare with" --no-deps --upgrade --target .venv/oracle rustbpe
 fi
 have "${CXX:-c++}" || have g++ || have clang++ ||
@@ -153,7 +161,8 @@ have "${CXX:-c++}" || have g++ || have clang++ ||
 import platform, sys
 from importlib.metadata import version
 
-print(f"Python {platform.python_version()}, torch {version('torch')} ({sys.argv[1]}), rustbpe {version('nanochat-rustbpe')}")
+ours = version("nanochat-rustbpe")
+print(f"Python {platform.python_version()}, torch {version('torch')} ({sys.argv[1]}), rustbpe {ours}")
 PYTHON
 [ -z "$extras" ] || echo "$stamp" >.venv/.stamp
 echo "$stamp" >"$stamp_file"

@@ -1,7 +1,7 @@
 """
 Settings of a script: its own module variables, overridden from the command line and from settings files.
 
-    SHORT = {"g": "model_tag"}  # optional: -g d20 for --model-tag=d20
+    SHORT = {"g": "model_tag"}  # optional: -g d20 for --model-tag=d20; "" names the setting that bare words give
 
     # Model
     depth = 20  # number of Transformer layers; width and heads follow from it
@@ -14,8 +14,8 @@ its section.
 
     --depth=4   --model-tag=x   --model_tag x   -g x   --dry-run   --no-dry-run   --model-tag=None   tiny.py
 
-A word without dashes is a settings file, written like the block (`depth = 4  # why`), or with SHORT = {"": "action"} a value of action. What comes later on the command
-line wins.
+A bare word, one without dashes, is a settings file, written like the block (`depth = 4  # why`). What comes later on
+the command line wins.
 
 Promises: scripts and settings files are parsed here, never executed; every value is checked before the first is
 assigned; a mistake is one line and exit code 2. Does not: abbreviate names, nest them, read them from the environment,
@@ -178,7 +178,7 @@ def read_comments(source: str, statements: Sequence[ast.stmt]) -> tuple[dict[int
 
 
 def read_short(node: ast.expr | None, settings: dict[str, Setting], where: str) -> dict[str, str]:
-    """The short forms that SHORT = {letter: name} declares; under "" stands the setting whose choices may come as bare words."""
+    """The short forms that SHORT = {letter: name} declares; "" is for bare words that are no settings files."""
     with contextlib.suppress(ValueError):
         if isinstance(node, ast.Dict) and isinstance(short := literal(node), dict):
             fits = all(re.fullmatch("[A-Za-gi-z]?", str(letter)) and name in settings for letter, name in short.items())
@@ -266,9 +266,9 @@ def parse_args(block: Block, argv: Sequence[str]) -> dict[str, tuple[object, str
         if word == "--":  # torchrun and older command lines put one in front
             continue
         if not word.startswith("-"):
-            bare = block.short.get("", "")
-            if bare and word in block.settings[bare].choices:
-                given[bare] = word, word
+            bare = block.settings.get(block.short.get("", ""))
+            if bare and not word.endswith(".py"):
+                given[bare.name] = bare.parse(word, word), word
             else:
                 given |= read_settings_file(block, word)
             continue
@@ -299,7 +299,7 @@ def parse_args(block: Block, argv: Sequence[str]) -> dict[str, tuple[object, str
 
 def help_text(block: Block) -> str:
     """The script's docstring, then every setting under its section: name, type, default, what it does."""
-    letters = {name: f"-{letter}, " if letter else "WORD, " for letter, name in block.short.items()}
+    letters = {name: f"-{letter}, " if letter else f"{name.upper()}, " for letter, name in block.short.items()}
     rows = [
         (f"  {letters.get(name, '')}--{name.replace('_', '-')}", setting.type_name, repr(setting.default))
         for name, setting in block.settings.items()

@@ -224,6 +224,15 @@ def test_mistakes_in_a_settings_file_name_their_line(
     assert not Path("ran").exists()
 
 
+def test_bare_words_can_be_a_setting(script: Path, tmp_path: Path) -> None:
+    """python -m nanochat.report reset"""
+    script.write_text(SCRIPT.replace('"i": "source"', '"": "source"'), encoding="utf-8")
+    (tmp_path / "my.py").write_text("depth = 3\n")
+    assert values(script, "base", str(tmp_path / "my.py")) == {"source": "base", "depth": 3}
+    assert refusal(script, "bas") == "bas: expected one of base, mid"
+    assert "SOURCE, --source" in help_text(read_block(script))
+
+
 def test_binary_as_settings_file(script: Path, tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"\xff\xfe\x00")
     assert "not a settings file" in refusal(script, str(tmp_path / "model.bin"))

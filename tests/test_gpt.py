@@ -165,7 +165,8 @@ def test_default_model_is_transformers_nanochat():
     theirs = transformers.NanoChatForCausalLM(
         transformers.NanoChatConfig(
             vocab_size=300, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=32, rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
+            num_key_value_heads=2, max_position_embeddings=32,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
             bos_token_id=299, eos_token_id=299, pad_token_id=299,
         )
     ).eval()  # fmt: skip

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Every check and test, from an empty machine: bash dev/test.sh. Arguments go to pytest: bash dev/test.sh -k engine
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash dev/setup.sh dev
+bash dev/check.sh
+export OMP_NUM_THREADS=1 # the models are tiny: a second thread costs more than it brings
+.venv/bin/python -m pytest -q "$@"

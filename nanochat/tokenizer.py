@@ -1,0 +1,305 @@
+"""
+The tokenizer: text <-> token ids, trained and run by `rustbpe`, kept in one JSON file.
+
+Promises: decode(encode(text)) == text; ordinary text never becomes a special token, whatever it says; equal tokenizers make
+equal files; a file that was changed by hand or by accident is refused with what is wrong. Special tokens have the last ids.
+Does not: render chats (conversation.py), normalise text, or read pickles.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rustbpe
+
+from nanochat.common import UserError, get_base_dir, write_atomic
+
+FILE_NAME = "tokenizer.json"
+VERSION = 1  # of the file format
+SPECIAL_TOKENS = (
+    "<|bos|>",  # starts every document
+    "<|user_start|>",  # the rest is for chats: who speaks,
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",  # what the assistant asks the tool,
+    "<|python_end|>",
+    "<|output_start|>",  # and what the tool answers
+    "<|output_end|>",
+)
+MAX_TOKEN_BYTES = 1 << 24  # a file of 40 merges can name a token of a terabyte
+BATCH_CHARS = 1 << 22  # plain strings are handed to Rust in lots of this size
+
+Progress = Callable[[str, int], None]
+
+
+class Tokenizer:
+    """
+    Byte-pair encoding with special tokens.
+
+    Ids: 0 to 255 the bytes, then one per merge, then the special tokens. `token_bytes` is an int32 array with each id's length in
+    bytes (0 for special tokens), `fingerprint` the sha256 of the file's content.
+    """
+
+    def __init__(self, merges: np.ndarray, special_tokens: Sequence[str] = SPECIAL_TOKENS, pattern: str = "nanochat"):
+        """`merges` is (n, 2): row i is the pair of ids that becomes token 256 + i. Raises ValueError where that is impossible."""
+        self.pattern = pattern
+        self.merges = np.ascontiguousarray(merges, dtype=np.uint32)
+        tokens = expand_merges(self.merges)
+        self._encoder = rustbpe.Encoder(tokens, pattern, len(tokens) + len(special_tokens))
+        self._special_ids = {name: len(tokens) + i for i, name in enumerate(special_tokens)}
+        self._bytes = tokens + [name.encode() for name in special_tokens]
+        lengths = [len(token) for token in tokens] + [0] * len(special_tokens)
+        self.token_bytes = np.array(lengths, dtype=np.int32)
+
+    @staticmethod
+    def train(
+        texts: Iterable[Any],
+        vocab_size: int,
+        pattern: str = "nanochat",
+        progress: Progress | None = None,
+        num_threads: int | None = None,
+    ) -> "Tokenizer":
+        """
+        Learn `vocab_size` tokens (the 256 bytes and the special tokens among them) from an iterable of texts.
+
+        A text is a str; an Arrow array of strings counts as many, and is not copied. `progress` is called with ("bytes", so far)
+        while texts are read and ("merges", so far) after that. The same texts give the same tokenizer for any number of threads.
+        Raises UserError where vocab_size is too small, or larger than the texts can give.
+        """
+        smallest = 256 + len(SPECIAL_TOKENS)
+        if vocab_size < smallest:
+            raise UserError(
+                f"vocab_size {vocab_size}: the 256 bytes and {len(SPECIAL_TOKENS)} special tokens need --vocab-size={smallest} or more"
+            )
+        trainer = rustbpe.Trainer(pattern, num_threads)
+        fed = 0
+        for batch in batches(texts):
+            trainer.feed(batch)
+            if progress:
+                fed += batch.nbytes if hasattr(batch, "nbytes") else sum(map(len, batch))
+                progress("bytes", fed)
+        learnt = progress and (lambda count: progress("merges", count))
+        merges = trainer.train(vocab_size - smallest, learnt)
+        if len(merges) < vocab_size - smallest:
+            raise UserError(
+                f"vocab_size {vocab_size}: this text gives {len(merges)} merges, so at most --vocab-size={smallest + len(merges)}"
+            )
+        return Tokenizer(merges, pattern=pattern)
+
+    # -------------------------------------------------------------------------
+    # The file
+
+    def to_json(self) -> str:
+        """The file's content: one line per key, the same for equal tokenizers."""
+        content = {
+            "version": VERSION,
+            "pattern": self.pattern,
+            "merges": self.merges.tolist(),
+            "special_tokens": list(self._special_ids),
+            "token_bytes": self.token_bytes.tolist(),
+        }
+        lines = [f"{json.dumps(key)}:{json.dumps(value, separators=(',', ':'))}" for key, value in content.items()]
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the file that save() writes."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def save(self, directory: Path | str) -> None:
+        """Write `directory`/tokenizer.json, whole or not at all."""
+        write_atomic(Path(directory) / FILE_NAME, self.to_json())
+
+    @staticmethod
+    def load(path: Path | str) -> "Tokenizer":
+        """Read a tokenizer.json, or the one in a directory. Raises UserError with the file and what is wrong with it."""
+        path = Path(path)
+        if path.is_dir():
+            path = path / FILE_NAME
+        try:
+            content = json.loads(path.read_bytes())
+            check_content(content)
+            tokenizer = Tokenizer(
+                np.array(content["merges"], dtype=np.uint32).reshape(-1, 2),
+                content["special_tokens"],
+                content["pattern"],
+            )
+            if tokenizer.token_bytes.tolist() != content["token_bytes"]:
+                raise ValueError("token_bytes are not the lengths of the tokens that the merges make")
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; train a tokenizer with: python -m scripts.tok_train") from None
+        except (ValueError, RecursionError) as error:
+            problem = "not JSON" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else error
+            raise UserError(f"{path}: {problem}; make it again with: python -m scripts.tok_train") from None
+        return tokenizer
+
+    # -------------------------------------------------------------------------
+    # Text -> ids
+
+    def encode(
+        self,
+        text: str | Sequence[str],
+        prepend: int | str | None = None,
+        append: int | str | None = None,
+        num_threads: int = 1,
+    ) -> Any:
+        """
+        Ids of a text as a list, or of a list of texts as a list of lists. `prepend` and `append` are special tokens, by name or id.
+        Raises UserError for a text that cannot be UTF-8 (a lone surrogate).
+        """
+        before = [] if prepend is None else [self.encode_special(prepend) if isinstance(prepend, str) else prepend]
+        after = [] if append is None else [self.encode_special(append) if isinstance(append, str) else append]
+        ids, offsets = self.encode_arrow([text] if isinstance(text, str) else text, num_threads)
+        flat, bounds = ids.tolist(), offsets.tolist()
+        rows = [before + flat[start:end] + after for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+        return rows[0] if isinstance(text, str) else rows
+
+    def encode_arrow(self, texts: Any, num_threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Ids of an Arrow string array (chunked or not, or a list of str), without copying the text.
+
+        Returns (ids, offsets): document i is ids[offsets[i]:offsets[i + 1]]. ids are uint16 when the vocabulary has at most 65,536
+        tokens, else uint32; offsets are int64. Raises UserError with the row for nulls and for text that is not UTF-8.
+        """
+        try:
+            return self._encoder.encode_batch(texts, num_threads)
+        except ValueError as error:
+            raise UserError(f"cannot encode: {error}") from None
+
+    def encode_special(self, name: str) -> int:
+        """The id of a special token."""
+        if name not in self._special_ids:
+            raise UserError(f"no special token {name!r}; there are: {' '.join(self._special_ids)}")
+        return self._special_ids[name]
+
+    # -------------------------------------------------------------------------
+    # Ids -> text
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of some ids, special tokens by name. Raises ValueError for an id that is none."""
+        size = len(self._bytes)
+        chosen = [int(token) for token in ids]
+        for token in chosen:
+            if not 0 <= token < size:
+                raise ValueError(f"token id {token}: the vocabulary has 0 to {size - 1}")
+        return b"".join(map(self._bytes.__getitem__, chosen))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some ids. Bytes that are no UTF-8, as a cut character leaves them, become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def id_to_token(self, token: int) -> str:
+        """One token as text, for people to read."""
+        return self.decode([token])
+
+    # -------------------------------------------------------------------------
+    # About the vocabulary
+
+    def get_vocab_size(self) -> int:
+        """How many ids there are, special tokens included."""
+        return len(self._bytes)
+
+    def get_bos_token_id(self) -> int:
+        """The id that starts every document."""
+        return self.encode_special("<|bos|>")
+
+    def get_special_tokens(self) -> list[str]:
+        """Names of the special tokens, in the order of their ids."""
+        return list(self._special_ids)
+
+
+def get_tokenizer() -> Tokenizer:
+    """The tokenizer that tok_train saved in the base directory."""
+    path = get_base_dir() / "tokenizer" / FILE_NAME
+    if not path.exists():
+        raise UserError(f"no tokenizer at {path}; train one with: python -m scripts.tok_train")
+    return Tokenizer.load(path)
+
+
+def expand_merges(merges: np.ndarray) -> list[bytes]:
+    """The bytes of the 256 byte tokens and of one token per merge. Raises ValueError where a merge names a later token."""
+    tokens = [bytes([value]) for value in range(256)]
+    for left, right in merges.tolist():
+        number = len(tokens)
+        if left >= number or right >= number:
+            raise ValueError(f"merge {number - 256} joins {left} and {right}, but only 0 to {number - 1} exist by then")
+        if len(tokens[left]) + len(tokens[right]) > MAX_TOKEN_BYTES:
+            raise ValueError(f"merge {number - 256} makes a token of more than {MAX_TOKEN_BYTES:,} bytes")
+        tokens.append(tokens[left] + tokens[right])
+    return tokens
+
+
+def check_content(content: object) -> None:
+    """Raise ValueError unless a parsed tokenizer file has the shape and the kinds of values that it must have."""
+    keys = {"version", "pattern", "merges", "special_tokens", "token_bytes"}
+    if not isinstance(content, dict) or set(content) != keys:
+        raise ValueError(f"not an object with exactly the keys {', '.join(sorted(keys))}")
+    if content["version"] != VERSION:
+        raise ValueError(f"version {content['version']!r} of the format; this program reads {VERSION}")
+    if content["pattern"] not in rustbpe.PATTERNS:
+        raise ValueError(f"split pattern {content['pattern']!r}; known: {', '.join(rustbpe.PATTERNS)}")
+
+    def are_ids(values: object) -> bool:
+        return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 31 for value in values)
+
+    merges, specials = content["merges"], content["special_tokens"]
+    if not isinstance(merges, list) or not all(are_ids(pair) and len(pair) == 2 for pair in merges):
+        raise ValueError("merges are not pairs of token ids")
+    names = isinstance(specials, list) and all(isinstance(name, str) and name for name in specials)
+    if not names or len(set(specials)) < len(specials) or "<|bos|>" not in specials:
+        raise ValueError("special_tokens are not distinct names with <|bos|> among them")
+    if not are_ids(content["token_bytes"]):
+        raise ValueError("token_bytes are not lengths")
+
+
+def batches(texts: Iterable[Any]) -> Iterator[Any]:
+    """Arrow arrays as they come; single strings in lists of about BATCH_CHARS characters."""
+    pending: list[str] = []
+    chars = 0
+    for text in texts:
+        if not isinstance(text, str):
+            yield text
+            continue
+        pending.append(text)
+        chars += len(text)
+        if chars >= BATCH_CHARS:
+            yield pending
+            pending, chars = [], 0
+    if pending:
+        yield pending
+
+
+# -----------------------------------------------------------------------------
+# Published vocabularies, for comparison
+
+
+def load_reference_encoder(folder: Path | str, name: str) -> rustbpe.Encoder:
+    """
+    GPT-2's or GPT-4's own vocabulary (without special tokens) from its published file in `folder`: encoder.json for "gpt2",
+    cl100k_base.tiktoken for "gpt4". Encodes as tiktoken does. Raises FileNotFoundError, and UserError where the file is damaged.
+    """
+    path = Path(folder) / {"gpt2": "encoder.json", "gpt4": "cl100k_base.tiktoken"}[name]
+    try:
+        if name == "gpt2":
+            byte_of = gpt2_bytes_by_character()
+            names = json.loads(path.read_text(encoding="utf-8"))
+            del names["<|endoftext|>"]
+            ranks = {rank: bytes(byte_of[character] for character in token) for token, rank in names.items()}
+        else:
+            lines = (line.split() for line in path.read_bytes().splitlines())
+            ranks = {int(rank): base64.b64decode(token, validate=True) for token, rank in lines}
+        return rustbpe.Encoder([ranks[rank] for rank in range(len(ranks))], name)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path}: not the published vocabulary ({error!r}); get the file again") from None
+
+
+def gpt2_bytes_by_character() -> dict[str, int]:
+    """GPT-2's file writes each byte as one visible character: itself where it is one in Latin-1, else the next from U+0100 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + place): byte for place, byte in enumerate(hidden)}

@@ -1,0 +1,252 @@
+"""
+Byte-pair encoding in Rust: train merges, encode text into ids, split text into pretokens.
+
+    merges = Trainer("nanochat"); merges.feed(["some text"]); merges.train(100)
+    ids, offsets = Encoder(tokens, "nanochat").encode_batch(["some text", "more"], threads=2)
+
+Texts are an Arrow string or large_string array, chunked or sliced as it may be (its buffers are read in place), or a sequence of
+str. Promises: merges of the naive algorithm (highest count, ties to the smallest pair), ids of tiktoken with the same ranks, the
+same answers for any number of threads. The interpreter is free while Rust works; Ctrl-C ends a long call within a moment and
+leaves nothing half done. Nulls, lone surrogates and broken UTF-8 are refused with their row (ValueError). Does not: know special
+tokens, or keep files.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from rustbpe._native import ffi, lib
+
+__all__ = ["PATTERNS", "Encoder", "Trainer", "split"]
+
+# The split patterns that the scanner follows, as the regexes they were published as. tiktoken and rustbpe 0.1.0 take these strings.
+PATTERNS = {
+    "nanochat": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+    "gpt4": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+}
+
+INTERNAL, STOPPED = -1, -3  # statuses of the C functions; every other one below zero is the caller's mistake
+WATCHED_BYTES = 1 << 22  # shorter calls end within about 50 ms and are not worth a thread
+OFFSET_WIDTH = {"string": 4, "large_string": 8}
+
+Texts = Any  # an Arrow array or chunked array of strings, or a sequence of str
+Progress = Callable[[int], None]
+
+
+class Trainer:
+    """Learns merges: feed() any number of batches, then train() once. Memory follows the distinct pretokens."""
+
+    def __init__(self, pattern: str = "nanochat", threads: int | None = None):
+        holder, name = ffi.new("Trainer **"), pattern.encode()
+        _run(lib.rustbpe_trainer_new, name, len(name), threads or _cores(), holder)
+        self._trainer = ffi.gc(holder[0], lib.rustbpe_trainer_free)
+
+    def feed(self, texts: Texts) -> None:
+        """Count the pretokens of some texts. After an exception the counts hold a part of them."""
+        for batch in _batches(texts):
+            _run(lib.rustbpe_trainer_feed, self._trainer, batch.struct, watched=batch.size > WATCHED_BYTES)
+
+    def train(self, most: int, progress: Progress | None = None) -> np.ndarray:
+        """
+        Learn up to `most` merges and forget the counts.
+
+        Returns (n, 2) uint32: row i is the pair that becomes token 256 + i, where tokens 0 to 255 are the bytes. n < most when no
+        pair is left. `progress` is called now and then with the merges learnt so far.
+        """
+        merges = np.empty((most, 2), dtype=np.uint32)
+        found = _run(
+            lib.rustbpe_trainer_train,
+            self._trainer,
+            _address("uint32_t *", merges),
+            most,
+            watched=True,
+            progress=progress,
+        )
+        return merges[:found].copy()
+
+
+class Encoder:
+    """
+    Encodes text with a vocabulary; `tokens[id]` is the bytes of token id.
+
+    All 256 single bytes must be among the tokens and no two may be equal (ValueError). Ids come out as uint16 when `vocab_size`,
+    the number of ids the caller uses in all (default: those of `tokens`), allows it, else as uint32. Threads may share an encoder.
+    """
+
+    def __init__(self, tokens: Sequence[bytes], pattern: str = "nanochat", vocab_size: int | None = None):
+        self.pattern = pattern
+        self.tokens = list(tokens)
+        self.dtype = np.dtype(np.uint16 if (vocab_size or len(tokens)) <= 1 << 16 else np.uint32)
+        holder, name = ffi.new("Encoder **"), pattern.encode()
+        batch = _Batch.of_bytes(self.tokens)
+        _run(lib.rustbpe_encoder_new, name, len(name), batch.struct, holder)
+        self._encoder = ffi.gc(holder[0], lib.rustbpe_encoder_free)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of one text."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(
+        self, texts: Texts, threads: int = 1, progress: Progress | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Ids of all texts, one after the other, and int64 offsets: text i is ids[offsets[i]:offsets[i + 1]].
+
+        `progress` is called now and then, during long calls, with the bytes of the current chunk encoded so far.
+        """
+        encoded = [self._encode(batch, threads, progress) for batch in _batches(texts)]
+        if len(encoded) == 1:
+            return encoded[0]
+        offsets = [np.zeros(1, dtype=np.int64)]
+        for _, ends in encoded:
+            offsets.append(ends[1:] + offsets[-1][-1])
+        ids = [ids for ids, _ in encoded]
+        return np.concatenate([np.empty(0, dtype=self.dtype), *ids]), np.concatenate(offsets)
+
+    def _encode(self, batch: "_Batch", threads: int, progress: Progress | None) -> tuple[np.ndarray, np.ndarray]:
+        room = lib.rustbpe_room(batch.size, batch.rows)
+        ids = np.empty(room, dtype=self.dtype)  # pages that stay untouched take no memory
+        offsets = np.zeros(batch.rows + 1, dtype=np.int64)
+        found = _run(
+            lib.rustbpe_encode,
+            self._encoder,
+            batch.struct,
+            threads,
+            _address("uint8_t *", ids),
+            self.dtype.itemsize,
+            room,
+            _address("int64_t *", offsets[1:]),
+            watched=batch.size > WATCHED_BYTES,
+            progress=progress,
+        )
+        ids.resize(found, refcheck=False)  # gives the rest back without a copy; nobody else knows the array yet
+        return ids, offsets
+
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """The bytes of some ids. Raises IndexError where an id is none of `tokens`."""
+        return b"".join(map(self.tokens.__getitem__, ids))
+
+
+def split(text: str, pattern: str = "nanochat") -> list[str]:
+    """The pretokens of a text, exactly as the regex PATTERNS[pattern] finds them."""
+    data, name = text.encode(), pattern.encode()
+    ends = np.empty(len(data), dtype=np.uint64)
+    found = _run(lib.rustbpe_split, name, len(name), data, len(data), _address("uint64_t *", ends))
+    bounds = [0, *ends[:found].tolist()]
+    return [data[start:end].decode() for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+# -----------------------------------------------------------------------------
+# Texts as the C functions take them
+
+
+class _Batch:
+    """A `Texts` struct and the Python objects whose memory it points into."""
+
+    def __init__(
+        self, owner: object, data: object, data_bytes: int, offsets: object, width: int, rows: int, first: int
+    ):
+        self.struct = ffi.new("Texts *", [data, data_bytes, offsets, width, rows, first])
+        self.owner = owner
+        self.size = data_bytes
+        self.rows = rows
+
+    @staticmethod
+    def of_bytes(rows: Sequence[bytes]) -> "_Batch":
+        data = b"".join(rows)
+        offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.cumsum([len(row) for row in rows], out=offsets[1:])
+        view = ffi.from_buffer("uint8_t[]", data)
+        return _Batch((view, offsets), view, len(data), _address("uint8_t *", offsets), 8, len(rows), 0)
+
+    @staticmethod
+    def of_strings(rows: Sequence[str]) -> "_Batch":
+        try:
+            return _Batch.of_bytes([row.encode() for row in rows])
+        except UnicodeEncodeError:
+            for number, row in enumerate(rows):
+                for place, character in enumerate(row):
+                    if 0xD800 <= ord(character) < 0xE000:
+                        problem = f"row {number}: lone surrogate U+{ord(character):04X} at character {place}"
+                        raise ValueError(f"{problem}; replace it first, it is no text") from None
+            raise
+
+    @staticmethod
+    def of_arrow(array: Any, first: int) -> "_Batch":
+        width = OFFSET_WIDTH.get(str(array.type))
+        if width is None:
+            raise ValueError(f"texts of Arrow type {array.type}; string and large_string are known, cast it first")
+        if array.null_count:
+            raise ValueError(f"row {first + array.is_null().index(True).as_py()} is null; drop or fill nulls first")
+        _, offsets, data = array.buffers()
+        start, end = 0, 0
+        if len(array):
+            bounds = np.frombuffer(offsets, dtype=f"i{width}")
+            start, end = int(bounds[array.offset]), int(bounds[array.offset + len(array)])
+        if start == end:
+            return _Batch.of_bytes([b""] * len(array))
+        # The data buffer stays whole, as the offsets count from its start; only the size is that of the rows.
+        pointer = ffi.cast("uint8_t *", offsets.address + array.offset * width)
+        batch = _Batch(array, ffi.cast("uint8_t *", data.address), data.size, pointer, width, len(array), first)
+        batch.size = end - start
+        return batch
+
+
+def _batches(texts: Texts) -> Iterator[_Batch]:
+    """One batch for each chunk; plain strings are one batch."""
+    if isinstance(texts, str | bytes):
+        raise ValueError("texts is one text; give a list of texts, or an Arrow array")
+    if not hasattr(texts, "type"):
+        yield _Batch.of_strings(texts)
+        return
+    first = 0
+    for chunk in getattr(texts, "chunks", [texts]):
+        yield _Batch.of_arrow(chunk, first)
+        first += len(chunk)
+
+
+def _address(kind: str, array: np.ndarray) -> Any:
+    return ffi.cast(kind, array.__array_interface__["data"][0])
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# -----------------------------------------------------------------------------
+# Calls
+
+
+def _run(function: Any, *arguments: Any, watched: bool = False, progress: Progress | None = None) -> int:
+    """Call a C function and raise what went wrong. `watched`: on a worker thread, so that signals and progress get through."""
+    call = ffi.new("Call *")
+    status = _watch(function, arguments, call, progress) if watched else function(*arguments, call)
+    if status >= 0:
+        return int(status)
+    message = ffi.string(call.message).decode(errors="replace")
+    if status == STOPPED:
+        raise KeyboardInterrupt
+    raise RuntimeError(f"rustbpe: {message}") if status == INTERNAL else ValueError(message)
+
+
+def _watch(function: Any, arguments: tuple[Any, ...], call: Any, progress: Progress | None) -> int:
+    statuses: list[int] = []
+    worker = threading.Thread(target=lambda: statuses.append(function(*arguments, call)), daemon=True)
+    worker.start()
+    try:
+        while worker.is_alive():
+            worker.join(0.05)
+            if progress:
+                progress(call.done)
+    except BaseException:
+        call.stop = 1  # the worker looks every few milliseconds
+        worker.join()
+        raise
+    return statuses[0]

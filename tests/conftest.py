@@ -1,0 +1,23 @@
+"""Fixtures that more than one test file uses."""
+
+from pathlib import Path
+
+import pytest
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture
+def base_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty NANOCHAT_BASE_DIR, for this process and those it starts."""
+    path = tmp_path / "base"
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Published data sets beside the checkout, ../shared/data: some machines have them."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no {SHARED_DATA}")
+    return SHARED_DATA

@@ -1,0 +1,112 @@
+"""Every command line that we show is one that works, and a setting means the same in every script."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nanochat.configurator import parse_args, read_block
+
+ROOT = Path(__file__).parent.parent
+COMMAND = re.compile(r"-m ((?:scripts|nanochat)\.\w+)([^`\n]*)")
+VARIABLE = re.compile(r'^\s*(?:export )?(\w+)="?(?:\$\{\w+:-)?([^}"\s]*)', re.MULTILINE)  # A=1, A="${A:-1}"
+HEAVY = {"torch", "numpy", "pyarrow", "datasets", "wandb", "transformers", "rustbpe"}
+
+# What users of the ancestors type.
+KNOWN = """
+-m nanochat.dataset -n 240
+-m nanochat.dataset -n -1
+-m nanochat.report reset
+-m nanochat.report generate
+-m scripts.tok_train --max_chars=2000000000 --vocab_size=65536
+-m scripts.tok_train --max-chars=2000000000 --vocab-size=65536
+-m scripts.tok_eval
+-m scripts.base_train -- --depth=20 --run=dummy --target-param-data-ratio=20
+-m scripts.base_train --depth=4 --max_seq_len=512 --device_batch_size=1 --total_batch_size=512 --num_iterations=20
+-m scripts.base_train --target-flops=1e18 --embedding-lr=0.2 --unembedding-lr=0.004 --matrix-lr=0.02 --weight-decay=0
+-m scripts.base_train --warmup-ratio=0 --warmdown-ratio=0.4 --final-lr-frac=0 --eval-every=250 --eval-tokens=1000
+-m scripts.base_train --sample-every=1 --save-every=-1 --resume-from-step=5 --model-tag=x --window-pattern=SSSL
+-m scripts.base_train --aspect-ratio=64 --head-dim=128 --device-type=cpu
+-m scripts.base_loss --device_batch_size=1 --split_tokens=4096
+-m scripts.chat_cli -p "Why is the sky blue?"
+"""
+
+
+def script_paths() -> dict[str, Path]:
+    """{module: file} of everything with a settings block."""
+    paths = [*(ROOT / "scripts").glob("*.py"), *(ROOT / "nanochat").glob("*.py")]
+    with_block = [path for path in paths if "\nsettings = configure(__name__)" in path.read_text(encoding="utf-8")]
+    return {f"{path.parent.name}.{path.stem}": path for path in with_block}
+
+
+def sources() -> Iterator[tuple[str, str]]:
+    """(where, text) of everything that shows commands."""
+    yield "KNOWN", KNOWN
+    for pattern in ("*.sh", "dev/**/*.sh", "dev/**/*.slurm", "*.md", "docs/**/*.md", "dev/configs/*.py"):
+        for path in sorted(ROOT.glob(pattern)):
+            yield str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
+    for folder in ("nanochat", "scripts", "tasks", "dev"):
+        for path in sorted((ROOT / folder).glob("*.py")):
+            yield str(path.relative_to(ROOT)), ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+
+
+def commands() -> list[tuple[str, str, list[str]]]:
+    """(where, module, arguments) of every command; shell variables have the value that the same file gives them."""
+    found = []
+    for where, text in sources():
+        values = dict(VARIABLE.findall(text))
+        for module, rest in COMMAND.findall(text.replace("\\\n", " ")):
+            rest = re.sub(r"\$\{?(\w+)\}?", lambda match, values=values: values.get(match[1], match[0]), rest)
+            lexer = shlex.shlex(rest, posix=True, punctuation_chars=True)
+            lexer.whitespace_split = True
+            words = list(lexer)
+            end = next((i for i, word in enumerate(words) if re.fullmatch(r"[();<>|&]+", word)), len(words))
+            found.append((where, module, words[:end]))
+    return found
+
+
+@pytest.mark.parametrize(("where", "module", "words"), commands())
+def test_every_command_we_show_parses(
+    where: str, module: str, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)  # settings files are given relative to it
+    paths = script_paths()
+    assert module in paths, f"{where}: there is no {module}"
+    if words not in (["--help"], ["-h"]):
+        parse_args(read_block(paths[module]), words)
+
+
+def test_commands_are_found_where_they_are_shown() -> None:
+    """Guards the test above: it would pass if the search found nothing."""
+    places = {where for where, _, _ in commands()}
+    assert {"README.md", "speedrun.sh", "dev/runcpu.sh", "dev/configs/laptop.py", "scripts/base_train.py"} <= places
+    assert ("speedrun.sh", "nanochat.dataset", ["-n", "240"]) in commands()
+
+
+def test_a_setting_has_the_same_type_in_every_script() -> None:
+    """And a comment: read_block() refuses a block where one is missing."""
+    kinds: dict[str, tuple[str, type]] = {}
+    for module, path in script_paths().items():
+        for name, setting in read_block(path).settings.items():
+            first, kind = kinds.setdefault(name, (module, setting.kind))
+            assert kind is setting.kind, f"{name} is {kind.__name__} in {first}, {setting.kind.__name__} in {module}"
+
+
+def test_help_of_every_script_imports_nothing_heavy() -> None:
+    """--help and every mistake must answer at once: torch alone takes seconds to import."""
+    program = f"""
+import runpy, sys
+sys.argv[1:] = ["--help"]
+for module in {sorted(script_paths())}:
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        print(module, end.code, sorted(set(sys.modules) & {HEAVY}), file=sys.stderr)
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert result.stderr.splitlines() == [f"{module} 0 []" for module in sorted(script_paths())]

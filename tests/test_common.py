@@ -1,0 +1,86 @@
+"""Whole files, exit codes, and records that survive a crash."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from nanochat import common
+from nanochat.common import Stopped, UserError
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "file.json"
+    common.write_atomic(path, "old")
+
+    def full_disk(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(common.os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        common.write_atomic(path, "new and longer")
+    assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["file.json"]
+
+
+def test_base_dir_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "file" / "below"))
+    with pytest.raises(UserError, match="export NANOCHAT_BASE_DIR"):
+        common.get_base_dir()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UserError("depth=0: expected at least 1"), 2, "depth=0: expected at least 1"),
+        (Stopped(signal.SIGTERM), 143, "stopped by SIGTERM"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_ends_become_exit_codes(error, code, said, capsys):
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        common.run_main(main)
+    message = capsys.readouterr().err
+    assert end.value.code == code and said in message and message.count("\n") == 1
+
+
+def test_our_own_errors_keep_their_traceback():
+    code = "from nanochat.common import run_main\ndef main(): assert 1 == 2, 'ours'\nrun_main(main)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and "Traceback" in result.stderr and "ours" in result.stderr
+
+
+def test_records_are_whole_lines_and_say_where_they_come_from(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    first, second = (common.open_record("base", "d4", {"depth": 4}) for _ in range(2))
+    first.write("step", step=1, loss=2.5)
+    assert first.path != second.path  # two runs within one second
+    first.close()
+    second.close()
+    start, step = common.read_record(first.path)
+    assert (start["event"], start["stage"], start["settings"]) == ("start", "base", {"depth": 4})
+    assert {"argv", "git", "python", "versions"} <= start.keys() and step["loss"] == 2.5
+
+
+def test_a_record_cut_short_by_a_crash_is_read_up_to_there(tmp_path):
+    path = tmp_path / "base-d4-1.jsonl"
+    path.write_text(json.dumps({"event": "start"}) + "\n" + '{"event": "st')
+    assert common.read_record(path) == [{"event": "start"}]
+    path.write_text('{"event": "st\n' + json.dumps({"event": "end"}) + "\n")
+    with pytest.raises(ValueError, match=r"d4-1\.jsonl:1"):
+        common.read_record(path)
+
+
+def test_other_ranks_are_silent(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setenv("RANK", "1")
+    record = common.open_record("base", "d4", {})
+    record.write("step", step=1)
+    record.close()
+    common.print0("hello")
+    assert capsys.readouterr().out == "" and not list((tmp_path).rglob("*.jsonl"))

@@ -1,0 +1,63 @@
+"""Reading order is dependency order: a file imports only from lower layers, or from a sibling named here."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LAYERS = [
+    "common configurator schedule",
+    "adamw compute dataset docs_corpus folder_corpus muon shards tokenizer",
+    "dataloader gpt",
+    "checkpoint_manager engine loss_eval",
+    "report train",
+]
+SIBLINGS = {
+    "configurator": {"common"},
+    "schedule": {"common"},
+    "adamw": {"compute"},
+    "muon": {"compute"},
+    "dataset": {"docs_corpus", "folder_corpus", "shards"},
+    "folder_corpus": {"shards"},
+}
+LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names.split()}
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of everything a file imports, also inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
+            names |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def local(path: Path, package: str) -> set[str]:
+    """Names of the package's modules that a file imports."""
+    modules = {file.stem for file in (ROOT / package).glob("*.py")}
+    return {name.split(".")[1] for name in imported(path) if name.startswith(f"{package}.")} & modules
+
+
+def test_every_library_file_has_a_layer() -> None:
+    files = {path.stem for path in (ROOT / "nanochat").glob("*.py")} - {"__init__"}
+    assert files == set(LAYER), "name its layer in tests/test_layers.py"
+
+
+def test_library_imports_point_down() -> None:
+    for name, layer in LAYER.items():
+        path = ROOT / "nanochat" / f"{name}.py"
+        for other in local(path, "nanochat"):
+            assert LAYER[other] < layer or other in SIBLINGS.get(name, ()), f"{name} imports {other}"
+        assert not {module for module in imported(path) if module.split(".")[0] in ("scripts", "tasks", "tests")}, name
+
+
+def test_scripts_do_not_import_scripts() -> None:
+    for path in (ROOT / "scripts").glob("*.py"):
+        assert not {name for name in imported(path) if name.split(".")[0] in ("scripts", "tests")}, path
+
+
+def test_tasks_import_only_the_lowest_layer() -> None:
+    for path in (ROOT / "tasks").glob("*.py"):
+        assert all(LAYER[name] == 0 for name in local(path, "nanochat")), path
