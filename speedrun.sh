@@ -37,11 +37,10 @@ python -m nanochat.dataset -n 240
 #   parameters: 2 x 65,536 x 1,280 (embedding, head) + 20 x 12 x 1,280^2 (blocks) = 561 M
 #   batch: 32 rows x 2,048 tokens x 8 GPUs = 524,288 tokens, no accumulation
 #   horizon: 20 x 561 M / 524,288 = 21,400 steps
-# A run that was interrupted goes on: add --resume.
-if ! ls "$NANOCHAT_BASE_DIR"/base_checkpoints/d20/step_*/meta.json >/dev/null 2>&1; then
-  torchrun --standalone --nproc_per_node="$NPROC" -m scripts.base_train -- \
-    --depth=20 --target-param-data-ratio=20 --device-batch-size=32 --save-every=2000 --run="$WANDB_RUN"
-fi
+# A run that was stopped goes on from its last checkpoint; a finished one has nothing to do.
+resume=$(compgen -G "$NANOCHAT_BASE_DIR/base_checkpoints/d20/step_*/meta.json" >/dev/null && echo --resume || true)
+torchrun --standalone --nproc_per_node="$NPROC" -m scripts.base_train -- \
+  --depth=20 --target-param-data-ratio=20 --device-batch-size=32 --save-every=2000 --run="$WANDB_RUN" $resume
 torchrun --standalone --nproc_per_node="$NPROC" -m scripts.base_loss -- --model-tag=d20 --no-baselines
 
 # -----------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """
 Write rustbpe/src/unicode.rs: the code point ranges of \\p{L}, \\p{N} and \\s.
 
-The ranges are found by asking tiktoken's regex engine about every code point, because the scanner promises tiktoken's splits and
-tiktoken's Unicode is newer than Python's. `--check` writes nothing and fails when the committed file differs, which happens when
-tiktoken moves to a newer Unicode.
+The ranges are found by asking tiktoken's regex engine about every code point, because the scanner promises tiktoken's
+splits and tiktoken's Unicode is newer than Python's. `--check` writes nothing and fails when the committed file
+differs, which happens when tiktoken moves to a newer Unicode.
 
     python dev/gen_unicode_tables.py [--check]
 """
@@ -18,7 +18,7 @@ CLASSES = {"LETTERS": r"\p{L}", "NUMBERS": r"\p{N}", "SPACES": r"\s"}
 
 
 def matching_ranges(pattern: str) -> list[tuple[int, int]]:
-    """Inclusive ranges of the code points that `pattern` matches: with byte tokens only, what comes out is what matched."""
+    """Inclusive ranges of the code points that `pattern` matches: what comes out of byte tokens is what matched."""
     byte_tokens = {bytes([value]): value for value in range(256)}
     engine = tiktoken.Encoding("probe", pat_str=pattern, mergeable_ranks=byte_tokens, special_tokens={})
     text = "".join(chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)

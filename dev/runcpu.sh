@@ -4,7 +4,8 @@
 #   bash dev/runcpu.sh                      # English documentation that is already on this machine
 #   CORPUS=climbmix bash dev/runcpu.sh      # web text instead (about 1 GB to download)
 #
-# NANOCHAT_BASE_DIR says where everything goes (default ~/.cache/nanochat). A stage that is finished is skipped on the next call.
+# NANOCHAT_BASE_DIR says where everything goes (default ~/.cache/nanochat). A stage that is finished is skipped on the next call,
+# one that was stopped goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash dev/setup.sh
@@ -26,9 +27,8 @@ fi
 python -m scripts.tok_eval --corpus="$CORPUS"
 
 # 3. Base model, then its score against byte frequencies and xz -9.
-if ! ls "$NANOCHAT_BASE_DIR"/base_checkpoints/laptop/step_*/meta.json >/dev/null 2>&1; then
-  python -m scripts.base_train dev/configs/laptop.py --corpus="$CORPUS" --model-tag=laptop
-fi
+resume=$(compgen -G "$NANOCHAT_BASE_DIR/base_checkpoints/laptop/step_*/meta.json" >/dev/null && echo --resume || true)
+python -m scripts.base_train dev/configs/laptop.py --corpus="$CORPUS" --model-tag=laptop $resume
 python -m scripts.base_loss --corpus="$CORPUS" --model-tag=laptop --split-tokens=262144
 
 # 4. What it writes, and the report.

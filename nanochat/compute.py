@@ -5,8 +5,10 @@ Nothing is probed on import. Without torchrun there is one rank and a collective
 RCCL. On CPU every run is deterministic: same machine type, same versions, same thread count, same bits.
 """
 
+import ctypes
 import datetime
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,10 +88,24 @@ def compute_init(device_type: str = "auto", dtype: str = "auto", seed: int = 42)
         # off.
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # not in its stubs
+        keep_freed_memory()
     compute = Compute(device, choose_dtype(dtype, device), int(os.environ.get("RANK", "0")), world_size)
     name = device_name(device) + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
     print0(f"device: {world_size} x {device.type} ({name}), computing in {str(compute.dtype).removeprefix('torch.')}")
     return compute
+
+
+def keep_freed_memory() -> None:
+    """
+    Tell glibc to keep freed memory instead of returning each large tensor to the kernel, which hands it back page by page,
+    zeroed: 64,000 page faults a step at d4, a third of its time (287 -> 191 ms; 5 % more memory). No effect elsewhere.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc and hasattr(libc, "mallopt"):
+        M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # from malloc.h
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most it takes: larger blocks are always mapped
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TOP_PAD, 64 << 20)
 
 
 def open_device(device_type: str, local_rank: int) -> torch.device:
@@ -186,7 +202,6 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource  # not on Windows, where only this line would miss it
-    import sys
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

@@ -1,21 +1,22 @@
 """
 The tokenizer: text <-> token ids, trained and run by `rustbpe`, kept in one JSON file.
 
-Promises: decode(encode(text)) == text; ordinary text never becomes a special token, whatever it says; equal tokenizers make
-equal files; a file that was changed by hand or by accident is refused with what is wrong. Special tokens have the last ids.
-Does not: render chats (conversation.py), normalise text, or read pickles.
+Promises: decode(encode(text)) == text; ordinary text never becomes a special token, whatever it says; equal tokenizers
+make equal files; a file that was changed by hand or by accident is refused with what is wrong. Special tokens have the
+last ids. Does not: render chats (conversation.py), normalise text, or read pickles.
 """
 
 import base64
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rustbpe
 
+import rustbpe
 from nanochat.common import UserError, get_base_dir, write_atomic
 
 FILE_NAME = "tokenizer.json"
@@ -41,12 +42,12 @@ class Tokenizer:
     """
     Byte-pair encoding with special tokens.
 
-    Ids: 0 to 255 the bytes, then one per merge, then the special tokens. `token_bytes` is an int32 array with each id's length in
-    bytes (0 for special tokens), `fingerprint` the sha256 of the file's content.
+    Ids: 0 to 255 the bytes, then one per merge, then the special tokens. `token_bytes` is an int32 array with each id's
+    length in bytes (0 for special tokens), `fingerprint` the sha256 of the file's content.
     """
 
     def __init__(self, merges: np.ndarray, special_tokens: Sequence[str] = SPECIAL_TOKENS, pattern: str = "nanochat"):
-        """`merges` is (n, 2): row i is the pair of ids that becomes token 256 + i. Raises ValueError where that is impossible."""
+        """`merges` is (n, 2): row i is the pair that becomes token 256 + i. Raises ValueError where that cannot be."""
         self.pattern = pattern
         self.merges = np.ascontiguousarray(merges, dtype=np.uint32)
         tokens = expand_merges(self.merges)
@@ -67,14 +68,15 @@ class Tokenizer:
         """
         Learn `vocab_size` tokens (the 256 bytes and the special tokens among them) from an iterable of texts.
 
-        A text is a str; an Arrow array of strings counts as many, and is not copied. `progress` is called with ("bytes", so far)
-        while texts are read and ("merges", so far) after that. The same texts give the same tokenizer for any number of threads.
-        Raises UserError where vocab_size is too small, or larger than the texts can give.
+        A text is a str; an Arrow array of strings counts as many, and is not copied. `progress` is called with
+        ("bytes", so far) while texts are read and ("merges", so far) after that. The same texts give the same tokenizer
+        for any number of threads. Raises UserError where vocab_size is too small, or larger than the texts can give.
         """
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
             raise UserError(
-                f"vocab_size {vocab_size}: the 256 bytes and {len(SPECIAL_TOKENS)} special tokens need --vocab-size={smallest} or more"
+                f"vocab_size {vocab_size}: the 256 bytes and {len(SPECIAL_TOKENS)} special tokens "
+                f"need --vocab-size={smallest} or more"
             )
         trainer = rustbpe.Trainer(pattern, num_threads)
         fed = 0
@@ -83,11 +85,11 @@ class Tokenizer:
             if progress:
                 fed += batch.nbytes if hasattr(batch, "nbytes") else sum(map(len, batch))
                 progress("bytes", fed)
-        learnt = progress and (lambda count: progress("merges", count))
-        merges = trainer.train(vocab_size - smallest, learnt)
+        merges = trainer.train(vocab_size - smallest, partial(progress, "merges") if progress else None)
         if len(merges) < vocab_size - smallest:
             raise UserError(
-                f"vocab_size {vocab_size}: this text gives {len(merges)} merges, so at most --vocab-size={smallest + len(merges)}"
+                f"vocab_size {vocab_size}: this text gives {len(merges)} merges, "
+                f"so at most --vocab-size={smallest + len(merges)}"
             )
         return Tokenizer(merges, pattern=pattern)
 
@@ -117,7 +119,7 @@ class Tokenizer:
 
     @staticmethod
     def load(path: Path | str) -> "Tokenizer":
-        """Read a tokenizer.json, or the one in a directory. Raises UserError with the file and what is wrong with it."""
+        """Read a tokenizer.json, or the one in a directory. Raises UserError with the file and what is wrong in it."""
         path = Path(path)
         if path.is_dir():
             path = path / FILE_NAME
@@ -149,8 +151,8 @@ class Tokenizer:
         num_threads: int = 1,
     ) -> Any:
         """
-        Ids of a text as a list, or of a list of texts as a list of lists. `prepend` and `append` are special tokens, by name or id.
-        Raises UserError for a text that cannot be UTF-8 (a lone surrogate).
+        Ids of a text as a list, or of a list of texts as a list of lists. `prepend` and `append` are special tokens, by
+        name or id. Raises UserError for a text that cannot be UTF-8 (a lone surrogate).
         """
         before = [] if prepend is None else [self.encode_special(prepend) if isinstance(prepend, str) else prepend]
         after = [] if append is None else [self.encode_special(append) if isinstance(append, str) else append]
@@ -163,8 +165,9 @@ class Tokenizer:
         """
         Ids of an Arrow string array (chunked or not, or a list of str), without copying the text.
 
-        Returns (ids, offsets): document i is ids[offsets[i]:offsets[i + 1]]. ids are uint16 when the vocabulary has at most 65,536
-        tokens, else uint32; offsets are int64. Raises UserError with the row for nulls and for text that is not UTF-8.
+        Returns (ids, offsets): document i is ids[offsets[i]:offsets[i + 1]]. ids are uint16 when the vocabulary has at
+        most 65,536 tokens, else uint32; offsets are int64. Raises UserError with the row for nulls and for text that is
+        not UTF-8.
         """
         try:
             return self._encoder.encode_batch(texts, num_threads)
@@ -222,7 +225,7 @@ def get_tokenizer() -> Tokenizer:
 
 
 def expand_merges(merges: np.ndarray) -> list[bytes]:
-    """The bytes of the 256 byte tokens and of one token per merge. Raises ValueError where a merge names a later token."""
+    """The bytes of the 256 byte tokens and of one token per merge. Raises ValueError for a merge of later tokens."""
     tokens = [bytes([value]) for value in range(256)]
     for left, right in merges.tolist():
         number = len(tokens)
@@ -280,8 +283,9 @@ def batches(texts: Iterable[Any]) -> Iterator[Any]:
 
 def load_reference_encoder(folder: Path | str, name: str) -> rustbpe.Encoder:
     """
-    GPT-2's or GPT-4's own vocabulary (without special tokens) from its published file in `folder`: encoder.json for "gpt2",
-    cl100k_base.tiktoken for "gpt4". Encodes as tiktoken does. Raises FileNotFoundError, and UserError where the file is damaged.
+    GPT-2's or GPT-4's own vocabulary (without special tokens) from its published file in `folder`: encoder.json for
+    "gpt2", cl100k_base.tiktoken for "gpt4". Encodes as tiktoken does. Raises FileNotFoundError, and UserError where the
+    file is damaged.
     """
     path = Path(folder) / {"gpt2": "encoder.json", "gpt4": "cl100k_base.tiktoken"}[name]
     try:
@@ -299,7 +303,7 @@ def load_reference_encoder(folder: Path | str, name: str) -> rustbpe.Encoder:
 
 
 def gpt2_bytes_by_character() -> dict[str, int]:
-    """GPT-2's file writes each byte as one visible character: itself where it is one in Latin-1, else the next from U+0100 on."""
+    """GPT-2's file writes each byte as a visible character: itself where Latin-1 has one, else the next from U+0100."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + place): byte for place, byte in enumerate(hidden)}

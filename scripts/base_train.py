@@ -130,6 +130,9 @@ def main() -> None:
         meter.restore(checkpoint.meta["meter"])
         first_step, position = checkpoint.step, Position.from_json(checkpoint.meta["position"])
         print0(f"resumed from {checkpoint.path}")
+        if first_step >= num_steps:
+            print0(f"this run is finished; more steps: --resume --num-iterations={2 * num_steps}")
+            return
     record = open_record("base", tag, settings)
     record.write("corpus", name=text.name, fingerprint=text.fingerprint)
     record.write(

@@ -170,6 +170,15 @@ def test_a_finished_run_may_be_given_more_steps(home, train_here):
     assert [event["step"] for event in tiny.events(home, "base", "longer", "step")] == [0, 1, 2, 3, 4, 5]
 
 
+def test_a_finished_run_has_nothing_to_do(home, train_here, capsys):
+    """dev/runcpu.sh and speedrun.sh call every stage again; the records must stay those of the run."""
+    train_here(model_tag="done")
+    before = tiny.events(home, "base", "done", "start")
+    train_here(model_tag="done", resume=True)
+    assert "this run is finished" in capsys.readouterr().out
+    assert tiny.events(home, "base", "done", "start") == before
+
+
 def test_base_loss_and_chat_cli_read_what_base_train_wrote(home):
     flags = ["--device-type=cpu", "--dtype=float32", "--model-tag=whole"]
     scored = tiny.run(home, "scripts.base_loss", *flags, "--split-tokens=2000", "--device-batch-size=2").stdout

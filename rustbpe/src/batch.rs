@@ -46,7 +46,8 @@ pub struct Unit {
     pub bytes: Range<usize>,
 }
 
-/// Large enough to hide the cost of handing out, small enough that two threads end at the same time (a 4 MB batch has 16).
+/// Large enough to hide the cost of handing out, small enough that two threads end at the same time (a 4 MB batch has
+/// 16).
 pub(crate) const UNIT_BYTES: usize = 1 << 18;
 
 impl<'a> Batch<'a> {
@@ -92,8 +93,8 @@ impl<'a> Batch<'a> {
         }
     }
 
-    /// Cuts the rows into units of about UNIT_BYTES, in order. A row that is longer is cut where an ASCII letter is followed by
-    /// a space: in all patterns a pretoken ends there, whatever stands around.
+    /// Cuts the rows into units of about UNIT_BYTES, in order. A row that is longer is cut where an ASCII letter is
+    /// followed by a space: in all patterns a pretoken ends there, whatever stands around.
     pub fn units(&self) -> Vec<Unit> {
         let (mut units, mut first) = (Vec::new(), 0);
         while first < self.rows() {

@@ -1,11 +1,12 @@
 //! Turns text into token ids, exactly as tiktoken does with the same ranks.
 //!
-//! tiktoken's rule: a pretoken that is a token is that token; otherwise merge, again and again, the leftmost of the adjacent
-//! pairs whose joined bytes have the lowest id. A cache answers nearly all pretokens; the rest are merged.
+//! tiktoken's rule: a pretoken that is a token is that token; otherwise merge, again and again, the leftmost of the
+//! adjacent pairs whose joined bytes have the lowest id. A cache answers nearly all pretokens; the rest are merged.
 //!
-//! "Joined bytes" and "one pair per token" are the same thing: no symbol crosses the border of two neighbours about to merge, so
-//! what happened inside is what happens to those bytes alone, and always ends in the same two halves. `recover_merges` finds
-//! those halves once, which makes a table with one entry per token out of one with an entry per way to cut each token.
+//! "Joined bytes" and "one pair per token" are the same thing: no symbol crosses the border of two neighbours about to
+//! merge, so what happened inside is what happens to those bytes alone, and always ends in the same two halves.
+//! `recover_merges` finds those halves once, which makes a table with one entry per token out of one with an entry per
+//! way to cut each token.
 
 use crate::batch::{run_units, Batch, Control, Failure, Unit};
 use crate::scanner::{next, Pattern, Rules};
@@ -24,8 +25,8 @@ pub(crate) const GROUP: usize = 4;
 /// 8 MiB per thread. On 50 MB of web text: half of it costs 8 % of the speed at 8,192 tokens, twice as much gains 10 %.
 const CACHE_LINES: usize = 1 << 17;
 
-/// Up to this many bytes the best pair is looked for by scanning, beyond it with a heap: a scan over a few cache lines beats a
-/// heap's bookkeeping, but its cost grows with the square.
+/// Up to this many bytes the best pair is looked for by scanning, beyond it with a heap: a scan over a few cache lines
+/// beats a heap's bookkeeping, but its cost grows with the square.
 const SCAN_BYTES: usize = 128;
 
 /// An id as it is written: u16 where the vocabulary allows, else u32.
@@ -100,8 +101,8 @@ impl Encoder {
         Ok(encoder)
     }
 
-    /// Finds for every token the two halves that merge into it, if merging ever makes it. Shorter tokens first: their merges are
-    /// all that can happen inside a token before its last one.
+    /// Finds for every token the two halves that merge into it, if merging ever makes it. Shorter tokens first: their
+    /// merges are all that can happen inside a token before its last one.
     fn recover_merges(&mut self, vocabulary: &[&[u8]]) -> Result<(), Failure> {
         let (stop, done) = (AtomicU64::new(0), AtomicU64::new(0));
         let control = Control { stop: &stop, done: &done };
@@ -146,8 +147,10 @@ impl Encoder {
         let encoded = run_units(&mut workers, units.len(), |worker, number| {
             control.check()?;
             let mut region = regions[number].lock().expect("each region is locked once");
-            let row_ids = with_rules!(self.pattern, R => self.encode_unit::<R, T>(batch, &units[number], worker, &mut region, control))?;
-            control.done.fetch_add(units[number].bytes.len() as u64, Relaxed);
+            let unit = &units[number];
+            let row_ids =
+                with_rules!(self.pattern, R => self.encode_unit::<R, T>(batch, unit, worker, &mut region, control))?;
+            control.done.fetch_add(unit.bytes.len() as u64, Relaxed);
             Ok(row_ids)
         });
         self.idle.lock().expect("never poisoned: no code under it panics").append(&mut workers);
@@ -278,15 +281,15 @@ impl Encoder {
         }
     }
 
-    /// The same for a long piece in O(n log n): symbols stay in place, linked to their neighbours; an entry of the heap counts
-    /// only while its symbol still joins to the id the entry was made for.
+    /// The same for a long piece in O(n log n): symbols stay in place, linked to their neighbours; an entry of the heap
+    /// counts only while its symbol still joins to the id the entry was made for.
     fn merge_by_heap(&self, merging: &mut Merging, control: &Control) -> Result<(), Failure> {
         let Merging { ids, joins, heap, links } = merging;
         let Ok(count) = u32::try_from(ids.len()) else {
             return Err(Failure::Invalid(format!("a pretoken of {} bytes; at most 4 GiB can be encoded", ids.len())));
         };
         links.clear();
-        links.extend((0..count).map(|i| (i.wrapping_sub(1), i + 1))); // before the first and after the last: not below count
+        links.extend((0..count).map(|i| (i.wrapping_sub(1), i + 1))); // no neighbour: not below count
         heap.clear();
         heap.extend((0..).zip(joins.iter()).filter(|(_, &join)| join != NONE).map(|(i, &join)| Reverse((join, i))));
         let mut steps = 0u32;
@@ -367,7 +370,8 @@ struct Merging {
     links: Vec<(u32, u32)>, // neighbours before and after
 }
 
-/// Pretokens of up to 15 bytes and up to GROUP ids: two to a cache line, the newer first; a third pushes the older one out.
+/// Pretokens of up to 15 bytes and up to GROUP ids: two to a cache line, the newer first; a third pushes the older one
+/// out.
 #[derive(Clone)]
 struct Cache {
     lines: Vec<Line>,
@@ -450,7 +454,7 @@ mod tests {
         assert_eq!(encode(&bpe, 1, &["abca"]).0, [259, 97]); // bc before ab, then a + bc
         assert_eq!(encode(&bpe, 1, &["aaa"]).0, [258, 97]);
         let bpe = encoder(&["bc", "abcd"]).unwrap();
-        assert_eq!(encode(&bpe, 1, &["abcd"]).0, [257]); // a whole pretoken that is a token, though merging never makes it:
+        assert_eq!(encode(&bpe, 1, &["abcd"]).0, [257]); // a whole pretoken, though merging never makes it
         assert_eq!(encode(&bpe, 1, &["abcde"]).0, [97, 256, 100, 101]);
     }
 

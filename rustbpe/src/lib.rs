@@ -1,13 +1,17 @@
-//! Byte-pair encoding for nanochat: trains vocabularies and encodes text. Only std, so it builds wherever a compiler is.
+//! Byte-pair encoding for nanochat: trains vocabularies and encodes text. Only std, so it builds wherever a compiler
+//! is.
 //!
-//! This file is the border to Python: C functions that take addresses with lengths, run to the end on the caller's thread (Python
-//! calls them without its lock, long ones from a worker thread) and share a `Call` with whoever waits: a flag to stop them,
-//! a count of what is done, and room for a message. No panic crosses: it becomes status INTERNAL with the panic's text.
+//! This file is the border to Python: C functions that take addresses with lengths, run to the end on the caller's
+//! thread (Python calls them without its lock, long ones from a worker thread) and share a `Call` with whoever waits: a
+//! flag to stop them, a count of what is done, and room for a message. No panic crosses: it becomes status INTERNAL
+//! with the panic's text.
 //!
-//! Promises: the merges of the naive algorithm with ties to the smallest pair; the ids of tiktoken with the same ranks; the same
-//! answer for any number of threads. Does not: hold special tokens, normalise text, or accept text that is not UTF-8.
+//! Promises: the merges of the naive algorithm with ties to the smallest pair; the ids of tiktoken with the same ranks;
+//! the same answer for any number of threads. Does not: hold special tokens, normalise text, or accept text that is not
+//! UTF-8.
 
-// The contract of every function here is the one above; repeating it under a heading per function would hide the differences.
+// The contract of every function here is the one above; repeating it under a heading per function would hide the
+// differences.
 #![allow(clippy::missing_safety_doc)]
 
 mod batch;
@@ -40,7 +44,8 @@ pub struct Call {
     message: [u8; 256],
 }
 
-/// A column of texts: row r is data[offsets[r]..offsets[r + 1]], offsets of 4 or 8 bytes. Messages count rows from first_row.
+/// A column of texts: row r is data[offsets[r]..offsets[r + 1]], offsets of 4 or 8 bytes. Messages count rows from
+/// first_row.
 #[repr(C)]
 pub struct Texts {
     data: *const u8,
@@ -131,8 +136,8 @@ pub unsafe extern "C" fn rustbpe_trainer_feed(trainer: *mut Trainer, texts: *con
     })
 }
 
-/// Learns up to `most` merges, writes them as pairs to `merges` (2 x most places) and answers how many. Empties the counts.
-/// done: merges.
+/// Learns up to `most` merges, writes them as pairs to `merges` (2 x most places) and answers how many. Empties the
+/// counts. done: merges.
 #[no_mangle]
 pub unsafe extern "C" fn rustbpe_trainer_train(
     trainer: *mut Trainer,
@@ -179,8 +184,8 @@ pub extern "C" fn rustbpe_room(bytes: u64, rows: u64) -> u64 {
     Encoder::room(bytes as usize, rows as usize) as u64
 }
 
-/// Writes the ids of all rows to `ids` (of 2 or 4 bytes, `room` places) and, for each row, where they end to `ends`; answers how
-/// many ids there are. Any number of calls at a time per encoder. done: bytes.
+/// Writes the ids of all rows to `ids` (of 2 or 4 bytes, `room` places) and, for each row, where they end to `ends`;
+/// answers how many ids there are. Any number of calls at a time per encoder. done: bytes.
 #[no_mangle]
 pub unsafe extern "C" fn rustbpe_encode(
     encoder: *const Encoder,
@@ -233,4 +238,31 @@ pub unsafe extern "C" fn rustbpe_split(
         }
         Ok(count as i64)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_becomes_a_status_with_its_text() {
+        let mut call = Call { stop: 0, done: 0, message: [b'x'; 256] };
+        let status = unsafe { guard(&mut call, |_| panic!("{}", "long ".repeat(99))) };
+        assert_eq!(status, INTERNAL);
+        assert!(call.message.starts_with(b"long long ") && call.message[255] == 0);
+    }
+
+    #[test]
+    fn a_missing_buffer_is_an_empty_text() {
+        let offsets = [0i32; 2];
+        let texts = Texts {
+            data: std::ptr::null(),
+            data_bytes: 0,
+            offsets: offsets.as_ptr().cast(),
+            offset_width: 4,
+            rows: 1,
+            first_row: 0,
+        };
+        assert_eq!(unsafe { texts.batch() }.unwrap().row(0), 0..0);
+    }
 }

@@ -1,7 +1,7 @@
 //! Cuts text into pretokens, the pieces inside which byte pairs may merge, exactly as three published regexes do.
 //!
-//! A regex engine is not needed: each pattern is an ordered choice over four character classes (`\p{L}`, `\p{N}`, `\s`, the
-//! rest) with at most one character of look-ahead, so the first character and the class of the second decide which
+//! A regex engine is not needed: each pattern is an ordered choice over four character classes (`\p{L}`, `\p{N}`, `\s`,
+//! the rest) with at most one character of look-ahead, so the first character and the class of the second decide which
 //! alternative matches. No match looks behind, hence scanning may restart at any pretoken boundary.
 
 use crate::unicode::{LETTERS, NUMBERS, SPACES};
@@ -45,7 +45,8 @@ impl Rules for Nanochat {
     const TRAILING_RUN_WHOLE: bool = false;
 }
 
-/// `'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s`
+/// `'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+|
+/// ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s`
 pub struct Gpt4;
 
 impl Rules for Gpt4 {
@@ -269,8 +270,8 @@ fn symbols_end<R: Rules>(text: &[u8], at: usize) -> usize {
     }
 }
 
-/// At least two white space characters start at `at`: up to the last newline among them, else all at the end of the text,
-/// else all but the last, which belongs to what follows.
+/// At least two white space characters start at `at`: up to the last newline among them, else all at the end of the
+/// text, else all but the last, which belongs to what follows.
 fn spaces_end<R: Rules>(text: &[u8], at: usize) -> usize {
     let (mut end, mut last, mut newline_end) = (at, at, at);
     while end < text.len() {

@@ -162,7 +162,8 @@ impl<S: PairSlot> PairMap<S> {
         PairMap { slots: vec![S::EMPTY; size], used: 0, shift: 64 - size.trailing_zeros() }
     }
 
-    /// The slot of `key`, or the empty one where it belongs. Fibonacci hashing: the product's top bits are the well mixed ones.
+    /// The slot of `key`, or the empty one where it belongs. Fibonacci hashing: the product's top bits are the well
+    /// mixed ones.
     #[inline(always)]
     fn find(&self, key: u64) -> usize {
         let mask = self.slots.len() - 1;

@@ -1,7 +1,7 @@
 //! Learns merges: counts distinct pretokens, then merges the most frequent pair of neighbours again and again.
 //!
-//! Promises the merges of the naive algorithm (highest count first, ties to the smallest pair), whatever the number of threads
-//! or the order of the texts. Memory follows the distinct pretokens, not the corpus.
+//! Promises the merges of the naive algorithm (highest count first, ties to the smallest pair), whatever the number of
+//! threads or the order of the texts. Memory follows the distinct pretokens, not the corpus.
 
 use crate::batch::{run_units, Batch, Control, Failure};
 use crate::scanner::{next, Pattern, Rules};
@@ -131,8 +131,8 @@ impl Counter {
 // -----------------------------------------------------------------------------
 // 2. Merging
 
-/// One byte of one distinct pretoken. A token's id stands in its first and in its last cell, so that both neighbours of a token
-/// are found in one step; cells between them are stale.
+/// One byte of one distinct pretoken. A token's id stands in its first and in its last cell, so that both neighbours of
+/// a token are found in one step; cells between them are stale.
 #[derive(Clone, Copy)]
 struct Cell {
     token: u32,
@@ -143,7 +143,8 @@ const BOUNDARY: u32 = u32::MAX; // the cell between two pretokens
 const DEAD: u32 = u32::MAX - 1; // was the first cell of a token that became the right half of another
 const NONE: u32 = u32::MAX;
 
-/// A pair that occurs or once occurred, and the places where it did: `pool[start..start + places]`, ascending, some stale.
+/// A pair that occurs or once occurred, and the places where it did: `pool[start..start + places]`, ascending, some
+/// stale.
 #[derive(Clone, Copy)]
 struct Pair {
     key: u64,
@@ -173,7 +174,7 @@ struct Merger {
     widths: Vec<u32>, // bytes of each token
     pairs: PairMap<Pair>,
     pool: Vec<u32>,
-    heap: BinaryHeap<u128>, // count, then the pair inverted so that the smaller one comes first; counts may be out of date
+    heap: BinaryHeap<u128>, // count, then the pair inverted: ties to the smaller one; counts may be old
     // Scratch of one merge, kept to save the allocations:
     fresh: Vec<Fresh>,
     log: Vec<(u32, u32)>,  // (number in `fresh`, place), in order of discovery
@@ -233,8 +234,8 @@ impl Merger {
         }
     }
 
-    /// The pair with the highest count. Counts only fall once a pair is listed, so an entry that is out of date is put back
-    /// with its new count, and the first up-to-date one is the maximum.
+    /// The pair with the highest count. Counts only fall once a pair is listed, so an entry that is out of date is put
+    /// back with its new count, and the first up-to-date one is the maximum.
     fn most_frequent(&mut self) -> Option<(u32, u32)> {
         while let Some(entry) = self.heap.pop() {
             let key = !(entry as u64);
@@ -301,8 +302,9 @@ impl Merger {
 
     /// Takes the collected occurrences from the pairs they belonged to, and lists the new pairs.
     ///
-    /// In `left right left right` the second merge finds the new token before it: the pair (token, left) that the first one
-    /// noted is then (token, token), so its count is corrected, while (right, left) has already been reduced once and only once.
+    /// In `left right left right` the second merge finds the new token before it: the pair (token, left) that the first
+    /// one noted is then (token, token), so its count is corrected, while (right, left) has already been reduced once
+    /// and only once.
     fn settle(&mut self, left: u32, right: u32, token: u32) {
         let doubles = match self.fresh_left[token as usize] {
             NONE => 0,

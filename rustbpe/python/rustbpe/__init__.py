@@ -4,11 +4,11 @@ Byte-pair encoding in Rust: train merges, encode text into ids, split text into 
     merges = Trainer("nanochat"); merges.feed(["some text"]); merges.train(100)
     ids, offsets = Encoder(tokens, "nanochat").encode_batch(["some text", "more"], threads=2)
 
-Texts are an Arrow string or large_string array, chunked or sliced as it may be (its buffers are read in place), or a sequence of
-str. Promises: merges of the naive algorithm (highest count, ties to the smallest pair), ids of tiktoken with the same ranks, the
-same answers for any number of threads. The interpreter is free while Rust works; Ctrl-C ends a long call within a moment and
-leaves nothing half done. Nulls, lone surrogates and broken UTF-8 are refused with their row (ValueError). Does not: know special
-tokens, or keep files.
+Texts are an Arrow string or large_string array, chunked or sliced as it may be (its buffers are read in place), or a
+sequence of str. Promises: merges of the naive algorithm (highest count, ties to the smallest pair), ids of tiktoken
+with the same ranks, the same answers for any number of threads. The interpreter is free while Rust works; Ctrl-C ends a
+long call within a moment and leaves nothing half done. Nulls, lone surrogates and broken UTF-8 are refused with their
+row (ValueError). Does not: know special tokens, or keep files.
 """
 
 import os
@@ -22,7 +22,8 @@ from rustbpe._native import ffi, lib
 
 __all__ = ["PATTERNS", "Encoder", "Trainer", "split"]
 
-# The split patterns that the scanner follows, as the regexes they were published as. tiktoken and rustbpe 0.1.0 take these strings.
+# The split patterns that the scanner follows, as the regexes they were published as. tiktoken and rustbpe 0.1.0 take
+# these strings.
 PATTERNS = {
     "nanochat": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
@@ -56,8 +57,8 @@ class Trainer:
         """
         Learn up to `most` merges and forget the counts.
 
-        Returns (n, 2) uint32: row i is the pair that becomes token 256 + i, where tokens 0 to 255 are the bytes. n < most when no
-        pair is left. `progress` is called now and then with the merges learnt so far.
+        Returns (n, 2) uint32: row i is the pair that becomes token 256 + i, where tokens 0 to 255 are the bytes. n <
+        most when no pair is left. `progress` is called now and then with the merges learnt so far.
         """
         merges = np.empty((most, 2), dtype=np.uint32)
         found = _run(
@@ -75,8 +76,9 @@ class Encoder:
     """
     Encodes text with a vocabulary; `tokens[id]` is the bytes of token id.
 
-    All 256 single bytes must be among the tokens and no two may be equal (ValueError). Ids come out as uint16 when `vocab_size`,
-    the number of ids the caller uses in all (default: those of `tokens`), allows it, else as uint32. Threads may share an encoder.
+    All 256 single bytes must be among the tokens and no two may be equal (ValueError). Ids come out as uint16 when
+    `vocab_size`, the number of ids the caller uses in all (default: those of `tokens`), allows it, else as uint32.
+    Threads may share an encoder.
     """
 
     def __init__(self, tokens: Sequence[bytes], pattern: str = "nanochat", vocab_size: int | None = None):
@@ -225,7 +227,7 @@ def _cores() -> int:
 
 
 def _run(function: Any, *arguments: Any, watched: bool = False, progress: Progress | None = None) -> int:
-    """Call a C function and raise what went wrong. `watched`: on a worker thread, so that signals and progress get through."""
+    """Call a C function and raise what went wrong. `watched`: on a worker thread, so signals get through."""
     call = ffi.new("Call *")
     status = _watch(function, arguments, call, progress) if watched else function(*arguments, call)
     if status >= 0:

@@ -1,0 +1,112 @@
+"""
+Train the tokenizer on a corpus's training text and save it in $NANOCHAT_BASE_DIR/tokenizer.
+
+    python -m scripts.tok_train --vocab-size=4096
+
+The same text and settings give the same tokenizer, byte for byte, on any machine and any number of cores.
+"""
+
+from nanochat.configurator import configure
+
+# Text
+corpus: str | None = None  # directory name in $NANOCHAT_BASE_DIR/data (None = the only one there)
+max_chars = 2_000_000_000  # stop after this many characters (the document that reaches it still counts)
+doc_cap = 10_000  # characters taken of each document, so that no long one dominates (0 = all)
+# Vocabulary
+vocab_size = 65_536  # tokens in all: 256 bytes, merges, 9 special tokens
+settings = configure(__name__)
+
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from tqdm import tqdm
+
+from nanochat.common import get_base_dir, open_record, print0, run_main
+from nanochat.dataset import iter_text, load_corpus
+from nanochat.tokenizer import Tokenizer
+
+
+def main() -> None:
+    text = load_corpus(corpus)
+    record = open_record("tok_train", text.name, settings)
+    taken = {"documents": 0, "text_bytes": 0}
+
+    start = time.perf_counter()
+    with tqdm(disable=None, unit_scale=True) as bar:  # disable=None: no bar where nobody watches
+
+        def show(what: str, count: int) -> None:
+            bar.set_description(what, refresh=False)
+            bar.n = count
+            bar.refresh()
+
+        tokenizer = Tokenizer.train(counted(capped(iter_text(text.train_files)), taken), vocab_size, progress=show)
+    seconds = time.perf_counter() - start
+    tokenizer.save(get_base_dir() / "tokenizer")
+
+    megabytes = taken["text_bytes"] / 1e6
+    print0(
+        f"trained {vocab_size:,} tokens on {taken['documents']:,} documents, {megabytes:,.1f} MB, "
+        f"in {seconds:.2f} s ({megabytes / seconds:.0f} MB/s)"
+    )
+    lengths = tokenizer.token_bytes[tokenizer.token_bytes > 0]
+    spread = {
+        "min": int(lengths.min()),
+        "max": int(lengths.max()),
+        "mean": round(float(lengths.mean()), 3),
+        "std": round(float(lengths.std()), 3),
+    }
+    print0("bytes of a token: " + ", ".join(f"{name} {value:g}" for name, value in spread.items()))
+    bytes_per_token = compression(tokenizer, text.val_files)
+    print0(f"validation text: {bytes_per_token:.3f} bytes per token")
+    print0(f"saved in {get_base_dir() / 'tokenizer'}")
+    record.write(
+        "end",
+        vocab_size=vocab_size,
+        bytes_per_token=bytes_per_token,
+        train_seconds=round(seconds, 3),
+        mb_per_second=round(megabytes / seconds, 1),
+        token_bytes=spread,
+        fingerprint=tokenizer.fingerprint,
+        **taken,
+    )
+    record.close()
+
+
+def capped(texts: Iterable[pa.Array]) -> Iterator[pa.Array]:
+    """Cut documents to doc_cap characters and stop once max_chars have been yielded."""
+    left = max_chars
+    for documents in texts:
+        if doc_cap and pc.max(pc.binary_length(documents)).as_py() > doc_cap:  # no longer in bytes: none in characters
+            documents = pc.utf8_slice_codeunits(documents, 0, doc_cap)
+        lengths = pc.utf8_length(documents)
+        chars = pc.sum(lengths).as_py()
+        if chars >= left:
+            ends = pc.cumulative_sum(pc.cast(lengths, pa.int64()))
+            yield documents[: pc.sum(pc.less(ends, left)).as_py() + 1]
+            return
+        left -= chars
+        yield documents
+
+
+def counted(texts: Iterable[pa.Array], taken: dict[str, int]) -> Iterator[pa.Array]:
+    """Add up what passes."""
+    for documents in texts:
+        taken["documents"] += len(documents)
+        taken["text_bytes"] += pc.sum(pc.binary_length(documents)).as_py()
+        yield documents
+
+
+def compression(tokenizer: Tokenizer, files: Iterable[Path]) -> float:
+    """Bytes per token, all files together."""
+    text_bytes, tokens = 0, 0
+    for documents in iter_text(files):
+        text_bytes += pc.sum(pc.binary_length(documents)).as_py()
+        tokens += len(tokenizer.encode_arrow(documents)[0])
+    return text_bytes / max(1, tokens)
+
+
+if __name__ == "__main__":
+    run_main(main)

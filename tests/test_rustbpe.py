@@ -1,0 +1,258 @@
+"""The crate against its slow twin, against PyPI's rustbpe (merges) and against tiktoken (splits and ids)."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import typing
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import rustbpe
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat.tokenizer import expand_merges, load_reference_encoder
+from tests.reference import bpe
+
+ROOT = Path(__file__).parents[1]
+PATTERNS = list(rustbpe.PATTERNS)
+
+ENGLISH = (
+    "It's the 2nd of May, 1984; they'll've paid $12,345.67 (or so) -- DON'T ask!\n\n  We\u2019re \"fine\".\t\r\n\r\n   \n"
+    "The cat sat on the mat that the other cat had sat on before. "
+) * 3
+SCRIPTS = (
+    "Привет, мир! 你好世界 안녕하세요 γειά σου नमस्ते שלום 🙂👩‍👩‍👧 e\u0301 x\u00a0y\u3000z ①②½ ٣٤٥ \u017fS'\u017f 'S'LL'Ve "
+    * 3
+)
+SOURCE = "\n".join(Path(module.__file__ or "").read_text(encoding="utf-8") for module in (argparse, typing, textwrap))
+TIES = " ".join(f"{a}{b}{c}" for a in "abcdefgh" for b in "abcdefgh" for c in "abcdefgh")
+REPEATS = "aaaa aaaaaaa abababab aabaabaab " * 5 + "a" * 3000
+CORPORA = {"english": ENGLISH, "scripts": SCRIPTS, "source": SOURCE, "ties": TIES, "repeats": REPEATS}
+
+
+def train(texts: object, most: int, pattern: str = "nanochat", threads: int = 2) -> np.ndarray:
+    trainer = rustbpe.Trainer(pattern, threads)
+    trainer.feed(texts)
+    return trainer.train(most)
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> list[bytes]:
+    """A vocabulary that knows a little of everything the tests write."""
+    return expand_merges(train(list(CORPORA.values()), 1500))
+
+
+@pytest.fixture(scope="module")
+def pairs(vocabulary: list[bytes]) -> dict[str, tuple[rustbpe.Encoder, tiktoken.Encoding]]:
+    """{pattern: (ours, tiktoken's)}, both with the same ranks."""
+    return {name: (rustbpe.Encoder(vocabulary, name), with_tiktoken(vocabulary, name)) for name in PATTERNS}
+
+
+def with_tiktoken(tokens: list[bytes], pattern: str) -> tiktoken.Encoding:
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    return tiktoken.Encoding(pattern, pat_str=rustbpe.PATTERNS[pattern], mergeable_ranks=ranks, special_tokens={})
+
+
+# -----------------------------------------------------------------------------
+# Training
+
+
+@pytest.mark.parametrize("corpus", ["english", "ties", "repeats"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_merges_are_those_of_the_definition(corpus: str, threads: int) -> None:
+    texts = [CORPORA[corpus][:400], CORPORA[corpus][400:900]]
+    expected = bpe.train(bpe.pretokens(texts, rustbpe.PATTERNS["nanochat"]), 120)
+    assert train(texts, 120, threads=threads).tolist() == [list(pair) for pair in expected]
+
+
+def test_merges_are_those_of_pypi_rustbpe() -> None:
+    """Ties, overlaps and stale heap entries are where trainers differ; 1,500 merges of each corpus see thousands of them."""
+    folder = Path(os.environ.get("RUSTBPE_ORACLE") or ROOT / ".venv" / "oracle")
+    if not (folder / "rustbpe").is_dir():
+        pytest.skip(f"no rustbpe from PyPI in {folder}; bash dev/setup.sh dev installs it")
+    program = textwrap.dedent("""
+        import json, sys
+        import rustbpe
+        corpora, pattern, most = json.load(sys.stdin)
+        answers = {}
+        for name, text in corpora.items():
+            tokenizer = rustbpe.Tokenizer()
+            tokenizer.train_from_iterator(iter([text]), 256 + most, pattern=pattern)
+            answers[name] = [bytes(token).hex() for token, _ in tokenizer.get_mergeable_ranks()]
+        json.dump(answers, sys.stdout)
+    """)
+    question = json.dumps([CORPORA, rustbpe.PATTERNS["nanochat"], 1500])
+    environment = os.environ | {"PYTHONPATH": str(folder)}  # before site-packages, where our rustbpe lives
+    answer = subprocess.run(
+        [sys.executable, "-c", program], input=question, capture_output=True, text=True, env=environment, check=True
+    )
+    for name, tokens in json.loads(answer.stdout).items():
+        assert [token.hex() for token in expand_merges(train([CORPORA[name]], 1500))] == tokens, name
+
+
+def test_merges_do_not_depend_on_batches_threads_or_arrow_layout() -> None:
+    texts = [ENGLISH, "", SCRIPTS, SOURCE[:50_000]]
+    expected = train(texts, 300, threads=1).tolist()
+    once = rustbpe.Trainer(threads=2)
+    for text in reversed(texts):
+        once.feed([text])
+    assert once.train(300).tolist() == expected
+    table = pa.chunked_array([pa.array(["cut off", *texts[:2]])[1:], pa.array(texts[2:], pa.string())])
+    assert train(table, 300).tolist() == expected
+    assert train(pa.array([*texts, "cut off"], pa.large_string())[:4], 300).tolist() == expected
+
+
+def test_a_row_longer_than_a_work_unit_is_cut_without_a_trace() -> None:
+    """Long rows are shared between threads; a cut inside a pretoken would show as other merges."""
+    long = (ENGLISH + SCRIPTS) * 1000
+    assert len(long.encode()) > 2 << 18
+    short = [ENGLISH + SCRIPTS] * 1000
+    assert long == "".join(short)
+    assert train([long], 200).tolist() == train([long], 200, threads=1).tolist()
+    encoder = rustbpe.Encoder(expand_merges(train([long], 200)))
+    assert encoder.encode_batch([long], 2)[0].tolist() == encoder.encode(long).tolist()
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["a"], ["a b c"]])
+def test_text_without_pairs_gives_no_merges(texts: list[str]) -> None:
+    assert train(texts, 5, "gpt4").tolist() == ([[32, 98], [32, 99]] if texts == ["a b c"] else [])
+
+
+def test_an_interrupted_training_ends_and_says_so() -> None:
+    def interrupt(count: int) -> None:
+        raise KeyboardInterrupt
+
+    trainer = rustbpe.Trainer()
+    trainer.feed([SOURCE * 2])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(100_000, progress=interrupt)
+
+
+# -----------------------------------------------------------------------------
+# Splitting and encoding
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("joiner", ["", "a", "7", " ", " a", "\n ", "'"])
+def test_every_code_point_between_its_neighbours(pattern: str, joiner: str) -> None:
+    """Byte tokens only, so a split shows as nothing: ask through a vocabulary where every neighbour pair of ASCII merges."""
+    tokens = [bytes([a]) for a in range(256)] + [bytes([a, b]) for a in range(256) for b in range(256)]
+    ours, theirs = rustbpe.Encoder(tokens, pattern), with_tiktoken(tokens, pattern)
+    step = 1 if joiner == "" else 7  # all code points once; then every seventh, with a neighbour of each class
+    text = joiner.join(chr(code) for code in range(0, 0x30000, step) if not 0xD800 <= code < 0xE000)
+    assert ours.encode(text).tolist() == theirs.encode_ordinary(text)
+
+
+# Everything that an alternative of a pattern looks at, and what is easily mistaken for it.
+CHARACTERS = list("aZsSdDmMtTlLvVeErRkK09 \t\r\n'.!_") + [
+    "'s", "'LL", "'ve", "\u2019", "\u017f", "\u212a", "'\u017f", "\u0301", "\u200d", "é", "ß", "Ж", "中", "각", "ٱ", "٣", "½", "Ⅷ",
+    "🙂", "\u00a0", "\u0085", "\u2028", "\u3000", "\u001c", "\u180e", "\ufeff", "\x00", "  ", "\r\n", "aaaa", "123",
+]  # fmt: skip
+fuzz = st.one_of(st.lists(st.sampled_from(CHARACTERS), max_size=40).map("".join), st.text(max_size=60))
+
+
+@settings(max_examples=700, deadline=None, derandomize=True, database=None)
+@given(text=fuzz)
+def test_ids_are_those_of_tiktoken(pairs: dict[str, tuple[rustbpe.Encoder, tiktoken.Encoding]], text: str) -> None:
+    for name, (ours, theirs) in pairs.items():
+        ids = ours.encode(text).tolist()
+        assert ids == theirs.encode_ordinary(text), name
+        assert ours.decode_bytes(ids).decode() == text
+        assert "".join(rustbpe.split(text, name)) == text
+
+
+@pytest.mark.parametrize(
+    "text", [*CORPORA.values(), "a" * 200_000, "ab" * 500, " " * 5000 + "x", "\n" * 999, "é" * 400]
+)
+def test_long_pieces_are_those_of_tiktoken(
+    pairs: dict[str, tuple[rustbpe.Encoder, tiktoken.Encoding]], text: str
+) -> None:
+    """The cache, the scan and the heap take turns here. 200,000 equal letters would take minutes if the cost were quadratic."""
+    for name, (ours, theirs) in pairs.items():
+        assert ours.encode(text).tolist() == theirs.encode_ordinary(text), name
+
+
+def test_ids_are_those_of_the_definition(vocabulary: list[bytes]) -> None:
+    ranks = {token: rank for rank, token in enumerate(vocabulary)}
+    words = bpe.pretokens([ENGLISH], rustbpe.PATTERNS["nanochat"])
+    assert rustbpe.split(ENGLISH) == [word.decode() for word in words]
+    expected = [token for word in words for token in bpe.encode(word, ranks)]
+    assert rustbpe.Encoder(vocabulary).encode(ENGLISH).tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt4"])
+def test_published_vocabularies_encode_as_with_tiktoken(shared_data: Path, name: str) -> None:
+    ours = load_reference_encoder(shared_data / "gpt2_bpe", name)
+    theirs = with_tiktoken(ours.tokens, name)
+    for text in CORPORA.values():
+        assert ours.encode(text).tolist() == theirs.encode_ordinary(text)
+
+
+def test_tinyshakespeare_has_its_known_number_of_gpt2_tokens(shared_data: Path) -> None:
+    """301,966 + 36,059 for the first 90 % and the rest, as published with nanoGPT."""
+    (path,) = (shared_data / "tinyshakespeare").glob("*.txt")
+    text = path.read_text(encoding="utf-8")
+    cut = int(len(text) * 0.9)
+    encoder = load_reference_encoder(shared_data / "gpt2_bpe", "gpt2")
+    assert [len(encoder.encode(part)) for part in (text[:cut], text[cut:])] == [301_966, 36_059]
+
+
+def test_batches_keep_documents_apart(vocabulary: list[bytes]) -> None:
+    texts = ["", "the cat", "", SOURCE * 3, SCRIPTS, "x" * 100] + ["a"] * 1000
+    encoder = rustbpe.Encoder(vocabulary)
+    singles = [encoder.encode(text).tolist() for text in texts]
+    array = pa.array(texts, pa.string())
+    arrow = pa.chunked_array([array[:2], array[2:2], array[2:]])
+    for batch in (texts, array, array.cast(pa.large_string()), arrow):
+        for threads in (1, 4):
+            ids, offsets = encoder.encode_batch(batch, threads)
+            assert [ids[a:b].tolist() for a, b in zip(offsets[:-1], offsets[1:], strict=True)] == singles
+            assert (ids.dtype, offsets.dtype) == (np.uint16, np.int64)
+    assert rustbpe.Encoder(vocabulary, vocab_size=70_000).encode("the cat").dtype == np.uint32
+
+
+# -----------------------------------------------------------------------------
+# Mistakes
+
+
+def broken_text() -> pa.Array:
+    """Three rows, the last of them two bytes that are no UTF-8."""
+    return pa.Array.from_buffers(
+        pa.string(), 3, [None, pa.array([0, 1, 1, 3], pa.int32()).buffers()[1], pa.py_buffer(b"a\xff\xff")]
+    )
+
+
+@pytest.mark.parametrize(
+    ("texts", "problem"),
+    [
+        (pa.array(["a", None, "b"]), "row 1 is null"),
+        (pa.chunked_array([["a", "b"], ["c", None]]), "row 3 is null"),
+        (pa.array(["a"]).dictionary_encode(), "Arrow type dictionary"),
+        (pa.array([1, 2]), "Arrow type int64"),
+        (pa.chunked_array([pa.array(["x"]), broken_text()]), "row 3 is not valid UTF-8"),
+        (["fine", "a\ud800"], r"row 1: lone surrogate U\+D800 at character 1"),
+        ("one text", "give a list of texts"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_row(vocabulary: list[bytes], texts: object, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        rustbpe.Trainer().feed(texts)
+    with pytest.raises(ValueError, match=problem):
+        rustbpe.Encoder(vocabulary).encode_batch(texts)
+
+
+def test_impossible_vocabularies_and_patterns_are_refused() -> None:
+    single = [bytes([value]) for value in range(256)]
+    with pytest.raises(ValueError, match="no token for the single byte 255"):
+        rustbpe.Encoder(single[:255])
+    with pytest.raises(ValueError, match="tokens 256 and 257 have the same bytes"):
+        rustbpe.Encoder([*single, b"ab", b"ab"])
+    with pytest.raises(ValueError, match="known: nanochat, gpt4, gpt2"):
+        rustbpe.Trainer("gpt5")

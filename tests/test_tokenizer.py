@@ -1,0 +1,157 @@
+"""The tokenizer: round trips, special tokens, and a file that is refused when anything in it is wrong."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat.common import UserError
+from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer, get_tokenizer
+
+TEXT = "The quick brown fox jumps over the lazy dog; the dog sleeps. Größe 你好 🙂 1,234 <|bos|>\n" * 20
+VOCAB_SIZE = 256 + 40 + len(SPECIAL_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([TEXT], VOCAB_SIZE)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(text=st.text())
+def test_decode_undoes_encode(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+
+
+def test_text_never_becomes_a_special_token(tokenizer: Tokenizer) -> None:
+    """A user who writes <|assistant_start|> must not speak for the assistant."""
+    text = "".join(SPECIAL_TOKENS) + " <|bos|><|bos|>"
+    assert max(tokenizer.encode(text)) < VOCAB_SIZE - len(SPECIAL_TOKENS)
+    learnt_from = Tokenizer.train([text * 100], 300)
+    assert max(learnt_from.encode(text)) < 300 - len(SPECIAL_TOKENS)
+
+
+def test_special_tokens_have_the_last_ids(tokenizer: Tokenizer) -> None:
+    assert tokenizer.get_vocab_size() == VOCAB_SIZE
+    ids = [tokenizer.encode_special(name) for name in tokenizer.get_special_tokens()]
+    assert ids == list(range(VOCAB_SIZE - 9, VOCAB_SIZE))
+    assert tokenizer.get_special_tokens() == list(SPECIAL_TOKENS)
+    assert tokenizer.get_bos_token_id() == ids[0]
+    assert tokenizer.decode(ids) == "".join(SPECIAL_TOKENS)
+    assert tokenizer.id_to_token(ids[3]) == "<|assistant_start|>"
+    with pytest.raises(UserError, match="no special token '<|eos|>'"):
+        tokenizer.encode_special("<|eos|>")
+
+
+def test_encode_of_one_text_and_of_many(tokenizer: Tokenizer) -> None:
+    bos, end = tokenizer.get_bos_token_id(), tokenizer.encode_special("<|user_end|>")
+    plain = [tokenizer.encode(text) for text in ("the dog", "", "x")]
+    assert tokenizer.encode("the dog", prepend="<|bos|>", append=end) == [bos, *plain[0], end]
+    many = tokenizer.encode(["the dog", "", "x"], prepend=bos, append="<|user_end|>", num_threads=2)
+    assert many == [[bos, *ids, end] for ids in plain]
+    assert all(type(token) is int for token in many[0])
+    ids, offsets = tokenizer.encode_arrow(pa.array(["the dog", "", "x"]), num_threads=2)
+    assert ids.tolist() == [token for ids in plain for token in ids]
+    assert offsets.tolist() == np.cumsum([0] + [len(ids) for ids in plain]).tolist()
+
+
+def test_token_bytes_are_raw_bytes_not_those_of_the_printed_token(tokenizer: Tokenizer) -> None:
+    """A token that is half a character prints as U+FFFD, which is three bytes: counting those makes bits per byte too low."""
+    lengths = tokenizer.token_bytes
+    assert lengths.dtype == np.int32 and lengths.shape == (VOCAB_SIZE,)
+    assert (lengths[:256] == 1).all() and (lengths[-9:] == 0).all()
+    half = tokenizer.encode("ÿ")[0]
+    assert tokenizer.id_to_token(half) == "\ufffd" and lengths[half] == 1
+    for token in range(256, VOCAB_SIZE - 9):
+        assert lengths[token] == len(tokenizer.decode_bytes([token]))
+
+
+def test_decode_replaces_cut_characters_and_refuses_unknown_ids(tokenizer: Tokenizer) -> None:
+    smile = list("🙂".encode())
+    assert tokenizer.decode(smile) == "🙂"
+    assert tokenizer.decode(np.array(smile[:2], dtype=np.uint16)) == "\ufffd"
+    for token in (-1, VOCAB_SIZE):
+        with pytest.raises(ValueError, match=f"token id {token}: the vocabulary has 0 to {VOCAB_SIZE - 1}"):
+            tokenizer.decode([65, token])
+
+
+def test_training_takes_strings_and_arrow_and_reports_progress() -> None:
+    documents = TEXT.splitlines(keepends=True)
+    seen: list[tuple[str, int]] = []
+    one = Tokenizer.train(documents, VOCAB_SIZE, progress=lambda what, count: seen.append((what, count)), num_threads=2)
+    two = Tokenizer.train([pa.array(documents[:5]), pa.chunked_array([documents[5:]])], VOCAB_SIZE, num_threads=1)
+    assert one.fingerprint == two.fingerprint
+    assert ("bytes", len(TEXT)) in seen
+
+
+def test_a_vocabulary_size_that_cannot_be_says_what_can() -> None:
+    with pytest.raises(UserError, match="vocab_size 264: .* --vocab-size=265 or more"):
+        Tokenizer.train(["text"], 264)
+    with pytest.raises(UserError, match="gives 3 merges, so at most --vocab-size=268"):
+        Tokenizer.train(["text"], 1000)
+    assert Tokenizer.train([], 265).encode("é") == [0xC3, 0xA9]
+
+
+def test_save_and_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "a")
+    for path in (tmp_path / "a", tmp_path / "a" / "tokenizer.json"):
+        loaded = Tokenizer.load(path)
+        assert loaded.encode(TEXT, prepend="<|bos|>") == tokenizer.encode(TEXT, prepend="<|bos|>")
+        assert loaded.fingerprint == tokenizer.fingerprint
+    loaded.save(tmp_path / "b")
+    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (tmp_path / "b" / "tokenizer.json").read_bytes()
+    assert Tokenizer.train([TEXT], VOCAB_SIZE - 1).fingerprint != tokenizer.fingerprint
+
+
+def set_to(key: str, value: object) -> Any:
+    return lambda content: content | {key: value}
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda content: [], "not an object with exactly the keys"),
+        (lambda content: {"version": 1}, "not an object with exactly the keys"),
+        (set_to("version", 2), "version 2 of the format; this program reads 1"),
+        (set_to("pattern", "gpt5"), "split pattern 'gpt5'; known: nanochat, gpt4, gpt2"),
+        (set_to("pattern", ["gpt4"]), "split pattern"),
+        (set_to("merges", [[97, 98, 99]]), "merges are not pairs of token ids"),
+        (set_to("merges", [[97, -1]]), "merges are not pairs of token ids"),
+        (set_to("merges", [[97, True]]), "merges are not pairs of token ids"),
+        (set_to("merges", [[97, 256]]), "merge 0 joins 97 and 256, but only 0 to 255 exist by then"),
+        (set_to("merges", [[97, 98], [97, 98]]), "tokens 256 and 257 have the same bytes"),
+        (set_to("merges", [[97, 97]] + [[255 + i] * 2 for i in range(1, 40)]), "merge 24 makes a token of more than"),
+        (set_to("special_tokens", ["<|bos|>", "<|bos|>"]), "special_tokens are not distinct names with <|bos|> among"),
+        (set_to("special_tokens", ["<|eos|>"]), "special_tokens are not distinct names with <|bos|> among"),
+        (set_to("token_bytes", [1, 2, 3]), "token_bytes are not the lengths of the tokens"),
+        (set_to("token_bytes", "1"), "token_bytes are not lengths"),
+    ],
+)
+def test_a_damaged_file_is_refused_with_what_is_wrong(
+    tokenizer: Tokenizer, tmp_path: Path, damage: Any, problem: str
+) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(damage(json.loads(tokenizer.to_json()))))
+    with pytest.raises(UserError, match=f"{path}: .*{problem}.*; make it again with: python -m scripts.tok_train"):
+        Tokenizer.load(path)
+
+
+@pytest.mark.parametrize("data", [b"", b"\x80\x04\x95", b'{"version": 1', b"[" * 100_000])
+def test_a_file_that_is_no_json_is_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(data)
+    with pytest.raises(UserError, match=r"tokenizer.json: .*make it again with: python -m scripts.tok_train"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_missing_tokenizer_names_the_command(base_dir: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match="no tokenizer at .* train one with: python -m scripts.tok_train"):
+        get_tokenizer()
+    tokenizer.save(base_dir / "tokenizer")
+    assert get_tokenizer().fingerprint == tokenizer.fingerprint
