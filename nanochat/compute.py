@@ -81,13 +81,13 @@ def compute_init(device_type: str = "auto", dtype: str = "auto", seed: int = 42)
     if world_size > 1:
         join_ranks(device)
     torch.manual_seed(seed)
-    torch.set_float32_matmul_precision("high")  # TF32 where there is a choice
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     if device.type == "cpu":
-        # The backward pass of a compiled graph is not deterministic without this. Its habit of filling fresh memory
-        # with NaN costs 13 % of an eager training step and guards only against reading uninitialised memory, so it is
-        # off.
+        # The backward pass of a compiled graph is not deterministic without this. Its habit of filling new memory with
+        # NaN costs 13 % of an eager step and guards only against reading uninitialised memory, so it is off.
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # not in its stubs
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         keep_freed_memory()
     compute = Compute(device, choose_dtype(dtype, device), int(os.environ.get("RANK", "0")), world_size)
     name = device_name(device) + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
@@ -97,8 +97,9 @@ def compute_init(device_type: str = "auto", dtype: str = "auto", seed: int = 42)
 
 def keep_freed_memory() -> None:
     """
-    Tell glibc to keep freed memory instead of returning each large tensor to the kernel, which hands it back page by page,
-    zeroed: 64,000 page faults a step at d4, a third of its time (287 -> 191 ms; 5 % more memory). No effect elsewhere.
+    Tell glibc to keep freed memory instead of returning each large tensor to the kernel, which hands it back page by
+    page, zeroed: 64,000 page faults a step at d4, a third of its time (287 -> 191 ms; 5 % more memory). No effect
+    elsewhere.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc and hasattr(libc, "mallopt"):

@@ -44,17 +44,17 @@ num_files: int | None = None  # climbmix, fineweb-edu: training files to have, a
 workers = 4  # climbmix, fineweb-edu: files fetched at the same time
 settings = configure(__name__)
 
-import pyarrow as pa  # noqa: E402
+import pyarrow as pa
 
-from nanochat.docs_corpus import PACKAGES, VALIDATION, collect_docs, find_packages, package_versions  # noqa: E402
-from nanochat.folder_corpus import (  # noqa: E402
+from nanochat.docs_corpus import PACKAGES, VALIDATION, collect_docs, find_packages, package_versions
+from nanochat.folder_corpus import (
     hash_of,
     highest_validation_hash,
     is_validation_name,
     list_folder,
     read_documents,
 )
-from nanochat.shards import DocumentIndex, ShardWriter, describe_shard, first_line, iter_text, read_blocks  # noqa: E402
+from nanochat.shards import DocumentIndex, ShardWriter, describe_shard, first_line, iter_text, read_blocks
 
 __all__ = ["Corpus", "DocumentIndex", "iter_text", "load_corpus", "read_blocks"]
 

@@ -32,6 +32,7 @@ SPECIAL_TOKENS = (
     "<|output_start|>",  # and what the tool answers
     "<|output_end|>",
 )
+MAX_VOCAB_SIZE = 1 << 24  # a hundred times the largest that anybody uses
 MAX_TOKEN_BYTES = 1 << 24  # a file of 40 merges can name a token of a terabyte
 BATCH_CHARS = 1 << 22  # plain strings are handed to Rust in lots of this size
 
@@ -78,6 +79,8 @@ class Tokenizer:
                 f"vocab_size {vocab_size}: the 256 bytes and {len(SPECIAL_TOKENS)} special tokens "
                 f"need --vocab-size={smallest} or more"
             )
+        if vocab_size > MAX_VOCAB_SIZE:
+            raise UserError(f"vocab_size {vocab_size}: at most --vocab-size={MAX_VOCAB_SIZE}")
         trainer = rustbpe.Trainer(pattern, num_threads)
         fed = 0
         for batch in batches(texts):
@@ -244,7 +247,7 @@ def check_content(content: object) -> None:
         raise ValueError(f"not an object with exactly the keys {', '.join(sorted(keys))}")
     if content["version"] != VERSION:
         raise ValueError(f"version {content['version']!r} of the format; this program reads {VERSION}")
-    if content["pattern"] not in rustbpe.PATTERNS:
+    if content["pattern"] not in list(rustbpe.PATTERNS):  # a list compares, so that nothing needs to be hashable
         raise ValueError(f"split pattern {content['pattern']!r}; known: {', '.join(rustbpe.PATTERNS)}")
 
     def are_ids(values: object) -> bool:

@@ -16,8 +16,10 @@ reference: str | None = None  # folder with the published vocabularies (None = $
 settings = configure(__name__)
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
+import rustbpe
 from nanochat.common import UserError, get_base_dir, open_record, print0, run_main
 from nanochat.dataset import iter_text, load_corpus
 from nanochat.tokenizer import get_tokenizer, load_reference_encoder
@@ -25,11 +27,12 @@ from nanochat.tokenizer import get_tokenizer, load_reference_encoder
 REFERENCES = {"GPT-2": "gpt2", "GPT-4": "gpt4"}
 
 NEWS = """
-HARBOUR TOWN (Tuesday) - The city council voted 7-2 last night to reopen the old ferry line, eleven years after the last
-boat left the pier. Mayor Ellen Brandt called the decision "a small miracle of patience"; her critics, who had asked for a
-second bus lane instead, said the $4.6 million would be spent before the first passenger came aboard. Two boats are to run
-every twenty minutes from 6 a.m. until midnight. "My father sold tickets here," said Tom Okafor, 58, who watched the vote
-from the back row. "I didn't think I'd see it again." Tickets will cost $2.80, and children under ten won't pay at all.
+HARBOUR TOWN (Tuesday) - The city council voted 7-2 last night to reopen the old ferry line, eleven years after the
+last boat left the pier. Mayor Ellen Brandt called the decision "a small miracle of patience"; her critics, who had
+asked for a second bus lane instead, said the $4.6 million would be spent before the first passenger came aboard. Two
+boats are to run every twenty minutes from 6 a.m. until midnight. "My father sold tickets here," said Tom Okafor, 58,
+who watched the vote from the back row. "I didn't think I'd see it again." Tickets will cost $2.80, and children under
+ten won't pay at all.
 """
 
 KOREAN = """
@@ -58,10 +61,11 @@ Hence $\int_0^{\infty} e^{-x^2}\,dx = \tfrac{1}{2}\sqrt{\pi}$ is not needed at a
 """
 
 SCIENCE = """
-Chloroplasts capture light with chlorophyll a (absorption maxima near 430 nm and 662 nm) and pass the excitation energy to
-photosystem II, where water is split: 2 H2O -> O2 + 4 H+ + 4 e-. The proton gradient across the thylakoid membrane drives
-ATP synthase, and the Calvin cycle fixes CO2 by means of ribulose-1,5-bisphosphate carboxylase. At 25 °C and 400 ppm the
-net rate in a C3 leaf is about 20 µmol per square metre and second; photorespiration costs it roughly a quarter of that.
+Chloroplasts capture light with chlorophyll a (absorption maxima near 430 nm and 662 nm) and pass the excitation
+energy to photosystem II, where water is split: 2 H2O -> O2 + 4 H+ + 4 e-. The proton gradient across the thylakoid
+membrane drives ATP synthase, and the Calvin cycle fixes CO2 by means of ribulose-1,5-bisphosphate carboxylase. At 25
+°C and 400 ppm the net rate in a C3 leaf is about 20 µmol per square metre and second; photorespiration costs it
+roughly a quarter of that.
 """
 
 
@@ -101,8 +105,13 @@ def published() -> dict[str, Callable[[str], int]]:
         except FileNotFoundError as error:
             print0(f"without {name}: no {error.filename}")
             continue
-        found[name] = lambda sample, encoder=encoder: len(encoder.encode(sample))
+        found[name] = partial(count_tokens, encoder)
     return found
+
+
+def count_tokens(encoder: rustbpe.Encoder, sample: str) -> int:
+    """How many tokens a vocabulary makes of a text."""
+    return len(encoder.encode(sample))
 
 
 def first_documents(files: Sequence[Path], chars: int = 1_000_000) -> str:

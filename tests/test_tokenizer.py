@@ -34,8 +34,8 @@ def test_text_never_becomes_a_special_token(tokenizer: Tokenizer) -> None:
     """A user who writes <|assistant_start|> must not speak for the assistant."""
     text = "".join(SPECIAL_TOKENS) + " <|bos|><|bos|>"
     assert max(tokenizer.encode(text)) < VOCAB_SIZE - len(SPECIAL_TOKENS)
-    learnt_from = Tokenizer.train([text * 100], 300)
-    assert max(learnt_from.encode(text)) < 300 - len(SPECIAL_TOKENS)
+    learnt_from = Tokenizer.train([text * 100], 290)
+    assert max(learnt_from.encode(text)) < 290 - len(SPECIAL_TOKENS)
 
 
 def test_special_tokens_have_the_last_ids(tokenizer: Tokenizer) -> None:
@@ -63,7 +63,7 @@ def test_encode_of_one_text_and_of_many(tokenizer: Tokenizer) -> None:
 
 
 def test_token_bytes_are_raw_bytes_not_those_of_the_printed_token(tokenizer: Tokenizer) -> None:
-    """A token that is half a character prints as U+FFFD, which is three bytes: counting those makes bits per byte too low."""
+    """A token that is half a character prints as U+FFFD, three bytes: counting those makes bits per byte too low."""
     lengths = tokenizer.token_bytes
     assert lengths.dtype == np.int32 and lengths.shape == (VOCAB_SIZE,)
     assert (lengths[:256] == 1).all() and (lengths[-9:] == 0).all()
@@ -94,6 +94,8 @@ def test_training_takes_strings_and_arrow_and_reports_progress() -> None:
 def test_a_vocabulary_size_that_cannot_be_says_what_can() -> None:
     with pytest.raises(UserError, match="vocab_size 264: .* --vocab-size=265 or more"):
         Tokenizer.train(["text"], 264)
+    with pytest.raises(UserError, match="vocab_size 1000000000000: at most"):
+        Tokenizer.train(["text"], 10**12)
     with pytest.raises(UserError, match="gives 3 merges, so at most --vocab-size=268"):
         Tokenizer.train(["text"], 1000)
     assert Tokenizer.train([], 265).encode("é") == [0xC3, 0xA9]

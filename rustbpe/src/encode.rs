@@ -10,7 +10,7 @@
 
 use crate::batch::{run_units, Batch, Control, Failure, Unit};
 use crate::scanner::{next, Pattern, Rules};
-use crate::table::{pair_key, ByteMap, PairMap, PairSlot, ShortKey};
+use crate::table::{pair_key, prefetch, ByteMap, PairMap, PairSlot, Piece, ShortKey, LOOKAHEAD};
 use crate::with_rules;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -194,21 +194,26 @@ impl Encoder {
         mut written: usize,
         control: &Control,
     ) -> Result<usize, Failure> {
+        let mut pieces = [Piece::default(); LOOKAHEAD];
         let mut at = 0;
         while at < text.len() {
-            let end = next::<R>(text, at);
-            if end - at <= ShortKey::MAX_BYTES {
-                let key = ShortKey::pack(text, at, end - at);
-                if let Some((ids, count)) = worker.cache.get(key) {
+            let mut count = 0;
+            while count < LOOKAHEAD && at < text.len() {
+                let piece = Piece::new(text, at, next::<R>(text, at));
+                prefetch(worker.cache.line(piece.hash));
+                pieces[count] = piece;
+                count += 1;
+                at = piece.end;
+            }
+            for piece in &pieces[..count] {
+                if let Some((ids, count)) = worker.cache.get(piece) {
                     let group: &mut [T; GROUP] = (&mut out[written..written + GROUP]).try_into().expect("GROUP places");
                     *group = ids.map(T::from_u32);
                     written += count;
-                    at = end;
-                    continue;
+                } else {
+                    written += self.encode_rare(&text[piece.start..piece.end], worker, &mut out[written..], control)?;
                 }
             }
-            written += self.encode_rare(&text[at..end], worker, &mut out[written..], control)?;
-            at = end;
         }
         Ok(written)
     }
@@ -290,8 +295,11 @@ impl Encoder {
         };
         links.clear();
         links.extend((0..count).map(|i| (i.wrapping_sub(1), i + 1))); // no neighbour: not below count
-        heap.clear();
-        heap.extend((0..).zip(joins.iter()).filter(|(_, &join)| join != NONE).map(|(i, &join)| Reverse((join, i))));
+        control.check()?;
+        let mut entries = std::mem::take(heap).into_vec();
+        entries.clear();
+        entries.extend((0..).zip(joins.iter()).filter(|(_, &join)| join != NONE).map(|(i, &join)| Reverse((join, i))));
+        *heap = BinaryHeap::from(entries);
         let mut steps = 0u32;
         while let Some(Reverse((join, place))) = heap.pop() {
             steps = steps.wrapping_add(1);
@@ -400,10 +408,14 @@ impl Cache {
     }
 
     #[inline(always)]
-    fn get(&self, key: ShortKey) -> Option<([u32; GROUP], usize)> {
-        let line = &self.lines[key.hash() as usize & (self.lines.len() - 1)].0;
-        for slot in line {
-            if slot.key.low == key.low && slot.key.high & (u64::MAX >> 4) == key.high {
+    fn line(&self, hash: u64) -> &Line {
+        &self.lines[hash as usize & (self.lines.len() - 1)]
+    }
+
+    #[inline(always)]
+    fn get(&self, piece: &Piece) -> Option<([u32; GROUP], usize)> {
+        for slot in &self.line(piece.hash).0 {
+            if slot.key.low == piece.key.low && slot.key.high & (u64::MAX >> 4) == piece.key.high {
                 return Some((slot.ids, (slot.key.high >> 60) as usize));
             }
         }

@@ -11,6 +11,9 @@ pub struct ShortKey {
 impl ShortKey {
     pub(crate) const MAX_BYTES: usize = 15;
 
+    /// Stands for a longer pretoken; differs from every key and from an empty slot.
+    pub(crate) const LONG: ShortKey = ShortKey { low: u64::MAX, high: u64::MAX };
+
     /// Packs `text[at..at + length]`.
     #[inline(always)]
     pub fn pack(text: &[u8], at: usize, length: usize) -> ShortKey {
@@ -44,6 +47,42 @@ impl ShortKey {
 fn fold(a: u64, b: u64) -> u64 {
     let product = u128::from(a) * u128::from(b);
     product as u64 ^ (product >> 64) as u64
+}
+
+/// Pretokens that are looked up together. Their cache lines are asked for while the text is still being cut, because the
+/// tables outgrow the second-level cache and half of the time went into waiting for one line after the other.
+pub(crate) const LOOKAHEAD: usize = 32;
+
+/// A pretoken on its way to a table: `text[start..end]`. Its key is LONG if it has none.
+#[derive(Clone, Copy, Default)]
+pub struct Piece {
+    pub start: usize,
+    pub end: usize,
+    pub key: ShortKey,
+    pub hash: u64,
+}
+
+impl Piece {
+    #[inline(always)]
+    pub fn new(text: &[u8], start: usize, end: usize) -> Piece {
+        if end - start > ShortKey::MAX_BYTES {
+            return Piece { start, end, key: ShortKey::LONG, hash: 0 };
+        }
+        let key = ShortKey::pack(text, start, end - start);
+        Piece { start, end, key, hash: key.hash() }
+    }
+}
+
+/// Asks for the cache line of `entry` without waiting for it. Does nothing on processors that Rust has no stable way to ask.
+#[inline(always)]
+pub fn prefetch<T>(entry: &T) {
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+        _mm_prefetch((entry as *const T).cast(), _MM_HINT_T0);
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = entry;
 }
 
 /// Byte strings of any length -> u64.

@@ -5,7 +5,7 @@
 
 use crate::batch::{run_units, Batch, Control, Failure};
 use crate::scanner::{next, Pattern, Rules};
-use crate::table::{pair_key, ByteMap, PairMap, PairSlot, ShortKey};
+use crate::table::{pair_key, prefetch, ByteMap, PairMap, PairSlot, Piece, ShortKey, LOOKAHEAD};
 use crate::with_rules;
 use std::collections::{BinaryHeap, HashMap};
 use std::sync::atomic::Ordering::Relaxed;
@@ -74,25 +74,36 @@ struct Counter {
 
 impl Counter {
     fn count<R: Rules>(&mut self, text: &[u8]) {
+        let mut pieces = [Piece::default(); LOOKAHEAD];
         let mut at = 0;
         while at < text.len() {
-            let end = next::<R>(text, at);
-            if end - at <= ShortKey::MAX_BYTES {
-                self.add(ShortKey::pack(text, at, end - at), 1);
-            } else {
-                *self.long.entry(&text[at..end]) += 1;
+            let mut count = 0;
+            while count < LOOKAHEAD && at < text.len() {
+                let piece = Piece::new(text, at, next::<R>(text, at));
+                if let Some(slot) = self.short.get(piece.hash as usize & self.short.len().wrapping_sub(1)) {
+                    prefetch(slot);
+                }
+                pieces[count] = piece;
+                count += 1;
+                at = piece.end;
             }
-            at = end;
+            for piece in &pieces[..count] {
+                if piece.key == ShortKey::LONG {
+                    *self.long.entry(&text[piece.start..piece.end]) += 1;
+                } else {
+                    self.add(piece.key, piece.hash, 1);
+                }
+            }
         }
     }
 
     #[inline(always)]
-    fn add(&mut self, key: ShortKey, count: u64) {
+    fn add(&mut self, key: ShortKey, hash: u64, count: u64) {
         if 2 * self.used >= self.short.len() {
             self.grow();
         }
         let mask = self.short.len() - 1;
-        let mut slot = key.hash() as usize & mask;
+        let mut slot = hash as usize & mask;
         loop {
             let found = &mut self.short[slot];
             if found.key == key {
@@ -114,13 +125,13 @@ impl Counter {
         let old = std::mem::replace(&mut self.short, vec![CountSlot::default(); size]);
         self.used = 0;
         for slot in old.into_iter().filter(|slot| slot.count > 0) {
-            self.add(slot.key, slot.count);
+            self.add(slot.key, slot.key.hash(), slot.count);
         }
     }
 
     fn absorb(&mut self, other: Counter) {
         for slot in other.short.iter().filter(|slot| slot.count > 0) {
-            self.add(slot.key, slot.count);
+            self.add(slot.key, slot.key.hash(), slot.count);
         }
         for (bytes, count) in other.long.iter() {
             *self.long.entry(bytes) += count;

@@ -42,7 +42,7 @@ def train(words: Iterable[bytes], most: int) -> list[Pair]:
 
 
 def encode(word: bytes, ranks: dict[bytes, int]) -> list[int]:
-    """The ids of one pretoken: itself if it is a token, else join the leftmost lowest-ranked neighbours until none is left."""
+    """The ids of one pretoken: itself if it is a token, else join the leftmost lowest-ranked neighbours to the end."""
     if word in ranks:
         return [ranks[word]]
     parts = [bytes([byte]) for byte in word]

@@ -51,7 +51,7 @@ class Trainer:
     def feed(self, texts: Texts) -> None:
         """Count the pretokens of some texts. After an exception the counts hold a part of them."""
         for batch in _batches(texts):
-            _run(lib.rustbpe_trainer_feed, self._trainer, batch.struct, watched=batch.size > WATCHED_BYTES)
+            _run(lib.rustbpe_trainer_feed, self._trainer, batch.struct, keep=batch, watched=batch.size > WATCHED_BYTES)
 
     def train(self, most: int, progress: Progress | None = None) -> np.ndarray:
         """
@@ -66,6 +66,7 @@ class Trainer:
             self._trainer,
             _address("uint32_t *", merges),
             most,
+            keep=merges,
             watched=True,
             progress=progress,
         )
@@ -105,11 +106,13 @@ class Encoder:
         encoded = [self._encode(batch, threads, progress) for batch in _batches(texts)]
         if len(encoded) == 1:
             return encoded[0]
-        offsets = [np.zeros(1, dtype=np.int64)]
-        for _, ends in encoded:
-            offsets.append(ends[1:] + offsets[-1][-1])
-        ids = [ids for ids, _ in encoded]
-        return np.concatenate([np.empty(0, dtype=self.dtype), *ids]), np.concatenate(offsets)
+        ids, offsets = [np.empty(0, dtype=self.dtype)], [np.zeros(1, dtype=np.int64)]
+        count = 0
+        for chunk_ids, chunk_offsets in encoded:
+            ids.append(chunk_ids)
+            offsets.append(chunk_offsets[1:] + count)
+            count += len(chunk_ids)
+        return np.concatenate(ids), np.concatenate(offsets)
 
     def _encode(self, batch: "_Batch", threads: int, progress: Progress | None) -> tuple[np.ndarray, np.ndarray]:
         room = lib.rustbpe_room(batch.size, batch.rows)
@@ -124,6 +127,7 @@ class Encoder:
             self.dtype.itemsize,
             room,
             _address("int64_t *", offsets[1:]),
+            keep=(batch, ids, offsets),
             watched=batch.size > WATCHED_BYTES,
             progress=progress,
         )
@@ -226,10 +230,17 @@ def _cores() -> int:
 # Calls
 
 
-def _run(function: Any, *arguments: Any, watched: bool = False, progress: Progress | None = None) -> int:
-    """Call a C function and raise what went wrong. `watched`: on a worker thread, so signals get through."""
+def _run(
+    function: Any, *arguments: Any, keep: object = None, watched: bool = False, progress: Progress | None = None
+) -> int:
+    """
+    Call a C function and raise what went wrong.
+
+    `watched`: on a worker thread, so that signals and progress get through. `keep` is what owns the memory that the
+    arguments point into: it lives as long as the call, even where the caller has been interrupted and is gone.
+    """
     call = ffi.new("Call *")
-    status = _watch(function, arguments, call, progress) if watched else function(*arguments, call)
+    status = _watch(function, arguments, keep, call, progress) if watched else function(*arguments, call)
     if status >= 0:
         return int(status)
     message = ffi.string(call.message).decode(errors="replace")
@@ -238,17 +249,22 @@ def _run(function: Any, *arguments: Any, watched: bool = False, progress: Progre
     raise RuntimeError(f"rustbpe: {message}") if status == INTERNAL else ValueError(message)
 
 
-def _watch(function: Any, arguments: tuple[Any, ...], call: Any, progress: Progress | None) -> int:
+def _watch(function: Any, arguments: tuple[Any, ...], keep: object, call: Any, progress: Progress | None) -> int:
     statuses: list[int] = []
-    worker = threading.Thread(target=lambda: statuses.append(function(*arguments, call)), daemon=True)
-    worker.start()
+    done = threading.Event()  # not Thread.join: until Python 3.13 an interrupted join takes a running thread for ended
+
+    def work(owner: object = keep) -> None:
+        statuses.append(function(*arguments, call))
+        done.set()
+
     try:
-        while worker.is_alive():
-            worker.join(0.05)
+        threading.Thread(target=work, daemon=True).start()
+        while True:
             if progress:
                 progress(call.done)
+            if done.wait(0.05):
+                return statuses[0]
     except BaseException:
-        call.stop = 1  # the worker looks every few milliseconds
-        worker.join()
+        call.stop = 1
+        done.wait(10)  # Rust looks every few milliseconds, except while it lays out a row of hundreds of megabytes
         raise
-    return statuses[0]
