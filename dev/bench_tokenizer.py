@@ -4,10 +4,10 @@ Time our tokenizer beside PyPI's rustbpe, tiktoken and Hugging Face tokenizers: 
     python dev/bench_tokenizer.py --corpus=../shared/data/pretrain --megabytes=100
 
 Every measurement is a fresh process that loads the text first; the arms take turns, and medians are compared. Answers
-are checked before a time is printed: merges equal to rustbpe's, ids equal to tiktoken's (HF's trainer breaks ties in its
-own way, so only its ids count). Ours reads Arrow arrays, as the loader gives them; the others read a list of str. The
-last line is one JSON object of ratios; those of encoding are warm, against tiktoken's encode_ordinary, unless they say
-cold. Needs Linux, whose /proc tells the peak of memory.
+are checked before a time is printed: merges equal to rustbpe's, ids equal to tiktoken's (HF's trainer breaks ties in
+its own way, so only its ids count). Ours reads Arrow arrays, as the loader gives them; the others read a list of str.
+The last line is one JSON object of ratios; those of encoding are warm, against tiktoken's encode_ordinary, unless they
+say cold. Needs Linux, whose /proc tells the peak of memory.
 """
 
 import hashlib
