@@ -281,20 +281,21 @@ def leave(stop_signal: int) -> NoReturn:
 # Budget in minutes
 
 
-def steps_in(minutes: float, one_step: Callable[[], object], compute: Compute, warmup: int = 3, timed: int = 5) -> int:
+def steps_in(minutes: float, one_step: Callable[[], object], compute: Compute) -> int:
     """
-    How many steps fit into `minutes`, from the median time of a few trial steps after the warm-up ones (compilation),
-    the same on every rank. The caller throws away what the trial steps did, so that the run is bit for bit the one that
-    --num-iterations with this number gives.
+    How many steps fit into `minutes`, from the pace of a few trial steps, the same on every rank. The caller throws away
+    what the trial steps did, so that the run is bit for bit the one that --num-iterations with this number gives.
+
+    The pace is the median of five steps in a row that differ by less than half; compilation, and other work on the
+    machine, make earlier ones slower. After 40 steps it takes what it has.
     """
-    seconds = []
-    for _ in range(warmup + timed):
+    seconds: list[float] = []
+    while len(seconds) < 8 or (len(seconds) < 40 and max(seconds[-5:]) > 1.5 * min(seconds[-5:])):
         start = time.perf_counter()
         one_step()
         synchronize(compute.device)
-        seconds.append(time.perf_counter() - start)
-    median = torch.tensor(sorted(seconds[warmup:])[timed // 2])
-    return max(1, round(60 * minutes / (compute.sum(median).item() / compute.world_size)))
+        seconds.append(compute.sum(torch.tensor(time.perf_counter() - start)).item() / compute.world_size)
+    return max(1, round(60 * minutes / sorted(seconds[-5:])[2]))
 
 
 def open_wandb(run: str, stage: str, settings: dict[str, Any]) -> Any:

@@ -3,11 +3,13 @@
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 import typing
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pyarrow as pa
@@ -136,6 +138,31 @@ def test_an_interrupted_training_ends_and_says_so() -> None:
         trainer.train(100_000, progress=interrupt)
 
 
+def test_an_interrupted_call_keeps_its_memory_until_it_has_ended(vocabulary: list[bytes]) -> None:
+    """
+    An interrupted Thread.join takes the running thread for ended, so buffers were freed under Rust's hands (SIGSEGV).
+
+    The interrupt is a real signal and comes while the main thread waits, which is where it broke.
+    """
+
+    def interrupt(count: int) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+
+    def on_alarm(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    encoder = rustbpe.Encoder(vocabulary)
+    long = "abcdefgh" * 1_000_000  # one pretoken: about a second of merging
+    previous = signal.signal(signal.SIGALRM, on_alarm)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            encoder.encode_batch([long], progress=interrupt)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert encoder.encode("the cat").tolist() == rustbpe.Encoder(vocabulary).encode("the cat").tolist()
+
+
 # -----------------------------------------------------------------------------
 # Splitting and encoding
 
@@ -174,6 +201,17 @@ def test_ids_are_those_of_tiktoken(pairs: dict[str, tuple[rustbpe.Encoder, tikto
         assert ids == theirs.encode_ordinary(text), name
         assert ours.decode_bytes(ids).decode() == text
         assert "".join(rustbpe.split(text, name)) == text
+
+
+@pytest.mark.soak
+def test_a_million_random_strings(pairs: dict[str, tuple[rustbpe.Encoder, tiktoken.Encoding]]) -> None:
+    """What the fuzz above looks for, where it is rare."""
+    random = Random(1)
+    for _ in range(100):
+        texts = ["".join(random.choices(CHARACTERS, k=random.randrange(40))) for _ in range(10_000)]
+        for name, (ours, theirs) in pairs.items():
+            ids, _ = ours.encode_batch(texts, 2)
+            assert ids.tolist() == [token for text in texts for token in theirs.encode_ordinary(text)], name
 
 
 @pytest.mark.parametrize(

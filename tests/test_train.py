@@ -120,6 +120,19 @@ def test_meter_goes_on_after_a_resume():
     assert first.smooth_loss == second.smooth_loss and second.steps == 3
 
 
+def test_a_busy_start_does_not_shorten_a_budget_in_minutes(monkeypatch):
+    """Steps of four seconds while something else was compiling turned six minutes into eighteen seconds of training."""
+    clock = [0.0]
+    paces = iter([20.0, 4.0, 4.0, 7.0, 5.0, 4.0, 4.1, 0.9, 0.2, 0.2, 0.21, 0.2, 0.2])
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+
+    def one_step() -> None:
+        clock[0] += next(paces)
+
+    assert train.steps_in(1.0, one_step, CPU) == pytest.approx(300, abs=1)
+    assert next(paces, None) is None
+
+
 def test_every():
     assert [step for step in range(7) if train.every(3, step)] == [3, 6]
     assert not any(train.every(interval, step) for interval in (-1, 0) for step in range(7))

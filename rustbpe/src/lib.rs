@@ -1,5 +1,4 @@
-//! Byte-pair encoding for nanochat: trains vocabularies and encodes text. Only std, so it builds wherever a compiler
-//! is.
+//! Byte-pair encoding for nanochat: trains vocabularies and encodes text. Only std: a compiler is enough to build it.
 //!
 //! This file is the border to Python: C functions that take addresses with lengths, run to the end on the caller's
 //! thread (Python calls them without its lock, long ones from a worker thread) and share a `Call` with whoever waits: a
@@ -9,6 +8,13 @@
 //! Promises: the merges of the naive algorithm with ties to the smallest pair; the ids of tiktoken with the same ranks;
 //! the same answer for any number of threads. Does not: hold special tokens, normalise text, or accept text that is not
 //! UTF-8.
+//!
+//! Tried and dropped (50 MB of web text, one busy Zen 5 core; encoding warm, at 8,192 and 32,768 tokens):
+//! - Looking pretokens up one at a time: 173 and 153 MB/s against 220 and 215 with 32 in flight, counting 255 against
+//!   320. 64 in flight make no difference that the noise lets through.
+//! - A cache of four slots per token: at 8,192 tokens it has 1 MiB, evicts all the time and cost a fifth (117 against
+//!   145 MB/s, before the look-ahead). Its size must follow the text's distinct pretokens, not the vocabulary.
+//! - Fat link-time optimisation: 215 and 203 MB/s, so nothing, for a build that takes 23 s instead of 5.
 
 // The contract of every function here is the one above; repeating it under a heading per function would hide the
 // differences.

@@ -49,8 +49,8 @@ fn fold(a: u64, b: u64) -> u64 {
     product as u64 ^ (product >> 64) as u64
 }
 
-/// Pretokens that are looked up together. Their cache lines are asked for while the text is still being cut, because the
-/// tables outgrow the second-level cache and half of the time went into waiting for one line after the other.
+/// Pretokens that are looked up together. Their cache lines are asked for while the text is still being cut, because
+/// the tables outgrow the second-level cache and half of the time went into waiting for one line after the other.
 pub(crate) const LOOKAHEAD: usize = 32;
 
 /// A pretoken on its way to a table: `text[start..end]`. Its key is LONG if it has none.
@@ -73,7 +73,8 @@ impl Piece {
     }
 }
 
-/// Asks for the cache line of `entry` without waiting for it. Does nothing on processors that Rust has no stable way to ask.
+/// Asks for the cache line of `entry` without waiting for it. Does nothing on processors that Rust has no stable way to
+/// ask.
 #[inline(always)]
 pub fn prefetch<T>(entry: &T) {
     #[cfg(target_arch = "x86_64")]
