@@ -283,7 +283,7 @@ def leave(stop_signal: int) -> NoReturn:
 
 def steps_in(minutes: float, one_step: Callable[[], object], compute: Compute) -> int:
     """
-    How many steps fit into `minutes`, from the pace of a few trial steps, the same on every rank. The caller throws away
+    How many steps fit into `minutes`, from the pace of a few trial steps, equal on every rank. The caller throws away
     what the trial steps did, so that the run is bit for bit the one that --num-iterations with this number gives.
 
     The pace is the median of five steps in a row that differ by less than half; compilation, and other work on the
