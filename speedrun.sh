@@ -38,7 +38,10 @@ python -m nanochat.dataset -n 240
 #   batch: 32 rows x 2,048 tokens x 8 GPUs = 524,288 tokens, no accumulation
 #   horizon: 20 x 561 M / 524,288 = 21,400 steps
 # A run that was stopped goes on from its last checkpoint; a finished one has nothing to do.
-resume=$(compgen -G "$NANOCHAT_BASE_DIR/base_checkpoints/d20/step_*/meta.json" >/dev/null && echo --resume || true)
+resume=""
+if compgen -G "$NANOCHAT_BASE_DIR/base_checkpoints/d20/step_*/meta.json" >/dev/null; then
+  resume="--resume"
+fi
 torchrun --standalone --nproc_per_node="$NPROC" -m scripts.base_train -- \
   --depth=20 --target-param-data-ratio=20 --device-batch-size=32 --save-every=2000 --run="$WANDB_RUN" $resume
 torchrun --standalone --nproc_per_node="$NPROC" -m scripts.base_loss -- --model-tag=d20 --no-baselines

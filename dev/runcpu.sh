@@ -27,7 +27,10 @@ fi
 python -m scripts.tok_eval --corpus="$CORPUS"
 
 # 3. Base model, then its score against byte frequencies and xz -9.
-resume=$(compgen -G "$NANOCHAT_BASE_DIR/base_checkpoints/laptop/step_*/meta.json" >/dev/null && echo --resume || true)
+resume=""
+if compgen -G "$NANOCHAT_BASE_DIR/base_checkpoints/laptop/step_*/meta.json" >/dev/null; then
+  resume="--resume"
+fi
 python -m scripts.base_train dev/configs/laptop.py --corpus="$CORPUS" --model-tag=laptop $resume
 python -m scripts.base_loss --corpus="$CORPUS" --model-tag=laptop --split-tokens=262144
 
