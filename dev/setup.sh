@@ -39,7 +39,6 @@ else
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     fail "$("$python" --version) is too old; install 3.11 or later and call: PYTHON=python3.11 bash dev/setup.sh"
 fi
-cargo --version >/dev/null 2>&1 || fail "cargo is missing, and rustbpe is compiled here; install Rust (https://rustup.rs)"
 
 # The torch build. nvidia-smi prints the CUDA version that the driver knows: wheels for 13 need a driver that knows 13.
 # A .venv that was made for a GPU stays so where none is seen (the login node of a cluster).
@@ -78,6 +77,8 @@ fi
 
 # -----------------------------------------------------------------------------
 # Installing
+
+cargo --version >/dev/null 2>&1 || fail "cargo is missing, and rustbpe is compiled here; install Rust (https://rustup.rs)"
 
 make_venv() {
   local free=$(($(df -Pk . | awk 'NR == 2 { print $4 }') / 1000000))

@@ -3,7 +3,7 @@ The tokenizer: text <-> token ids, trained and run by `rustbpe`, kept in one JSO
 
 Promises: decode(encode(text)) == text; ordinary text never becomes a special token, whatever it says; equal tokenizers
 make equal files; a file that was changed by hand or by accident is refused with what is wrong. Special tokens have the
-last ids. Does not: render chats (conversation.py), normalise text, or read pickles.
+last ids. Does not: render chats, normalise text, or read pickles.
 """
 
 import base64
