@@ -5,6 +5,8 @@ Score a base model: bits per byte on training and validation text, what a model 
     torchrun --standalone --nproc_per_node=8 -m scripts.base_loss -- --model-tag=d20 --split-tokens=10485760
 """
 
+from typing import Literal
+
 from nanochat.configurator import configure
 
 # Model
@@ -16,8 +18,8 @@ split_tokens = 20 * 524288  # tokens of each split to score; a smaller split is 
 device_batch_size = 32  # windows per rank and forward pass
 baselines = True  # also measure what must be beaten: byte frequencies and xz -9 (corpora up to 64 MB)
 # Machine
-device_type = "auto"  # auto, cuda, mps, xpu or cpu
-dtype = "auto"  # auto, bfloat16 or float32
+device_type: Literal["auto", "cuda", "mps", "xpu", "cpu"] = "auto"  # cuda also stands for AMD's ROCm
+dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # what matmuls compute in
 settings = configure(__name__)
 
 from nanochat.checkpoint_manager import load_model

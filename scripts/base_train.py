@@ -10,17 +10,19 @@ as if it had not been (bit for bit on CPU). Ends with exit code 130 or 143 when 
 saving.
 """
 
+from typing import Literal
+
 from nanochat.configurator import configure
 
 # Run
 run = "dummy"  # wandb run name; dummy = no wandb
-device_type = "auto"  # auto, cuda, mps, xpu or cpu
-dtype = "auto"  # what matmuls compute in: auto, bfloat16 or float32 (master weights are always fp32)
+device_type: Literal["auto", "cuda", "mps", "xpu", "cpu"] = "auto"  # cuda also stands for AMD's ROCm
+dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # what matmuls compute in; master weights are always fp32
 compile = True  # torch.compile the blocks and the loss; without a C++ compiler the run is eager and says so
 seed = 42  # of the weights and of the order of the rows
 # Text
 corpus: str | None = None  # directory name in $NANOCHAT_BASE_DIR/data (None = the only one there)
-packing = "bos"  # bos: every row starts with BOS, best fit; flat: one long stream cut into rows
+packing: Literal["bos", "flat"] = "bos"  # bos: every row starts with BOS, best fit; flat: one long stream cut into rows
 # Model
 depth = 20  # number of Transformer layers; width and heads follow from it
 aspect_ratio = 64  # width / depth

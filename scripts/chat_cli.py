@@ -23,8 +23,8 @@ top_k = 50  # draw from the k most likely tokens only (0 = from all)
 top_p = 0.0  # draw from the most likely tokens that together reach this probability (0 = from all)
 seed = 42  # of the drawing
 # Machine
-device_type = "auto"  # auto, cuda, mps, xpu or cpu
-dtype = "auto"  # auto, bfloat16 or float32
+device_type: Literal["auto", "cuda", "mps", "xpu", "cpu"] = "auto"  # cuda also stands for AMD's ROCm
+dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # what matmuls compute in
 settings = configure(__name__)
 
 from nanochat.checkpoint_manager import load_model

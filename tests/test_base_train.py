@@ -115,7 +115,7 @@ def test_minutes_become_steps_and_leave_no_trace(home, train_here):
     assert tiny.weights(home, "budget", plan["num_steps"]) == tiny.weights(home, "counted", plan["num_steps"])
 
 
-@pytest.mark.parametrize("flags", [["--dept=3"], ["--depth=abc"], ["--depth"]])
+@pytest.mark.parametrize("flags", [["--dept=3"], ["--depth=abc"], ["--depth"], ["--packing=depth"]])
 def test_mistyped_settings_get_one_line_and_exit_code_2(home, flags):
     result = tiny.run(home, "scripts.base_train", *RUN, *flags, check=False)
     assert result.returncode == 2 and "depth" in result.stderr and len(result.stderr.strip().splitlines()) == 1
@@ -136,7 +136,6 @@ def test_mistyped_settings_get_one_line_and_exit_code_2(home, flags):
         ({"model_tag": "none", "resume": True}, "no base checkpoint none"),
         ({"corpus": "elsewhere"}, "elsewhere"),
         ({"head_dim": 7}, "head-dim"),
-        ({"packing": "tight"}, "bos or flat"),
         ({"dtype": "float16"}, "bfloat16, float32"),
     ],
 )
