@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The speedrun: a 561 M parameter base model (d20) on one node of 8xH100, about 3 hours, about $75 at $24 an hour.
+# The speedrun: a 561 M parameter base model (d20) on one node of 8xH100. Not yet timed with this code; nanochat's published run of the
+# same size took 3 h 51 min with its chat stages, about $100.
 #
 #   bash speedrun.sh
 #   WANDB_RUN=speedrun NPROC=8 bash speedrun.sh        # log to Weights & Biases
