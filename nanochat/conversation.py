@@ -1,0 +1,253 @@
+"""
+The chat format: the only place that knows how a conversation becomes tokens, and which of them are trained.
+
+    {"messages": [{"role": "user", "content": "How many r are in strawberry?"},
+                  {"role": "assistant", "content": [{"type": "python", "text": "'strawberry'.count('r')"},
+                                                    {"type": "python_output", "text": "3"},
+                                                    {"type": "text", "text": "Three."}]}]}
+
+    <|bos|><|user_start|>How ...?<|user_end|><|assistant_start|>                          mask 0
+    <|python_start|>'strawberry'.count('r')<|python_end|>                                 mask 1: what the model asks
+    <|output_start|>3<|output_end|>                                                       mask 0: what it is told
+    Three.<|assistant_end|>                                                               mask 1: text, and to stop
+
+A system message is put in front of the first user message. Training, CLI, web and RL all render and read here.
+Promises: text never becomes a special token, whatever it says; what is cut is counted.
+"""
+
+import codecs
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from nanochat.common import UserError
+from nanochat.tokenizer import Tokenizer
+
+Message = dict[str, Any]
+KINDS = ("text", "python", "python_output")
+FENCES = {"python": ("<|python_start|>", "<|python_end|>"), "python_output": ("<|output_start|>", "<|output_end|>")}
+
+
+class Conversations(Protocol):
+    """Numbered conversations {"messages": [...]}: a list of them, or a task."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+
+
+# -----------------------------------------------------------------------------
+# Checking
+
+
+def check_messages(messages: object) -> None:
+    """
+    Raise UserError unless `messages` is a conversation: perhaps one system message, then user and assistant in turn,
+    the user first; contents are text, or for the assistant a list of parts.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise UserError("expected a list of at least one {role, content}")
+    system = isinstance(messages[0], dict) and messages[0].get("role") == "system"
+    if system and len(messages) == 1:
+        raise UserError("a system message alone; expected a user message after it")
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise UserError(f"message {number + 1} is not an object with role and content")
+        expected = "system" if system and number == 0 else ("user", "assistant")[(number - system) % 2]
+        if message["role"] != expected:
+            raise UserError(f"message {number + 1} has role {message['role']!r}, expected {expected!r}")
+        check_content(message["content"], f"message {number + 1}", expected)
+
+
+def check_content(content: object, where: str, role: str) -> None:
+    if isinstance(content, str):
+        return
+    if role != "assistant" or not isinstance(content, list):
+        kind = "text or a list of parts" if role == "assistant" else "text"
+        raise UserError(f"{where}: the {role}'s content is {type(content).__name__}, expected {kind}")
+    for part in content:
+        fits = isinstance(part, dict) and part.get("type") in KINDS and isinstance(part.get("text"), str)
+        if not fits:
+            raise UserError(f'{where}: a part is {{"type": {" | ".join(KINDS)}, "text": "..."}}, not {part!r:.80}')
+
+
+# -----------------------------------------------------------------------------
+# Conversation -> tokens
+
+
+@dataclass
+class Rendered:
+    """A conversation as tokens."""
+
+    ids: np.ndarray  # (n,) the tokenizer's dtype
+    mask: np.ndarray  # (n,) bool: the tokens that the model is trained to produce
+    tokens_cut: int = 0  # left off at the end, because of max_tokens
+
+    @property
+    def has_target(self) -> bool:
+        """Whether any token is supervised; a cut that leaves only the question leaves nothing to learn."""
+        return bool(self.mask[1:].any())
+
+
+def segments(messages: Sequence[Message]) -> Iterator[tuple[str, bool, bool]]:
+    """(text or special token's name, whether it is a special token, whether it is trained), in order."""
+    yield "<|bos|>", True, False
+    system = ""
+    for message in messages:
+        content = message["content"]
+        if message["role"] == "system":
+            system = f"{content}\n\n"
+        elif message["role"] == "user":
+            yield "<|user_start|>", True, False
+            yield system + content, False, False
+            yield "<|user_end|>", True, False
+            system = ""
+        else:
+            yield "<|assistant_start|>", True, False
+            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                trained = part["type"] != "python_output"
+                if part["type"] == "text":
+                    yield part["text"], False, True
+                    continue
+                start, end = FENCES[part["type"]]
+                yield start, True, trained
+                yield part["text"], False, trained
+                yield end, True, trained
+            yield "<|assistant_end|>", True, True
+
+
+def render_conversations(
+    conversations: Sequence[Sequence[Message]], tokenizer: Tokenizer, max_tokens: int | None = None
+) -> list[Rendered]:
+    """
+    The tokens of many lists of messages, all of their text encoded in one call. Whatever is beyond max_tokens is cut
+    off and counted. Raises UserError for messages that are no conversation.
+    """
+    for messages in conversations:
+        check_messages(messages)
+    pieces = [list(segments(messages)) for messages in conversations]
+    texts = [text for piece in pieces for text, special, _ in piece if not special]
+    ids, offsets = tokenizer.encode_arrow(texts)
+    encoded = iter(np.split(ids, offsets[1:-1]) if texts else [])
+    special_ids = {name: np.array([tokenizer.encode_special(name)], ids.dtype) for name in special_names(pieces)}
+    rendered = []
+    for piece in pieces:
+        parts = [special_ids[text] if special else next(encoded) for text, special, _ in piece]
+        row = np.concatenate(parts)
+        mask = np.repeat([trained for _, _, trained in piece], [len(part) for part in parts])
+        limit = len(row) if max_tokens is None else max_tokens
+        rendered.append(Rendered(row[:limit], mask[:limit], max(0, len(row) - limit)))
+    return rendered
+
+
+def special_names(pieces: Iterable[list[tuple[str, bool, bool]]]) -> set[str]:
+    return {text for piece in pieces for text, special, _ in piece if special}
+
+
+def render_conversation(messages: Sequence[Message], tokenizer: Tokenizer, max_tokens: int | None = None) -> Rendered:
+    """The tokens of one list of messages, and which of them are trained; see render_conversations."""
+    return render_conversations([messages], tokenizer, max_tokens)[0]
+
+
+def render_for_completion(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+    """
+    What the assistant is to continue: everything up to and including <|assistant_start|>. An assistant message at the
+    end (a reference answer) is left off. Raises UserError for messages that are no conversation.
+    """
+    check_messages(messages)
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    ids: list[int] = render_conversation(messages, tokenizer).ids.tolist()
+    return [*ids, tokenizer.encode_special("<|assistant_start|>")]
+
+
+def render_within(messages: Sequence[Message], tokenizer: Tokenizer, limit: int) -> tuple[list[int], int]:
+    """
+    render_for_completion of the latest turns that fit into `limit` tokens, and how many messages were left out for it:
+    the oldest question with its answer first; a system message stays. Raises UserError when the last message alone is
+    too long.
+    """
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    turns = list(messages[len(system) :])
+    left_out = 0
+    while True:
+        prompt = render_for_completion([*system, *turns], tokenizer)
+        if len(prompt) <= limit:
+            return prompt, left_out
+        if len(turns) <= 2:
+            raise UserError(f"the message has {len(prompt)} tokens, at most {limit} fit; shorten it")
+        turns, left_out = turns[2:], left_out + 2
+
+
+# -----------------------------------------------------------------------------
+# Tokens -> conversation
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of what the assistant says, as whole characters."""
+
+    kind: str  # text, python or python_output
+    text: str
+
+
+class StreamDecoder:
+    """
+    Tokens in, pieces of text out, one token at a time. A character split over tokens is held back until it is whole;
+    special tokens switch the kind of what follows and are never text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.kind = "text"
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self.switches = {tokenizer.encode_special(name): "text" for name in tokenizer.get_special_tokens()}
+        for kind, (start, _) in FENCES.items():
+            self.switches[tokenizer.encode_special(start)] = kind
+
+    def feed(self, token: int) -> Piece | None:
+        """What `token` adds, if anything yet."""
+        if token not in self.switches:
+            return self.piece(self.utf8.decode(self.tokenizer.decode_bytes([token])))
+        piece = self.finish()
+        self.kind = self.switches[token]
+        return piece
+
+    def finish(self) -> Piece | None:
+        """What is still held back: the beginning of a character that never came, as U+FFFD."""
+        piece = self.piece(self.utf8.decode(b"", final=True))
+        self.utf8.reset()
+        return piece
+
+    def piece(self, text: str) -> Piece | None:
+        return Piece(self.kind, text) if text else None
+
+
+def decode_parts(tokens: Iterable[int], tokenizer: Tokenizer) -> list[dict[str, str]]:
+    """The parts of an assistant message from the tokens that were generated: the inverse of rendering it."""
+    decoder = StreamDecoder(tokenizer)
+    parts: list[dict[str, str]] = []
+    fed = [decoder.feed(token) for token in tokens]
+    for piece in [*fed, decoder.finish()]:
+        if piece and parts and parts[-1]["type"] == piece.kind:
+            parts[-1]["text"] += piece.text
+        elif piece:
+            parts.append({"type": piece.kind, "text": piece.text})
+    return parts
+
+
+def parts_text(parts: Iterable[dict[str, str]]) -> str:
+    """What a reader sees of an answer: its text, without tool calls and their output."""
+    return "".join(part["text"] for part in parts if part["type"] == "text")
+
+
+def visualize(rendered: Rendered, tokenizer: Tokenizer) -> str:
+    """The tokens for a terminal, separated by |: green ones are trained, red ones are not."""
+    colours = {True: "\x1b[32m", False: "\x1b[31m"}
+    shown = [
+        f"{colours[bool(trained)]}{tokenizer.id_to_token(token)}\x1b[0m"
+        for token, trained in zip(rendered.ids.tolist(), rendered.mask, strict=True)
+    ]
+    return "|".join(shown)
