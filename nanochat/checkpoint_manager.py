@@ -2,10 +2,11 @@
 Checkpoints: one directory per step that exists whole or not at all.
 
     $NANOCHAT_BASE_DIR/base_checkpoints/d20/step_000500/
-        model.safetensors    fp32 master weights optim.safetensors    whole-shape optimizer state, so that any number of
-        ranks can go on tokenizer.json       a model is useless with another tokenizer, so they travel together
-        meta.json            written last: sizes and sha256 of the other three, model config, settings, position, loop
-        state, versions
+        model.safetensors    fp32 master weights
+        optim.safetensors    whole-shape optimizer state, so that any number of ranks can go on
+        tokenizer.json       a model is useless with another tokenizer, so they travel together
+        meta.json            written last: sizes and sha256 of the other three, model config, settings, position,
+                             loop state, versions
 
 A save is written beside its place and renamed into it. Loading verifies sizes always and sha256 unless told not to.
 Not covered: two runs that save under the same tag at the same time.
@@ -54,6 +55,15 @@ class Checkpoint:
     @property
     def step(self) -> int:
         return int(self.meta["step"])
+
+    @property
+    def tag(self) -> str:
+        return self.path.parent.name
+
+    @property
+    def name(self) -> str:
+        """What identifies it below the base directory, such as base_checkpoints/d20/step_021400."""
+        return "/".join(self.path.parts[-3:])
 
     def read_model_state(self) -> dict[str, Tensor]:
         with self.open("model.safetensors") as tensors:
@@ -311,9 +321,14 @@ def load_model(
     if source not in STAGES:
         raise UserError(f"source={source}: expected one of {', '.join(STAGES)}")
     checkpoint = find_checkpoint(source, model_tag, step)
+    return *open_model(checkpoint, device, phase), checkpoint.meta
+
+
+def open_model(checkpoint: Checkpoint, device: torch.device, phase: str = "eval") -> tuple[GPT, Tokenizer]:
+    """The model and the tokenizer of a checkpoint, verified by sha256; `phase` is train or eval."""
     checkpoint.verify()
     model = build_model(GPTConfig(**checkpoint.meta["model_config"]), device)
     restore_model(model, checkpoint)
     model.train(phase == "train")
-    print0(f"model: {source} {checkpoint.path.parent.name} step {checkpoint.step}, {model.num_params():,} parameters")
-    return model, Tokenizer.load(checkpoint.path), checkpoint.meta
+    print0(f"model: {checkpoint.name}, {model.num_params():,} parameters")
+    return model, Tokenizer.load(checkpoint.path)

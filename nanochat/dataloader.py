@@ -1,5 +1,5 @@
 """
-Documents in, training batches out: one global stream, the same on every rank.
+Documents or conversations in, training batches out: one global stream, the same on every rank.
 
 A numbered pipeline of generators, each resumable from what it yields:
 
@@ -7,6 +7,8 @@ A numbered pipeline of generators, each resumable from what it yields:
     2. tokenise  the whole block in one call, on the fly: there is no token cache  tokenizer.encode_arrow
     3. pack      the block into rows of T + 1 tokens, in an order shuffled by seed  pack_bos or pack_flat
     4. deal      rows to batches: a batch is B rows for each rank, a rank takes its own
+
+Conversations go the same way, 2,048 to a block, rendered with their loss mask and packed whole (pack_chats).
 
 Promises: N ranks see together exactly what one rank sees; `Position` resumes any number of ranks at any batch; every
 token of every document is trained on once per epoch (a row cut short at the end of a block is carried into the next);
@@ -28,13 +30,13 @@ from torch import Tensor
 
 from nanochat.common import UserError
 from nanochat.compute import Compute
+from nanochat.conversation import Conversations, Rendered, render_conversations
 from nanochat.dataset import DocumentIndex, read_blocks
 from nanochat.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
-BLOCK_BYTES = (
-    4 << 20
-)  # text tokenised and packed together: a million tokens, thousands of rows to pack well and to shuffle
+AnyPosition = TypeVar("AnyPosition", "Position", "ChatPosition")
+BLOCK_BYTES = 4 << 20  # text tokenised and packed together: a million tokens, thousands of rows to pack and shuffle
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,8 @@ def pack_bos(ids: np.ndarray, offsets: np.ndarray, carry: Sequence[int], bos: in
     """
     Best fit, every row starts with BOS and is full. Documents are ids[offsets[i]:offsets[i + 1]], without BOS.
 
-    1. A document longer than a row is cut into spans of T tokens; every span gets its own BOS. (A row has T + 1 tokens,
-    the last
-       only as a target: so each token of the text is a target exactly once.)
+    1. A document longer than a row is cut into spans of T tokens; every span gets its own BOS. (A row has T + 1
+       tokens, the last only as a target: so each token of the text is a target exactly once.)
     2. A row takes the longest span that fits into what is left of it, again and again.
     3. When none fits, the longest span is cropped to fill the row and its rest, with a BOS, goes back among the spans.
 
@@ -188,9 +189,9 @@ def packed_blocks(
 
 
 def deal_rows(
-    blocks: Iterator[tuple[np.ndarray, Position]], start: Position, rows_per_rank: int, rank: int, world_size: int
-) -> Iterator[tuple[np.ndarray, Position]]:
-    """Yield (this rank's rows of the next global batch (B, T + 1), the position after that batch)."""
+    blocks: Iterator[tuple[np.ndarray, AnyPosition]], start: AnyPosition, rows_per_rank: int, rank: int, world_size: int
+) -> Iterator[tuple[np.ndarray, AnyPosition]]:
+    """Yield (this rank's rows of the next global batch (B, ...), the position after that batch)."""
     need = rows_per_rank * world_size
     rows, position = next(blocks)
     used = start.rows_used
@@ -227,11 +228,149 @@ def training_stream(
     blocks = packed_blocks(files, tokenizer, sequence_len, packing, seed, start)
     batches = prefetch(deal_rows(blocks, start, rows_per_rank, compute.rank, compute.world_size), depth=4)
     for rows, position in batches:
-        tokens = torch.from_numpy(rows.astype(np.int64))
-        if compute.device.type == "cuda":
-            tokens = tokens.pin_memory()  # compared by .type: a torch.device never equals a string
-        tokens = tokens.to(compute.device, non_blocking=True)
+        tokens = to_device(rows, compute)
         yield tokens[:, :-1], tokens[:, 1:], position
+
+
+def to_device(rows: np.ndarray, compute: Compute) -> Tensor:
+    """An array of token ids as int64 on compute.device, from pinned memory where that lets the copy overlap."""
+    tokens = torch.from_numpy(rows.astype(np.int64))
+    if compute.device.type == "cuda":
+        tokens = tokens.pin_memory()  # compared by .type: a torch.device never equals a string
+    return tokens.to(compute.device, non_blocking=True)
+
+
+# -----------------------------------------------------------------------------
+# Conversations
+
+CHAT_BLOCK = 2048  # conversations rendered and packed together
+
+
+@dataclass(frozen=True)
+class ChatPosition:
+    """Where a stream of conversations stands, with counters over all blocks before this one."""
+
+    epoch: int = 0
+    conversation: int = 0  # first one of the current block
+    rows_used: int = 0  # rows of the current block already dealt out
+    conversations: int = 0  # read,
+    conversations_cut: int = 0  # of these, longer than a row and therefore cut at its end,
+    tokens_cut: int = 0  # and the tokens that this cost;
+    left_out: int = 0  # without a supervised token, such as a question that fills the row
+    tokens_padded: int = 0  # places at the ends of rows where nothing fitted
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> "ChatPosition":
+        return ChatPosition(**values)
+
+    def describe(self) -> str:
+        """One line on how conversations were cut, for the log and the report."""
+        return (
+            f"epoch {self.epoch + 1}, {self.conversations:,} conversations in finished blocks: "
+            f"{self.conversations_cut:,} cut ({self.tokens_cut:,} tokens), {self.left_out:,} left out for want of a "
+            f"supervised token, {self.tokens_padded:,} places padded"
+        )
+
+
+def pack_chats(rendered: Sequence[Rendered], sequence_len: int, pad: int, all_tokens: bool) -> np.ndarray:
+    """
+    Best fit, whole conversations only: (R, 2, T + 1), the ids and the targets of each row. The longest conversation
+    that fits into what is left of a row comes next; what nothing fits into is padding. Targets are the ids where they
+    are trained and -1 elsewhere. Conversations must have at most T + 1 tokens.
+    """
+    T = sequence_len
+    by_length: dict[int, list[Rendered]] = {}
+    for item in rendered:
+        by_length.setdefault(len(item.ids), []).append(item)
+    lengths = sorted(by_length)
+    rows: list[np.ndarray] = []
+    row, filled = np.empty((2, 0)), T + 1
+    while lengths:
+        fit = bisect_right(lengths, T + 1 - filled) - 1
+        if fit < 0:
+            row, filled = np.full((2, T + 1), -1, dtype=np.int32), 0
+            row[0] = pad
+            rows.append(row)
+            continue
+        item = by_length[lengths[fit]].pop()
+        if not by_length[lengths[fit]]:
+            del by_length[lengths[fit]], lengths[fit]
+        end = filled + len(item.ids)
+        row[0, filled:end] = item.ids
+        row[1, filled:end] = item.ids if all_tokens else np.where(item.mask, item.ids.astype(np.int32), -1)
+        filled = end
+    return np.stack(rows) if rows else np.empty((0, 2, T + 1), dtype=np.int32)
+
+
+def chat_blocks(
+    conversations: Conversations,
+    tokenizer: Tokenizer,
+    sequence_len: int,
+    seed: int,
+    all_tokens: bool,
+    start: ChatPosition,
+    epochs: int | None = None,
+) -> Iterator[tuple[np.ndarray, ChatPosition]]:
+    """
+    Yield (rows (R, 2, T + 1), position of the block's first row), epoch after epoch, forever or for some epochs. The
+    first block is the one that `start` stands in, whole. Raises UserError when a whole epoch gives no row.
+    """
+    position, rows_in_epoch = replace(start, rows_used=0), 1
+    while epochs is None or position.epoch < epochs:
+        for first in range(position.conversation, len(conversations), CHAT_BLOCK):
+            position = replace(position, conversation=first)
+            numbers = range(first, min(first + CHAT_BLOCK, len(conversations)))
+            messages = [conversations[number]["messages"] for number in numbers]
+            rendered = render_conversations(messages, tokenizer, sequence_len + 1)
+            kept = [item for item in rendered if all_tokens or item.has_target]
+            rows = pack_chats(kept, sequence_len, tokenizer.get_bos_token_id(), all_tokens)
+            yield rows[np.random.default_rng([seed, position.epoch, first]).permutation(len(rows))], position
+            rows_in_epoch += len(rows)
+            position = replace(
+                position,
+                conversations=position.conversations + len(rendered),
+                conversations_cut=position.conversations_cut + sum(item.tokens_cut > 0 for item in rendered),
+                tokens_cut=position.tokens_cut + sum(item.tokens_cut for item in rendered),
+                left_out=position.left_out + len(rendered) - len(kept),
+                tokens_padded=position.tokens_padded + rows[:, 0].size - sum(len(item.ids) for item in kept),
+            )
+        if rows_in_epoch == 0:
+            raise UserError(
+                f"no conversation of {len(conversations)} has a supervised token within {sequence_len} tokens; "
+                "raise --max-seq-len or choose another mixture"
+            )
+        position, rows_in_epoch = replace(position, epoch=position.epoch + 1, conversation=0), 0
+
+
+def chat_stream(
+    conversations: Conversations,
+    tokenizer: Tokenizer,
+    rows_per_rank: int,
+    sequence_len: int,
+    compute: Compute,
+    all_tokens: bool,
+    seed: int = 42,
+    start: ChatPosition | None = None,
+) -> Iterator[tuple[Tensor, Tensor, ChatPosition]]:
+    """
+    Yield (inputs (B, T), targets (B, T), position after them) forever, like training_stream, from conversations:
+    anything with len() and [i] that gives {"messages": [...]}. Targets are -1 where nothing is learned: everywhere but
+    in what the assistant says, or with all_tokens only in the padding.
+    """
+    start = start or ChatPosition()
+    blocks = chat_blocks(conversations, tokenizer, sequence_len, seed, all_tokens, start)
+    for rows, position in prefetch(deal_rows(blocks, start, rows_per_rank, compute.rank, compute.world_size), depth=4):
+        tokens = to_device(rows, compute)
+        yield tokens[:, 0, :-1], tokens[:, 1, 1:], position
+
+
+def rows_in_epoch(conversations: Conversations, tokenizer: Tokenizer, sequence_len: int, all_tokens: bool) -> int:
+    """How many rows one epoch has: counted where it is a single block, else estimated from the first one."""
+    rows, _ = next(chat_blocks(conversations, tokenizer, sequence_len, 0, all_tokens, ChatPosition()))
+    return max(1, round(len(rows) * max(1.0, len(conversations) / CHAT_BLOCK)))
 
 
 def prefetch(iterator: Iterator[Item], depth: int) -> Iterator[Item]:

@@ -19,6 +19,8 @@ import pyarrow as pa
 import torch
 
 from nanochat.compute import Compute
+from nanochat.conversation import Conversations
+from nanochat.dataloader import ChatPosition, chat_blocks, to_device
 from nanochat.gpt import GPT
 from nanochat.tokenizer import Tokenizer
 
@@ -99,6 +101,35 @@ def batched(items: Iterable[tuple[np.ndarray, int]], size: int) -> Iterator[list
     iterator = iter(items)
     while batch := list(itertools.islice(iterator, size)):
         yield batch
+
+
+@torch.no_grad()
+def evaluate_chats(
+    model: GPT,
+    conversations: Conversations,
+    tokenizer: Tokenizer,
+    compute: Compute,
+    rows_per_rank: int,
+    sequence_len: int,
+    all_tokens: bool,
+) -> float:
+    """
+    Nats per supervised token over all conversations, packed as in training, each once. The same on every rank, and for
+    any number of ranks. Rows are padded to whole batches, so that a compiled model sees one shape.
+    """
+    totals = torch.zeros(2, dtype=torch.float64)
+    blocks = chat_blocks(conversations, tokenizer, sequence_len, 0, all_tokens, ChatPosition(), epochs=1)
+    for rows, _ in blocks:
+        for start in range(0, len(rows), rows_per_rank * compute.world_size):
+            mine = rows[start + compute.rank * rows_per_rank :][:rows_per_rank]
+            mine = np.pad(mine, ((0, rows_per_rank - len(mine)), (0, 0), (0, 0)), constant_values=-1)
+            mine[:, 0] = np.maximum(mine[:, 0], 0)
+            tokens = to_device(mine, compute)
+            targets = tokens[:, 1, 1:]
+            loss = model(tokens[:, 0, :-1], targets, loss_reduction="sum", dtype=compute.dtype)
+            totals += torch.stack([loss, (targets >= 0).sum()]).double().cpu()
+    loss_sum, count = compute.sum(totals).tolist()
+    return float(loss_sum / max(1.0, count))
 
 
 # -----------------------------------------------------------------------------

@@ -12,21 +12,25 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from nanochat.adamw import AdamW
-from nanochat.common import Stopped, UserError, get_rank, print0
+from nanochat.common import Record, Stopped, UserError, get_rank, print0
 from nanochat.compute import Compute, peak_flops, synchronize
-from nanochat.dataloader import Position
+from nanochat.conversation import Conversations, decode_parts, parts_text, render_for_completion
+from nanochat.dataloader import ChatPosition, Position, chat_stream, rows_in_epoch
+from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.muon import Muon
-from nanochat.schedule import cosine_to_zero, muon_momentum, trapezoid
+from nanochat.schedule import BatchPlan, cosine_to_zero, muon_momentum, trapezoid
+from nanochat.tokenizer import Tokenizer
 
-Stream = Iterator[tuple[Tensor, Tensor, Position]]
+AnyPosition = TypeVar("AnyPosition", Position, ChatPosition)
+Stream = Iterator[tuple[Tensor, Tensor, AnyPosition]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,9 @@ class StepResult:
     stop_signal: int  # a signal number when any rank was asked to stop, else 0
 
 
-def accumulate(model: GPT, stream: Stream, grad_accum_steps: int, compute: Compute) -> tuple[Tensor, Position]:
+def accumulate(
+    model: GPT, stream: Stream[AnyPosition], grad_accum_steps: int, compute: Compute
+) -> tuple[Tensor, AnyPosition]:
     """
     Forward and backward over the micro-batches of one step. Gradients of the *sum* of the losses stay on the
     parameters; the division happens once, in update(). Returns (loss sum, counted tokens) of this rank, still on the
@@ -123,6 +129,7 @@ class Meter:
     flops_per_token: int
     num_steps: int
     compute: Compute
+    tokens_per_step: int | None = None  # that the model computes; None = those that count in the loss
     smooth: float = 0.0
     steps: int = 0  # in the whole run
     train_seconds: float = 0.0  # optimizer-loop time of the whole run, evaluations and saves excluded
@@ -150,7 +157,7 @@ class Meter:
         if self.here > self.SKIP:
             self.timed_steps += 1
             self.timed_seconds += seconds
-            self.timed_tokens += result.tokens
+            self.timed_tokens += self.tokens_per_step or result.tokens
         return {
             "loss": round(result.loss, 6),
             "smooth_loss": round(self.smooth_loss, 6),
@@ -296,6 +303,80 @@ def steps_in(minutes: float, one_step: Callable[[], object], compute: Compute) -
         synchronize(compute.device)
         seconds.append(compute.sum(torch.tensor(time.perf_counter() - start)).item() / compute.world_size)
     return max(1, round(60 * minutes / sorted(seconds[-5:])[2]))
+
+
+def steps_for_minutes(
+    minutes: float, model: GPT, stream: Stream[Any], batch: BatchPlan, compute: Compute
+) -> tuple[int, str]:
+    """
+    The number of steps and where it comes from, by timing real steps. The caller gives a stream of its own for it and
+    restores the weights afterwards.
+    """
+    optimizers = model.setup_optimizers(dtype=compute.dtype)
+
+    def trial_step() -> None:
+        totals, _ = accumulate(model, stream, batch.grad_accum_steps, compute)
+        update(optimizers, totals, Rates(lr=0.1, momentum=0.9, weight_decay=0.0), compute)
+
+    num_steps = steps_in(minutes, trial_step, compute)
+    return num_steps, f"{minutes:g} minutes at the pace of a few trial steps, which are undone"
+
+
+def plan_chats(
+    num_iterations: int | None,
+    minutes: float | None,
+    conversations: Conversations,
+    tokenizer: Tokenizer,
+    all_tokens: bool,
+    model: GPT,
+    batch: BatchPlan,
+    compute: Compute,
+) -> tuple[int, str]:
+    """
+    Steps of a stage that trains on conversations, and where the number comes from: as given, or as many as fit into
+    `minutes` (the caller restores the weights), or one epoch. Raises UserError for both.
+    """
+    if num_iterations is not None and minutes is not None:
+        raise UserError(f"--num-iterations={num_iterations} --minutes={minutes:g}: give at most one horizon")
+    if (num_iterations is not None and num_iterations < 1) or (minutes is not None and minutes <= 0):
+        raise UserError(f"--num-iterations={num_iterations} --minutes={minutes}: expected more than 0, or None")
+    T = batch.sequence_len
+    if minutes is not None:
+        stream = chat_stream(conversations, tokenizer, batch.device_batch_size, T, compute, all_tokens)
+        return steps_for_minutes(minutes, model, stream, batch, compute)
+    if num_iterations is not None:
+        return num_iterations, "as given"
+    rows = rows_in_epoch(conversations, tokenizer, T, all_tokens)
+    steps = max(1, round(rows / batch.rows))
+    return steps, f"one epoch of about {rows:,} rows / {batch.rows} rows per step"
+
+
+def row_length(model: GPT, max_seq_len: int | None) -> int:
+    """Tokens per row: as asked, at most the model's context."""
+    context = model.config.sequence_len
+    if max_seq_len is not None and not 2 <= max_seq_len <= context:
+        raise UserError(
+            f"--max-seq-len={max_seq_len}: expected 2 to {context}, the context this model was trained with"
+        )
+    return max_seq_len or context
+
+
+# -----------------------------------------------------------------------------
+# Looking at it
+
+
+def show_chats(
+    questions: Sequence[str], model: GPT, tokenizer: Tokenizer, compute: Compute, record: Record, step: int
+) -> None:
+    """What the model answers to a few questions, the likeliest token each time; rank 0 only."""
+    if not compute.is_master:
+        return
+    prompts = [render_for_completion([{"role": "user", "content": question}], tokenizer) for question in questions]
+    answers, _ = Engine(model, tokenizer, compute.dtype).generate_batch(prompts, max_tokens=96, temperature=0)
+    for question, answer in zip(questions, answers, strict=True):
+        text = parts_text(decode_parts(answer, tokenizer))
+        record.write("sample", step=step, prompt=question, text=text)
+        print0(f"  {question!r} -> {text!r}")
 
 
 def open_wandb(run: str, stage: str, settings: dict[str, Any]) -> Any:

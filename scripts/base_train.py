@@ -134,6 +134,7 @@ def main() -> None:
         print0(f"resumed from {checkpoint.path}")
         if first_step >= num_steps:
             print0(f"this run is finished; more steps: --resume --num-iterations={2 * num_steps}")
+            compute_cleanup()
             return
     record = open_record("base", tag, settings)
     record.write("corpus", name=text.name, fingerprint=text.fingerprint)
@@ -172,6 +173,7 @@ def main() -> None:
                 print0(f"saved {path}")
             if result.stop_signal:
                 record.write("stopped", step=done, signal=result.stop_signal)
+                record.close()
                 train.leave(result.stop_signal)
             if train.every(eval_every, done) and done < num_steps:
                 quick = validate(model, text, tokenizer, compute, stride=max_seq_len)
@@ -197,7 +199,7 @@ def main() -> None:
     compute_cleanup()
 
 
-def open_stream(text: Corpus, tokenizer: Tokenizer, compute: Compute, start: Position) -> train.Stream:
+def open_stream(text: Corpus, tokenizer: Tokenizer, compute: Compute, start: Position) -> train.Stream[Position]:
     """The training rows of this rank, from a position on."""
     files = text.train_files
     return training_stream(files, tokenizer, device_batch_size, max_seq_len, compute, packing, seed, start)
@@ -220,15 +222,10 @@ def plan_steps(model: GPT, text: Corpus, tokenizer: Tokenizer, batch: BatchPlan,
     if minutes is None:
         horizon: dict[str, Any] = given or {"target_param_data_ratio": 20}
         return plan_horizon(batch.tokens, model.estimate_flops(), model.num_params(), **horizon)
-    optimizers, stream = model.setup_optimizers(dtype=compute.dtype), open_stream(text, tokenizer, compute, Position())
-
-    def trial_step() -> None:
-        totals, _ = train.accumulate(model, stream, batch.grad_accum_steps, compute)
-        train.update(optimizers, totals, train.Rates(lr=0.1, momentum=0.9, weight_decay=0.0), compute)
-
-    num_steps = train.steps_in(minutes, trial_step, compute)
+    stream = open_stream(text, tokenizer, compute, Position())
+    num_steps, formula = train.steps_for_minutes(minutes, model, stream, batch, compute)
     model.init_weights(seed)
-    return num_steps, f"{minutes:g} minutes at the pace of a few trial steps, which are undone"
+    return num_steps, formula
 
 
 def validate(model: GPT, text: Corpus, tokenizer: Tokenizer, compute: Compute, stride: int) -> float:
@@ -241,10 +238,11 @@ def show_samples(model: GPT, tokenizer: Tokenizer, compute: Compute, record: Rec
     """What the model writes after a few fixed beginnings; rank 0 only, with a copy of the weights."""
     if not compute.is_master:
         return
-    engine = Engine(model, compute.dtype)
+    engine = Engine(model, dtype=compute.dtype)
     for prompt in PROMPTS:
         ids = tokenizer.encode(prompt, prepend="<|bos|>")
-        text = tokenizer.decode(engine.generate_batch(ids, max_tokens=48, temperature=0.7, top_k=50)[0])
+        samples, _ = engine.generate_batch([ids], max_tokens=48, temperature=0.7, top_k=50)
+        text = tokenizer.decode(samples[0])
         record.write("sample", step=step, prompt=prompt, text=text)
         print0(f"  {prompt!r} -> {text!r}")
 

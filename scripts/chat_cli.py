@@ -1,7 +1,12 @@
 """
-Continue a text in the terminal.
+Talk to a model in the terminal; a base model continues texts instead.
 
+    python -m scripts.chat_cli -p "Who are you?"
+    python -m scripts.chat_cli -i rl
     python -m scripts.chat_cli --source=base -p "Once upon a time"
+
+In a chat: `clear` forgets what was said, `quit` or Ctrl-D ends, Ctrl-C stops an answer. What the model asks its
+calculator is shown in brackets.
 """
 
 from typing import Literal
@@ -11,13 +16,13 @@ from nanochat.configurator import configure
 SHORT = {"p": "prompt", "i": "source", "g": "model_tag", "s": "step", "t": "temperature", "k": "top_k"}
 
 # Model
-source: Literal["base"] = "base"  # stage of the checkpoint
+source: Literal["base", "mid", "sft", "rl"] = "sft"  # stage of the checkpoint
 model_tag: str | None = None  # name of the checkpoint directory (None = the one saved last)
 step: int | None = None  # checkpoint step (None = the last)
 # Text
-prompt: str | None = None  # continue this text and exit (None = ask for texts until Ctrl-D)
-num_samples = 1  # continuations of each text
-max_tokens = 128  # length of a continuation
+prompt: str | None = None  # answer this and exit (None = a chat)
+num_samples = 1  # base only: continuations of each text
+max_tokens = 256  # length of an answer; the end of the model's context may come first
 temperature = 0.6  # 0 = always the most likely token
 top_k = 50  # draw from the k most likely tokens only (0 = from all)
 top_p = 0.0  # draw from the most likely tokens that together reach this probability (0 = from all)
@@ -27,40 +32,93 @@ device_type: Literal["auto", "cuda", "mps", "xpu", "cpu"] = "auto"  # cuda also 
 dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # what matmuls compute in
 settings = configure(__name__)
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import run_main
+from nanochat.common import UserError, run_main
 from nanochat.compute import compute_init
+from nanochat.conversation import StreamDecoder, decode_parts, render_within
 from nanochat.engine import Engine
+from nanochat.tokenizer import Tokenizer
+
+BRACKETS = {"text": "", "python": "[", "python_output": " = "}  # what stands before each kind of piece
 
 
 def main() -> None:
     compute = compute_init(device_type, dtype)
     model, tokenizer, _ = load_model(source, compute.device, "eval", model_tag, step)
-    bos = tokenizer.get_bos_token_id()
-    engine = Engine(model, compute.dtype, stop_tokens=frozenset({bos}))
-
-    def continue_text(text: str, seed: int) -> None:
-        ids = tokenizer.encode(text, prepend="<|bos|>")
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-        for tokens in engine.generate_batch(ids, num_samples, max_tokens=max_tokens, **options):
-            print(text + tokenizer.decode([token for token in tokens if token != bos]))
-
-    if prompt is not None:
-        continue_text(prompt, seed)
+    engine = Engine(model, tokenizer, compute.dtype)
+    if source == "base":
+        continue_texts(engine, tokenizer)
         return
-    print("Type the beginning of a text; Ctrl-D ends.")
-    for turn, line in enumerate(iter(read_line, None)):
+    if prompt is not None:
+        answer([{"role": "user", "content": prompt}], engine, tokenizer, seed)
+        return
+    print("clear forgets what was said, quit or Ctrl-D ends, Ctrl-C stops an answer.")
+    messages: list[dict[str, Any]] = []
+    for turn, line in enumerate(read_lines("\nyou: ")):
+        if line in ("quit", "exit"):
+            return
+        if line == "clear":
+            messages = []
+            print("(forgotten)")
+            continue
+        question = {"role": "user", "content": line}
+        try:
+            parts = answer([*messages, question], engine, tokenizer, seed + turn, label="assistant: ")
+            messages += [question, {"role": "assistant", "content": parts}]
+        except UserError as error:  # too long a question: it is taken back
+            print(f"({error})")
+
+
+def answer(
+    messages: list[dict[str, Any]], engine: Engine, tokenizer: Tokenizer, seed: int, label: str = ""
+) -> list[dict[str, str]]:
+    """Print what the model says next as it says it, and return it as parts. Ctrl-C ends it early."""
+    context = engine.model.config.sequence_len
+    tokens, left_out = render_within(messages, tokenizer, context - min(32, context // 4))
+    if left_out:
+        print(f"(the first {left_out} messages no longer fit into {context} tokens and are left out)")
+    said: list[int] = []
+    decoder, kind = StreamDecoder(tokenizer), "text"
+    print(label, end="", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        for column, _ in engine.generate(tokens, 1, max_tokens, temperature, top_k, top_p, seed):
+            said.append(column[0] or 0)
+            piece = decoder.feed(said[-1])
+            if piece and piece.kind != kind:
+                print("]" * (kind == "python_output") + BRACKETS[piece.kind], end="")
+                kind = piece.kind
+            print(piece.text if piece else "", end="", flush=True)
+    print("]" * (kind == "python_output"))
+    return decode_parts(said, tokenizer)
+
+
+def continue_texts(engine: Engine, tokenizer: Tokenizer) -> None:
+    """What a base model can do: go on with a text."""
+    print("Type the beginning of a text; Ctrl-D ends." if prompt is None else "", end="\n" if prompt is None else "")
+    for turn, text in enumerate(read_lines("> ") if prompt is None else [prompt]):
+        ids = tokenizer.encode(text, prepend="<|bos|>")
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed + turn}
+        sequences, _ = engine.generate_batch([ids], num_samples, max_tokens=max_tokens, **options)
+        for tokens in sequences:
+            print(text + tokenizer.decode(token for token in tokens if token not in engine.stop_tokens))
+
+
+def read_lines(sign: str) -> Iterator[str]:
+    """Lines that are not empty, until the end of the input; with line editing where the terminal has it."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # input() uses it once it is imported
+    while True:
+        try:
+            line = input(sign).strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
         if line:
-            continue_text(line, seed + turn)
-
-
-def read_line() -> str | None:
-    """The next line, None at the end of the input."""
-    try:
-        return input("> ")
-    except EOFError:
-        print()
-        return None
+            yield line
 
 
 if __name__ == "__main__":
