@@ -1,60 +1,285 @@
-"""The report reads records and nothing else; what has not run shows as "-"."""
+"""The report reads records and nothing else; what has not run shows as "-"; nothing it shows is interpreted."""
 
-from nanochat.report import newest, render, sparkline
+import json
+import re
+from html.parser import HTMLParser
 
-START = {"tag": "d4", "settings": {}, "argv": ["/x/scripts/base_train.py", "--depth=4"], "git": "abc", "python": "3.12"}
-START |= {
-    "event": "start",
-    "time": 0.0,
-    "platform": "Linux",
-    "cpu": "a CPU",
-    "cpu_count": 2,
-    "versions": {"torch": "2.13"},
-}
+import pytest
 
+from nanochat import report, report_page
+from nanochat.common import UserError
+from nanochat.report import build, duration, grades, newest, read_runs, rounded
+from nanochat.report_page import Curve, Curves, Samples, Series, round_ticks, sparkline, to_html, to_markdown
 
-def run(stage, *events, time=0.0, tag="d4"):
-    start = {**START, "stage": stage, "tag": tag, "time": time}
-    return [start, *({"time": time + 1 + i, **event} for i, event in enumerate(events))]
-
-
-def step(number, loss):
-    return {"event": "step", "step": number, "smooth_loss": loss}
+START = {"event": "start", "settings": {}, "git": "abc", "python": "3.12", "platform": "Linux", "cpu": "a CPU"}
+START |= {"argv": ["/x/scripts/base_train.py", "--depth=4"], "cpu_count": 2, "versions": {"torch": "2.13"}}
+HOSTILE = (
+    "</p><script src='https://evil.example/x.js'>|`x`\x1b[2J\x00 ![i](http://evil.example) \ud800\n# not a heading"
+)
 
 
-def test_stages_that_have_not_run_show_as_dashes():
-    text = render([run("base", {"event": "plan", "first_step": 0, "num_steps": 7})])
-    assert "| steps | 7 |" in text and "| tokens per second | - |" in text and "- train: - documents" in text
-    assert "`scripts.base_train --depth=4`" in text
+def run(stage, *events, time=0.0, tag="d4", **start):
+    first = {**START, "stage": stage, "tag": tag, "time": time, **start}
+    return [first, *({"time": time + 1 + i, **event} for i, event in enumerate(events))]
 
 
-def test_a_resumed_run_is_one_run():
-    first = run("base", {"event": "plan", "first_step": 0}, step(0, 5.0), step(1, 4.0), step(2, 3.0))
-    second = run("base", {"event": "plan", "first_step": 2}, step(2, 3.5), step(3, 2.5), time=100.0)
-    other = run("base", {"event": "plan", "first_step": 0}, step(0, 9.0), tag="d6")
-    events = newest([other, first, second], "base")
-    assert [(e["step"], e["smooth_loss"]) for e in events if e["event"] == "step"] == [
-        (0, 5.0),
-        (1, 4.0),
-        (2, 3.5),
-        (3, 2.5),
+def plan(first_step=0, **values):
+    return {"event": "plan", "first_step": first_step, **values}
+
+
+def step(number, loss, **values):
+    return {"event": "step", "step": number, "smooth_loss": loss, "loss": loss + 0.1, "tokens": 100, **values}
+
+
+def task(source, name, accuracy, **values):
+    return {"event": "task", "source": source, "task": name, "accuracy": accuracy, "stderr": 0.01} | {
+        "n": 1000,
+        "baseline": 0.25,
+        **values,
+    }
+
+
+def chat_eval(source, *events, **values):
+    return run("chat_eval", *events, tag=f"{source}-d4", **values)
+
+
+def answer(source, name, prompt, text, correct):
+    return {"event": "sample", "source": source, "task": name, "prompt": prompt, "answer": text, "correct": correct}
+
+
+def full_set():
+    end = {"event": "end", "tokens_per_second": 20000, "flops_per_second": 3e11, "mfu": None, "train_seconds": 372.0}
+    end |= {"peak_memory_bytes": 1.5e9, "text": "epoch 1"}
+    evals = [{"event": "eval", "step": 1, "val_bpb_quick": 2.5}, {"event": "eval", "step": 2, "val_bpb": 2.25}]
+    written = {"event": "sample", "step": 2, "prompt": "The", "text": " small model"}
+    chat = {"event": "sample", "step": 2, "prompt": "Who are you?", "text": "A model."}
+    tuned = [
+        {"event": "data", "name": "SmolTalk", "conversations": 4000},
+        plan(num_steps=2),
+        step(0, 3.0),
+        step(1, 2.5),
+    ]
+    tuned += [{"event": "eval", "step": 2, "val_loss": 2.125}, chat, end]
+    rewards = [
+        {"event": "step", "step": i, "reward": r, "smooth_loss": 0.1, "tokens": 9} for i, r in enumerate((0.25, 0.5))
+    ]
+    solved = {"event": "eval", "step": 2, "problems": 64, "pass_at": {"8": 0.625, "1": 0.3125}}
+    graded = [task("sft", "GSM8K", 0.045, baseline=0.0), answer("sft", "GSM8K", "2 + 2?", "5", False)]
+    core = {"event": "chatcore", "source": "sft", "value": 0.0884, "tasks": ["ARC-Easy", "GSM8K"]}
+    return [
+        run("dataset", {"event": "corpus", "totals": {"train": {"documents": 11, "text_bytes": 99}}}, tag="docs"),
+        run("tok_train", {"event": "end", "vocab_size": 320, "bytes_per_token": 2.0}),
+        run("base", plan(num_steps=2, parameters=3342336), step(0, 8.0), step(1, 4.0), *evals, written, end, time=10.0),
+        run("base_loss", {"event": "bpb", "split": "val", "bpb": 2.1}, {"event": "baselines", "xz": 3.5}, time=20.0),
+        run("mid", *tuned, time=30.0),
+        run("sft", *tuned, time=40.0),
+        chat_eval("sft", task("sft", "ARC-Easy", 0.3125), *graded, core, {"event": "end"}, time=50.0),
+        run("rl", plan(num_steps=2, task="GSM8K"), *rewards, solved, chat, end, time=60.0),
+        chat_eval("rl", task("rl", "GSM8K", 0.075, baseline=0.0), {"event": "end"}, time=70.0),
+        run("telemetry", {"event": "beat"}, time=80.0, settings={"depth": 4}),
     ]
 
 
+def test_a_full_set_shows_every_stage():
+    text = to_markdown(*build(full_set()))
+    assert text.startswith("# Report\n\nmodel d4 · ") and "commit abc" in text
+    assert "- **val bpb**: 2.1000" in text and "- **ChatCORE after SFT**: 0.088" in text
+    assert "- **GSM8K after RL**: 7.5% (4.5% after SFT)" in text and "- **parameters**: 3.34 M" in text
+    assert "| ARC-Easy, % | - | - | 31.2 ± 1.0 | - | 25.0 | 1,000 |" in text
+    assert "| GSM8K, % | - | - | 4.5 ± 1.0 | 7.5 ± 1.0 | 0.0 | 1,000 |" in text
+    assert "| ChatCORE | - | - | 0.0884 | - | - | 2 tasks |" in text
+    assert "| nats per token trained on, held-out chats | - | 2.1250 | 2.1250 | - | - | - |" in text
+    rows = [line for line in text.splitlines() if "pass@" in line and line.startswith("|")]
+    assert rows == [f"| GSM8K pass@{k}, % | - | - | - | {share} | - | 64 |" for k, share in ((1, 31.2), (8, 62.5))]
+    assert "    [The] small model" in text and "    > Who are you?\n    A model." in text
+    assert "    > 2 + 2?\n    5\n    (GSM8K after SFT: wrong)" in text
+    assert "To beat, in bits per byte of the same text: xz -9 3.5000." in text
+    assert "| training time | 6 min 12 s | 6 min 12 s | 6 min 12 s | 6 min 12 s |" in text
+    assert "| loss at the end, smoothed | 4.0000 | 2.5000 | 2.5000 | - |" in text
+    assert "- SFT: SmolTalk 4,000 conversations; epoch 1" in text and "vocabulary: 320 tokens" in text
+
+
+def test_stages_that_have_not_run_show_as_dashes():
+    text = to_markdown(*build([run("base", plan(num_steps=7))]))
+    assert "| steps | 7 | - | - | - |" in text and "- train: - documents" in text and "- **val bpb**: -" in text
+    assert "| tokens per second | - | - | - | - |" in text and "`scripts.base_train --depth=4`" in text
+    assert "not finished" in text and "## Learning" not in text and "## Samples" not in text
+
+
+def test_an_unknown_stage_is_among_the_runs_and_settings_only():
+    text = to_markdown(*build([run("telemetry", {"event": "beat"}, settings={"depth": 4})]))
+    assert "| telemetry | d4 |" in text and "<summary>telemetry d4</summary>\n\n    depth=4" in text
+    assert text.count("telemetry") == 2 and "## Training" not in text
+
+
+def test_a_resumed_run_is_one_run():
+    first = run(
+        "base", plan(), step(0, 5.0), step(1, 4.0), {"event": "eval", "step": 2, "val_bpb_quick": 3.0}, step(2, 3.0)
+    )
+    second = run("base", plan(first_step=2), step(2, 3.5), step(3, 2.5), time=100.0)
+    other = run("base", plan(), step(0, 9.0), tag="d6", time=50.0)
+    events = newest([first, other, second], "base")
+    steps = [(event["step"], event["smooth_loss"]) for event in events if event["event"] == "step"]
+    assert steps == [(0, 5.0), (1, 4.0), (2, 3.5), (3, 2.5)]
+    assert [event["step"] for event in events if event["event"] == "eval"] == [2]
+
+
 def test_a_fresh_run_forgets_the_earlier_one():
-    first = run("base", {"event": "plan", "first_step": 0}, step(0, 5.0))
-    second = run("base", {"event": "plan", "first_step": 0}, step(0, 6.0))
-    assert [e["smooth_loss"] for e in newest([first, second], "base") if e["event"] == "step"] == [6.0]
+    runs = [run("base", plan(), step(0, 5.0)), run("base", plan(), step(0, 6.0))]
+    assert [event["smooth_loss"] for event in newest(runs, "base") if event["event"] == "step"] == [6.0]
+
+
+def test_figures_of_an_ended_run_are_not_those_of_the_run_that_continues_it():
+    ended = run("base", plan(), step(0, 5.0), {"event": "end", "tokens_per_second": 1})
+    going_on = run("base", plan(first_step=1), step(1, 4.0), time=9.0)
+    assert report.last(newest([ended, going_on], "base"), "end", "tokens_per_second") is None
+
+
+def test_the_newest_grade_counts_and_others_are_named():
+    runs = [
+        run("chat_eval", task("sft", "MMLU", 0.9), tag="sft-d6"),
+        chat_eval("sft", task("sft", "MMLU", 0.1), task("sft", "GSM8K", 0.2), time=10.0),
+        run("sft", plan(), time=15.0),
+        chat_eval("sft", task("sft", "MMLU", 0.3, too_long=7), time=20.0),
+    ]
+    accuracies = {name: events["sft"]["accuracy"] for name, events in grades(runs).items()}
+    assert accuracies == {"MMLU": 0.3, "GSM8K": 0.2}
+    text = to_markdown(*build(runs))
+    assert "20.0 ± 1.0 †" in text and "† measured before" in text and "30.0 ± 1.0 |" in text
+    assert "counted as wrong: MMLU after SFT 7." in text
+    assert "not shown: sft-d6" in text and "90.0" not in text
+
+
+def test_a_score_of_an_earlier_model_is_not_the_new_ones():
+    loss = run("base_loss", {"event": "bpb", "split": "val", "bpb": 1.5})
+    trained = run("base", plan(), {"event": "eval", "step": 1, "val_bpb": 1.25}, time=10.0)
+    assert "- **val bpb**: 1.2500" in to_markdown(*build([loss, trained]))
 
 
 def test_the_corpus_shown_is_the_one_trained_on():
     totals = [{"train": {"documents": n, "text_bytes": n}, "validation": {}} for n in (11, 22)]
-    runs = [
-        run("dataset", {"event": "corpus", "totals": t}, tag=tag)
-        for tag, t in zip(("docs", "web"), totals, strict=True)
-    ]
-    text = render([*runs, run("base", {"event": "corpus", "name": "docs"})])
+    made = zip(("docs", "web"), totals, strict=True)
+    runs = [run("dataset", {"event": "corpus", "totals": total}, tag=tag) for tag, total in made]
+    text = to_markdown(*build([*runs, run("base", {"event": "corpus", "name": "docs"})]))
     assert "- train: 11 documents" in text
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, text, and whether every element is closed in its turn."""
+
+    VOID = {"meta"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.text = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def hostile_set():
+    graded = [task("sft", HOSTILE, 0.5), answer("sft", HOSTILE, HOSTILE, HOSTILE, True)]
+    written = {"event": "sample", "step": 1, "prompt": HOSTILE, "text": HOSTILE}
+    start = {"settings": {"prompt": HOSTILE}, "argv": ["/x/scripts/chat_sft.py", HOSTILE], "git": HOSTILE}
+    return [
+        run("base", plan(formula=HOSTILE), step(0, 2.0), written, tag=HOSTILE, **start),
+        run("sft", {"event": "data", "name": HOSTILE, "conversations": 1}, step(0, 2.0), written, **start),
+        chat_eval("sft", *graded),
+    ]
+
+
+@pytest.mark.parametrize("runs", [full_set(), hostile_set()])
+def test_the_page_loads_nothing_and_runs_nothing(runs):
+    text = to_html(*build(runs))
+    text.encode()
+    page = Page(text)
+    names = {name for name, _ in page.tags}
+    assert not names & {"script", "link", "img", "iframe", "object", "embed", "a", "base", "form", "image", "use"}
+    attributes = {name for _, attrs in page.tags for name in attrs}
+    assert not {name for name in attributes if name in ("src", "href", "xlink:href", "style") or name.startswith("on")}
+    style = re.search("<style>(.*?)</style>", text, re.DOTALL)[1]
+    assert "url(" not in style and "@import" not in style and "http" not in style
+    assert "<script" not in text
+
+
+def test_hostile_text_is_shown_and_not_interpreted():
+    report_parts = build(hostile_set())
+    page, text = Page(to_html(*report_parts)), to_markdown(*report_parts)
+    assert (
+        "".join(page.text).count("</p><script src='https://evil.example/x.js'>|`x`␛[2J␀ ![i](http://evil.example) ?")
+        >= 5
+    )
+    assert "\x1b" not in text and "\x00" not in text
+    outside = [line for line in text.splitlines() if not line.startswith(("    ", "<details>", "</details>"))]
+    outside = [line for line in outside if "`` " not in line and "`scripts." not in line]  # code
+    assert not [line for line in outside if line.startswith("# not") or re.search(r"(?<!\\)[\[<`]", line)]
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {6, 7, 8}
+
+
+def curve_of(values, **more):
+    marks = Series("validation", "mark", [(10, 2.0), (20, 1.5)])
+    return Curve("Loss", "nats", [Series("smoothed", "line", list(enumerate(values, 1))), marks])
+
+
+@pytest.mark.parametrize(("count", "drawn"), [(1, 1), (7, 7), (400, 400), (5000, 400)])
+def test_a_curve_has_as_many_points_as_are_drawn(count, drawn):
+    values = [8.0 / i for i in range(1, count + 1)]
+    svg = report_page.svg(curve_of(values))
+    points = re.search('<polyline class="line" points="([^"]*)"', svg)[1].split()
+    assert len(points) == drawn and svg.count("<circle") == 2
+    for point in points:
+        x, y = map(float, point.split(","))
+        assert report_page.LEFT <= x <= report_page.WIDTH and 0 <= y <= report_page.HEIGHT
+
+
+def test_a_higher_value_is_drawn_higher_and_a_later_step_to_the_right():
+    svg = report_page.svg(curve_of([3.0, 1.0, 2.0]))
+    (x1, y1), (x2, y2), (x3, y3) = [
+        map(float, point.split(",")) for point in re.search('points="([^"]*)"', svg)[1].split()
+    ]
+    assert x1 < x2 < x3 and y1 < y3 < y2
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "labels"),
+    [(0.0, 1.0, "0.0 0.2 0.4 0.6 0.8 1.0"), (2.9, 8.31, "2 4 6 8 10"), (5.0, 5.0, "5 6"), (0.0, 0.0, "0.0 0.2")],
+)
+def test_ticks_are_round_numbers_around_the_values(low, high, labels):
+    ticks, decimals = round_ticks(low, high)
+    assert " ".join(f"{tick:.{decimals}f}" for tick in ticks) == labels
+
+
+def test_the_report_draws_what_was_recorded():
+    sections = dict(build(full_set())[2])
+    assert [curve.title for curves in sections["Learning"] for curve in curves.items] == [
+        "Base: loss",
+        "Base: validation",
+        "Mid: loss",
+        "SFT: loss",
+        "RL: reward",
+    ]
+    assert isinstance(sections["Learning"][0], Curves) and isinstance(sections["Samples"][0], Samples)
+    loss, rewards = sections["Learning"][0].items[0].series, sections["Learning"][0].items[-1].series
+    assert loss[0].points == [(1, 8.0), (2, 4.0)] and rewards[1].points == [(1, 0.25), (2, 0.5)]
+    assert rewards[0].points[0] == (1, pytest.approx(0.25))
+    assert [(series.name, series.points) for series in rewards[2:]] == [
+        ("pass@1", [(2, 0.3125)]),
+        ("pass@8", [(2, 0.625)]),
+    ]
 
 
 def test_sparkline_goes_from_the_lowest_to_the_highest():
@@ -62,3 +287,61 @@ def test_sparkline_goes_from_the_lowest_to_the_highest():
     assert sparkline([1.0] * 500) == "▁" * 72
     line = sparkline([float(i) for i in range(500)])
     assert len(line) == 72 and line[0] == "▁" and line[-1] == "█"
+
+
+def test_times_and_sizes_read_well():
+    assert [duration(s) for s in (8.24, 59.6, 312, 3599.7, 13860, None)] == [
+        "8.2 s",
+        "1 min 0 s",
+        "5 min 12 s",
+        "1 h 0 min",
+        "3 h 51 min",
+        "-",
+    ]
+    assert [rounded(n) for n in (None, 4096, 3342336, 561e6, 1879e6)] == ["-", "4,096", "3.34 M", "561 M", "1.88 B"]
+
+
+def write(base_dir, name, runs):
+    (base_dir / "records").mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(event) + "\n" for event in runs)
+    (base_dir / "records" / name).write_text(text, encoding="utf-8")
+
+
+def test_generate_writes_both_faces_and_reset_puts_the_records_aside(base_dir, capsys, monkeypatch):
+    for i, events in enumerate(full_set()):
+        write(base_dir, f"{i}.jsonl", events)
+    report.main()
+    printed = capsys.readouterr().out
+    assert (base_dir / "report" / "report.md").read_text(encoding="utf-8") in printed
+    assert (base_dir / "report" / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    monkeypatch.setattr(report, "action", "reset")
+    report.main()
+    assert len(list((base_dir / "records").glob("before-*/*.jsonl"))) == len(full_set())
+    report.main()  # a second time there is nothing to do
+    assert "nothing to put aside" in capsys.readouterr().out
+    monkeypatch.setattr(report, "action", "generate")
+    with pytest.raises(UserError, match="no records in"):
+        report.main()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"event": "start"\n{}\n', "damaged record .*bad.jsonl: 1: not a JSON object"),
+        (b"\xff\xfe\n", "damaged record .*bad.jsonl: .*codec"),
+        (b"[1]\n", "damaged record .*bad.jsonl: an event without"),
+        (b'{"event": "step", "time": 1}\n', "damaged record .*bad.jsonl: it does not begin with a start"),
+    ],
+)
+def test_a_damaged_record_is_one_line_that_names_it(base_dir, content, said):
+    write(base_dir, "bad.jsonl", [])
+    (base_dir / "records" / "bad.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=said) as caught:
+        read_runs(base_dir / "records")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_record_is_left_out_and_said(base_dir, capsys):
+    write(base_dir, "a.jsonl", run("base", plan()))
+    write(base_dir, "b.jsonl", [])
+    assert len(read_runs(base_dir / "records")) == 1 and "b.jsonl is empty: left out" in capsys.readouterr().out
