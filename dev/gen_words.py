@@ -1,0 +1,55 @@
+"""
+A word list for the spelling tasks, taken from a corpus that is already here: no download.
+
+    python -m dev.gen_words
+    python -m dev.gen_words --corpus=climbmix --min-count=10
+
+Writes task_data/words/default/all.parquet, one row {word} each, in alphabetical order. The larger list that nanochat uses
+(words_alpha, 370,000 words) is imported with: python -m dev.import_task_data FOLDER
+"""
+
+from nanochat.configurator import configure
+
+# Words
+corpus: str | None = None  # directory name in $NANOCHAT_BASE_DIR/data (None = the only one there)
+min_count = 2  # how often a word must occur: typing mistakes and names of variables rarely do
+max_words = 50000  # the most frequent ones are kept
+overwrite = False  # replace a word list that is there
+settings = configure(__name__)
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+from nanochat.common import UserError, run_main
+from nanochat.dataset import iter_text, load_corpus
+from tasks.common import rows_path, write_rows
+
+WORD = re.compile(r"(?<![\w'.\-])[a-z]{3,12}(?![\w'(=\-]|\.\w)")  # lower case, no part of a name, a path or a call
+
+
+def main() -> None:
+    path = rows_path("words", "default", "all")
+    if path.exists() and not overwrite:
+        print(f"words: {path} is there already (--overwrite replaces it)")
+        return
+    text = load_corpus(corpus)
+    words = frequent_words(iter_text(text.train_files), min_count, max_words)
+    if not words:
+        raise UserError(f"no word occurs {min_count} times in {text.path}; lower --min-count or take a larger corpus")
+    write_rows("words", "default", "all", [{"word": word} for word in words], f"corpus {text.name}")
+    print(f"words: {len(words):,} that occur at least {min_count} times in {text.name}, written to {path}")
+
+
+def frequent_words(texts: Iterable[Iterable[object]], at_least: int, at_most: int) -> list[str]:
+    """The most frequent lower-case words of 3 to 12 letters in batches of texts, in alphabetical order."""
+    counts: Counter[str] = Counter()
+    for batch in texts:
+        for value in batch:
+            counts.update(WORD.findall(str(value)))
+    frequent = sorted((word for word in counts if counts[word] >= at_least), key=lambda word: (-counts[word], word))
+    return sorted(frequent[:at_most])
+
+
+if __name__ == "__main__":
+    run_main(main)

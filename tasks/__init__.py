@@ -1,0 +1,1 @@
+"""Benchmarks and training sets for chat models: one file each, all with the methods of tasks.common.Task."""

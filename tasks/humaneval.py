@@ -1,0 +1,58 @@
+"""
+HumanEval: 164 Python functions to write from their signature and docstring (Chen et al. 2021, arXiv:2107.03374).
+
+An answer is right when the item's own tests pass. Running it runs a model's program on this machine: what that is kept
+from, and what not, is said in nanochat/execution.py.
+"""
+
+import re
+
+from nanochat.common import UserError
+from nanochat.execution import execute_code
+from tasks.common import Conversation, Task, assistant, load_rows, user
+
+FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)  # one that is cut off at the end counts too
+TIMEOUT = 5.0  # seconds; the slowest of the reference solutions takes 0.15 s
+
+
+class HumanEval(Task):
+    """There is only a test split. A conversation also has the item's `prompt`, `entry_point` and `test`."""
+
+    name = "HumanEval"
+
+    def __init__(self, split: str = "test", start: int = 0, stop: int | None = None, step: int = 1):
+        super().__init__(start, stop, step)
+        if split != "test":
+            raise UserError(f"{self.name}: split={split}: there is only test")
+        self.rows = load_rows("openai/openai_humaneval", "openai_humaneval", "test")
+
+    def num_examples(self) -> int:
+        return len(self.rows)
+
+    def get_example(self, index: int) -> Conversation:
+        row = self.rows[index]
+        question = f"Complete this Python function, and write all of it in one code block.\n\n{row['prompt'].strip()}"
+        answer = f"```python\n{(row['prompt'] + row['canonical_solution']).strip()}\n```"
+        item = {key: row[key] for key in ("task_id", "prompt", "entry_point", "test")}
+        return {"messages": [user(question), assistant(answer)], **item}
+
+    def evaluate(self, conversation: Conversation, answer: str) -> bool:
+        return execute_code(build_program(conversation, extract_code(answer)), TIMEOUT).success
+
+
+def extract_code(answer: str) -> str:
+    """The last fenced block of an answer, or all of it where there is none."""
+    blocks = FENCE.findall(answer)
+    return str(blocks[-1] if blocks else answer)
+
+
+def build_program(item: Conversation, code: str) -> str:
+    """
+    What comes before the function in the prompt (imports, and helpers in four of the items), the code, and the item's
+    tests. Code that does not define the function is taken as the continuation of the prompt.
+    """
+    prompt, function = item["prompt"], re.escape(item["entry_point"])
+    before = re.split(rf"^def {function}\b", prompt, maxsplit=1, flags=re.MULTILINE)[0]
+    if not re.search(rf"^(?:async )?def {function}\b|^{function}\s*=", code, re.MULTILINE):
+        before = prompt
+    return f"{before}{code}\n\n{item['test']}\n\ncheck({item['entry_point']})\n"

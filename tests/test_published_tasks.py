@@ -1,0 +1,318 @@
+"""Published tasks: the reference answers of every item are right, wrong ones are not, and every mistake is one line."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dev import import_task_data
+from nanochat.calculator import use_calculator
+from nanochat.common import UserError
+from tasks import common
+from tasks.arc import ARC
+from tasks.common import Task, load_rows, message_text, write_rows
+from tasks.customjson import CustomJSON
+from tasks.gsm8k import GSM8K, answer_parts, extract_answer
+from tasks.humaneval import HumanEval, build_program, extract_code
+from tasks.mmlu import MMLU
+from tasks.smoltalk import SmolTalk
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking a hub that is not there takes half a minute."""
+
+    def download(dataset: str, subset: str, split: str) -> None:
+        raise UserError(f"no {dataset} {subset} {split}")
+
+    monkeypatch.setattr(common, "download_rows", download)
+
+
+@pytest.fixture(scope="module")
+def imported(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base directory filled from the published files."""
+    base_dir = tmp_path_factory.mktemp("imported")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(base_dir))
+        patch.setattr(import_task_data, "folder", str(shared_data))
+        import_task_data.main()
+    return base_dir
+
+
+@pytest.fixture
+def published(imported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(imported))
+
+
+def oracle(conversation: dict[str, Any]) -> str:
+    return message_text(conversation["messages"][-1])
+
+
+# -----------------------------------------------------------------------------
+# The published items
+
+
+PUBLISHED: dict[str, tuple[Callable[[], Task], int]] = {
+    "GSM8K train": (lambda: GSM8K("train"), 6973),
+    "GSM8K dev": (lambda: GSM8K("dev"), 500),
+    "GSM8K test": (lambda: GSM8K("test"), 1319),
+    "MMLU test": (lambda: MMLU("test"), 7658),  # of 14,042: 29 of the 57 subjects
+    "ARC-Easy train": (lambda: ARC("ARC-Easy", "train"), 2251),
+    "ARC-Easy dev": (lambda: ARC("ARC-Easy", "dev"), 570),
+    "ARC-Easy test": (lambda: ARC("ARC-Easy", "test"), 2376),
+    "ARC-Challenge train": (lambda: ARC("ARC-Challenge", "train"), 1056),  # of 1,119
+}
+
+
+@pytest.mark.parametrize(("make", "count"), PUBLISHED.values(), ids=PUBLISHED)
+def test_reference_answers_are_right_and_others_are_not(published: None, make: Callable[[], Task], count: int) -> None:
+    task = make()
+    assert len(task) == count
+    for conversation in task:
+        right = oracle(conversation)
+        assert task.evaluate(conversation, right), conversation
+        assert not any(task.evaluate(conversation, wrong) for wrong in ("", right + "1", "#### 31.4159")), conversation
+    assert task[0] == make()[0] and task[count - 1] == conversation
+
+
+def test_humaneval_reference_answers_are_right_and_others_are_not(published: None) -> None:
+    """The four items with a helper in the prompt, and the six that stand first."""
+    task = HumanEval()
+    assert len(task) == 164
+    items = [task[i] for i in (0, 1, 2, 3, 4, 5, 10, 32, 38, 50)]
+    for item in items:
+        assert task.evaluate(item, oracle(item)), item["task_id"]
+        assert task.evaluate(item, f"Here it is:\n\n{oracle(item)}\n\nThat is all."), item["task_id"]
+        body = oracle(item).removeprefix("```python\n").removeprefix(item["prompt"].strip()).removesuffix("```")
+        assert task.evaluate(item, body), f"{item['task_id']}: the rest of the function alone"
+    for wrong in ("", "I do not know.", "    return None", f"def {items[0]['entry_point']}(*args):\n    return None"):
+        assert not task.evaluate(items[0], wrong)
+
+
+def test_a_program_that_exits_before_the_tests_is_wrong(published: None) -> None:
+    task = HumanEval(stop=1)
+    for code in ("import sys\nsys.exit(0)", "import os\nos._exit(0)", "raise SystemExit"):
+        assert not task.evaluate(task[0], f"```python\n{code}\n{task[0]['prompt']}    return True\n```")
+
+
+def test_arc_letters_are_those_of_the_item(published: None) -> None:
+    numbers = {0: 0, 3: 0, 4: 0, 5: 0}
+    for conversation in ARC("ARC-Easy", "test"):
+        question, letters = conversation["messages"][0]["content"], conversation["letters"]
+        assert letters == list("ABCDE"[: len(letters)])
+        assert all(f"={letter}\n" in question for letter in letters)
+        assert oracle(conversation) in letters
+        numbers[len(letters)] += 1
+    assert numbers == {0: 0, 3: 7, 4: 2365, 5: 4}
+
+
+def test_mmlu_has_the_published_number_of_questions_per_subject(published: None) -> None:
+    subjects = [row["subject"] for row in MMLU("test")]
+    assert len(set(subjects)) == 29
+    assert (subjects.count("professional_law"), subjects.count("abstract_algebra")) == (1534, 100)
+
+
+def test_mmlu_says_that_few_shot_rows_are_not_its_dev_split(published: None) -> None:
+    with pytest.raises(UserError, match=r"few-shot rows that are here .* are another split"):
+        MMLU("dev")
+
+
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_every_gsm8k_annotation_is_a_call_that_the_calculator_answers(published: None, split: str) -> None:
+    for conversation, row in zip(GSM8K(split), published_answers(split), strict=True):
+        parts = conversation["messages"][-1]["content"]
+        assert message_text(conversation["messages"][-1]) == re.sub("<<[^>]*>>", "", row)
+        calls = [part["text"] for part in parts if part["type"] == "python"]
+        outputs = [part["text"] for part in parts if part["type"] == "python_output"]
+        assert len(calls) == row.count("<<")
+        assert [use_calculator(call) for call in calls] == outputs
+
+
+def published_answers(split: str) -> Iterator[str]:
+    rows = load_rows("openai/gsm8k", "main", "test" if split == "test" else "train")
+    first = len(rows) - 500
+    for i in range(*{"train": (first,), "dev": (first, len(rows)), "test": (len(rows),)}[split]):
+        yield rows[i]["answer"]
+
+
+# -----------------------------------------------------------------------------
+# GSM8K
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("It is 5.\n#### 72", "72"),
+        ("####10", "10"),
+        ("#### $1,000.", "1000"),
+        ("#### 1,000.00 dollars", "1000"),
+        ("#### 10.", "10"),
+        ("#### -5", "-5"),
+        ("#### -$5", "-5"),
+        ("#### $-5", "-5"),
+        ("#### \u22125", "-5"),
+        ("#### .5", "0.5"),
+        ("#### 1 #### 2", "2"),
+        ("#### 50%", "50"),
+        ("#### 7\nSo it is 8.", "7"),
+        ("#### 5, as said", "5"),
+    ],
+)
+def test_the_number_after_the_last_mark_is_the_answer(text: str, number: str) -> None:
+    assert extract_answer(text) == Decimal(number)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "72", "####", "#### ", "#### x", "#### 3/4", "#### 1e5", "#### 1.2.3", "#### --5", "#### 1 ####"]
+)
+def test_what_is_no_number_is_no_answer(text: str) -> None:
+    assert extract_answer(text) is None
+
+
+def test_annotations_become_calls_of_the_calculator() -> None:
+    assert answer_parts("Half is $<<.5*3=1.50>>1.50 < 2.\n#### 1.5") == [
+        {"type": "text", "text": "Half is $"},
+        {"type": "python", "text": ".5*3"},
+        {"type": "python_output", "text": "1.5"},  # not 1.50: what the tool says when the model asks it
+        {"type": "text", "text": "1.50 < 2.\n#### 1.5"},
+    ]
+    assert [part["text"] for part in answer_parts("<<560//10=56>>56")] == ["560/10", "56", "56"]
+    assert [part["text"] for part in answer_parts("<<x+1=y>>")] == ["x+1", "y"]
+    assert answer_parts("1 << 2 >> 3") == [{"type": "text", "text": "1 << 2 >> 3"}]
+
+
+def test_gsm8k_dev_is_the_end_of_the_training_rows(base_dir: Path) -> None:
+    rows = [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(510)]
+    write_rows("openai/gsm8k", "main", "train", rows, "test")
+    train, dev = GSM8K("train"), GSM8K("dev", start=1, stop=500, step=2)
+    assert [message_text(row["messages"][1]) for row in train] == [f"#### {i}" for i in range(10)]
+    assert (len(dev), message_text(dev[0]["messages"][1])) == (250, "#### 11")
+
+
+# -----------------------------------------------------------------------------
+# The other tasks
+
+
+def test_mmlu_train_reads_the_rows_that_the_hub_wraps(base_dir: Path) -> None:
+    row = {"question": "Which?", "subject": "", "choices": ["a", "b", "c", "d"], "answer": 2}
+    write_rows("cais/mmlu", "auxiliary_train", "train", [{"train": row}], "test")
+    wrapped = MMLU("train")[0]
+    write_rows("cais/mmlu", "auxiliary_train", "train", [row], "test")
+    assert wrapped == MMLU("train")[0]
+    assert wrapped["messages"][1] == {"role": "assistant", "content": "C"}
+    assert "- c=C\n" in wrapped["messages"][0]["content"]
+
+
+def test_smoltalk_dev_is_the_published_test_split(base_dir: Path) -> None:
+    chat = [{"content": "Be brief.", "role": "system"}, {"content": "Hi", "role": "user"}]
+    chat += [{"content": "Hello", "role": "assistant"}]
+    write_rows("HuggingFaceTB/smol-smoltalk", "default", "test", [{"messages": chat, "source": "x"}], "test")
+    task = SmolTalk("dev")
+    assert list(task) == [{"messages": chat}]
+    with pytest.raises(NotImplementedError, match="SmolTalk has no right answers"):
+        task.evaluate(task[0], "Hello")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GSM8K("validation"), "GSM8K: split=validation: expected train, dev, test"),
+        (lambda: MMLU("auxiliary_train"), "MMLU: split=auxiliary_train: expected train, dev, test"),
+        (lambda: ARC("ARC-Easy", "x"), "ARC-Easy: split=x: expected"),
+        (lambda: ARC("easy"), "ARC: subset=easy: expected ARC-Easy or ARC-Challenge"),
+        (lambda: HumanEval("train"), "HumanEval: split=train: there is only test"),
+        (lambda: SmolTalk("test"), "SmolTalk: split=test: expected train or dev"),
+    ],
+)
+def test_wrong_splits_are_one_line(base_dir: Path, make: Callable[[], Task], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        ("x = 1", "x = 1"),
+        ("    return 1\n", "    return 1\n"),
+        ("First\n```python\nx = 1\n```\nthen\n```py\nx = 2\n```\nend", "x = 2\n"),
+        ("```\nx = 1\n```", "x = 1\n"),
+        ("```python\nx = 1", "x = 1"),
+        ("Use `x`.", "Use `x`."),
+    ],
+)
+def test_the_last_code_block_is_the_program(answer: str, code: str) -> None:
+    assert extract_code(answer) == code
+
+
+def test_imports_and_helpers_of_the_prompt_are_there() -> None:
+    prompt = "import math\n\ndef helper():\n    return 1\n\ndef f(x):\n    '''Doc'''\n"
+    item = {"prompt": prompt, "entry_point": "f", "test": "def check(f): pass"}
+    head = "import math\n\ndef helper():\n    return 1\n\n"
+    tail = "\n\ndef check(f): pass\n\ncheck(f)\n"
+    assert build_program(item, "def f(x): return 2") == head + "def f(x): return 2" + tail
+    assert build_program(item, "    return 2") == prompt + "    return 2" + tail
+    assert build_program(item, "def f2(x): return 2").startswith(prompt)
+
+
+# -----------------------------------------------------------------------------
+# CustomJSON
+
+USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+
+
+def test_custom_conversations_are_read_line_by_line(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    system = {"role": "system", "content": "Be kind."}
+    chats = [[USER, ASSISTANT], [system, USER, ASSISTANT, USER]]
+    text = "\ufeff" + json.dumps([USER | {"id": 7}, ASSISTANT]) + "\r\n\n" + json.dumps(chats[1])
+    file.write_text(text, encoding="utf-8", newline="")
+    assert [conversation["messages"] for conversation in CustomJSON(file)] == chats
+    assert len(CustomJSON(str(file), stop=1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "expected a JSON list like"),
+        ("[" * 100_000, "expected a JSON list like"),
+        (b"\xff", "expected a JSON list like"),
+        (json.dumps({"messages": [USER, ASSISTANT]}), "expected a list of at least one"),
+        (json.dumps(["Hi", "Hello"]), "message 1 is not an object"),
+        ("[]", "expected a list of at least one"),
+        (json.dumps([USER]), "no message is the assistant's"),
+        (json.dumps([{"role": "system", "content": "x"}, USER]), "no message is the assistant's"),
+        (json.dumps([ASSISTANT, USER]), "message 1 has role 'assistant', expected 'user'"),
+        (json.dumps([USER, ASSISTANT, ASSISTANT]), "message 3 has role 'assistant', expected 'user'"),
+        (json.dumps([USER, {"role": "bot", "content": "x"}]), "message 2 has role 'bot'"),
+        (json.dumps([USER, {"role": "assistant"}]), "message 2 is not an object with role and content"),
+        (json.dumps([USER, {"role": "assistant", "content": " "}]), "message 2 has content ' '"),
+        (json.dumps([USER, {"role": "assistant", "content": 5}]), "message 2: the assistant's content is int"),
+        (json.dumps([USER, {"role": "assistant", "content": "\ud800"}]), "message 2 holds half a character"),
+    ],
+)
+def test_a_custom_line_that_is_no_conversation_is_named(tmp_path: Path, line: str | bytes, message: str) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_bytes(
+        json.dumps([USER, ASSISTANT]).encode() + b"\n" + (line if isinstance(line, bytes) else line.encode())
+    )
+    with pytest.raises(UserError, match=re.escape(f"{file}:2: ") + ".*" + re.escape(message)) as error:
+        CustomJSON(file)
+    assert "\n" not in str(error.value)
+
+
+def test_custom_files_that_are_absent_or_empty_are_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No such file"):
+        CustomJSON(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    with pytest.raises(UserError, match="holds no conversations"):
+        CustomJSON(tmp_path / "empty.jsonl")
+
+
+@pytest.mark.parametrize("name", ["identity/identity_conversations.jsonl", "chat/sgd_train.jsonl"])
+def test_known_conversation_files_are_read(shared_data: Path, name: str) -> None:
+    lines = (shared_data / name).read_text(encoding="utf-8").splitlines()
+    assert len(CustomJSON(shared_data / name)) == len(lines) > 500
