@@ -1,0 +1,309 @@
+"""
+Reinforcement learning: let a chat model try problems with a known answer, and make what was right more likely.
+
+    python -m scripts.chat_rl dev/configs/laptop_rl.py
+    torchrun --standalone --nproc_per_node=8 -m scripts.chat_rl -- --task=GSM8K --run=rl
+
+REINFORCE (Williams 1992) with the mean reward of a prompt's samples as baseline: what remains of GRPO
+(arXiv 2402.03300) without its clipping, KL term and division by the spread, as in nanochat. Samples come from the full
+distribution at temperature 1, so the gradient is on-policy; the token that ends an answer is trained like any other.
+Prompts whose samples all got the same reward teach nothing and are skipped.
+"""
+
+from typing import Literal
+
+from nanochat.configurator import configure
+
+SHORT = {"i": "source", "g": "model_tag", "s": "step"}
+
+# Run
+run = "dummy"  # wandb run name; dummy = no wandb
+device_type: Literal["auto", "cuda", "mps", "xpu", "cpu"] = "auto"  # cuda also stands for AMD's ROCm
+dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # what matmuls compute in; master weights are always fp32
+seed = 42  # of the samples
+# Start
+source: Literal["mid", "sft", "rl"] = "sft"  # stage of the checkpoint to start from
+model_tag: str | None = None  # name of its directory, and of the new one (None = the one saved last)
+step: int | None = None  # step of the checkpoint to start from (None = the last)
+# Problems
+task: Literal["GSM8K", "Arithmetic-Hard", "Arithmetic"] = "GSM8K"  # where prompts and rewards come from
+examples_per_step = 16  # prompts per step over all ranks
+num_samples = 16  # answers to each prompt
+max_new_tokens = 256  # length at which an unfinished answer is cut off
+# Horizon
+num_iterations: int | None = None  # optimizer steps (None = once through the problems)
+# Batch
+device_batch_size = 8  # answers per rank and forward/backward pass
+# Optimizers
+matrix_lr = 0.02  # Muon, for the matrices in the blocks
+embedding_lr = 0.2  # AdamW, for the embedding; scales with (width / 768)^-0.5
+unembedding_lr = 0.004  # AdamW, for the head; scales likewise
+init_lr_frac = 0.05  # share of these rates to begin with; they fall to 0 along a line
+weight_decay = 0.0  # Muon's cautious weight decay; falls to 0 along a cosine
+# Evaluation, on held-out problems
+eval_every = 60  # steps between evaluations (-1 = only at the start and at the end)
+eval_examples = 400  # problems of an evaluation
+eval_samples = 8  # answers to each: pass@k for k = 1, 2, 4, ... up to this many
+max_dead_steps = 5  # give up after so many steps in a row in which no prompt taught anything
+# Checkpoints
+save_every = 60  # steps between checkpoints (-1 = only at the end)
+resume = False  # continue from the newest checkpoint of this tag
+resume_from_step: int | None = None  # continue from this step
+fresh = False  # start over although this tag has checkpoints; they are kept under another name
+settings = configure(__name__)
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanochat import train
+from nanochat.checkpoint_manager import (
+    find_checkpoint,
+    find_resume,
+    open_model,
+    restore_model,
+    restore_optimizers,
+    save_checkpoint,
+)
+from nanochat.common import UserError, open_record, print0, run_main
+from nanochat.compute import Compute, compute_cleanup, compute_init, peak_memory_bytes
+from nanochat.conversation import decode_parts, parts_text, render_for_completion
+from nanochat.engine import Engine
+from nanochat.gpt import GPT
+from nanochat.tokenizer import Tokenizer
+from tasks.common import Task
+from tasks.gsm8k import extract_answer
+from tasks.mixtures import rl_task
+
+
+def main() -> None:
+    compute = compute_init(device_type, dtype, seed)
+    start = find_checkpoint(source, model_tag, step)
+    model, tokenizer = open_model(start, compute.device, "train")
+    problems, held_out = rl_task(task, "train"), rl_task(task, "dev")
+    if min(examples_per_step, num_samples - 1, eval_examples, eval_samples, device_batch_size) < 1:
+        raise UserError(
+            f"--examples-per-step={examples_per_step} --num-samples={num_samples} --eval-examples={eval_examples} "
+            f"--eval-samples={eval_samples} --device-batch-size={device_batch_size}: expected at least 1, num-samples 2"
+        )
+    num_steps = num_iterations or max(1, len(problems) // examples_per_step)
+    print0(f"{num_steps:,} steps of {examples_per_step} prompts x {num_samples} samples; {len(problems):,} problems")
+
+    # What a checkpoint and the run that continues it must agree on
+    identity: dict[str, Any] = {
+        "model_config": model.config_dict(),
+        "task": task,
+        "problems": len(problems),
+        "seed": seed,
+    }
+    identity |= {"examples_per_step": examples_per_step, "num_samples": num_samples, "started_from": start.name}
+    checkpoint = find_resume("rl", start.tag, identity, resume, resume_from_step, fresh, compute)
+    rates = [rate * init_lr_frac for rate in (matrix_lr, embedding_lr, unembedding_lr)]
+    optimizers = model.setup_optimizers(rates[0], rates[1], rates[2], weight_decay, compute.dtype)
+    meter, first_step = train.Meter(model.estimate_flops(), num_steps, compute), 0
+    if checkpoint:
+        restore_model(model, checkpoint)
+        restore_optimizers(optimizers, checkpoint)
+        meter.restore(checkpoint.meta["meter"])
+        first_step = checkpoint.step
+        print0(f"resumed from {checkpoint.path}")
+        if first_step >= num_steps:
+            print0(f"this run is finished; more steps: --resume --num-iterations={2 * num_steps}")
+            compute_cleanup()
+            return
+    record = open_record("rl", start.tag, settings)
+    record.write("plan", first_step=first_step, num_steps=num_steps, task=task, started_from=start.name)
+    wandb_run = train.open_wandb(run, "rl", settings)
+
+    def evaluate(done: int) -> None:
+        pass_at = evaluate_pass_at_k(model, tokenizer, held_out, compute)
+        record.write("eval", step=done, problems=min(eval_examples, len(held_out)), pass_at=pass_at)
+        print0(f"step {done:,}: " + ", ".join(f"pass@{k} {value:.1%}" for k, value in pass_at.items()))
+
+    if first_step == 0:
+        evaluate(0)
+    dead_steps = 0
+    with train.SignalWatch() as watch, train.progress_bar(num_steps, first_step) as bar:
+        for done in range(first_step + 1, num_steps + 1):
+            meter.start()
+            numbers = [(i + (done - 1) * examples_per_step) % len(problems) for i in range(examples_per_step)]
+            rollouts = roll_out(model, tokenizer, problems, numbers, compute, num_samples, seed=seed * 2**24 + done)
+            vitals = measure(rollouts, compute)
+            totals = policy_gradient(model, rollouts, compute)
+            multipliers = train.Rates(lr=1 - (done - 1) / num_steps, momentum=0.95, weight_decay=1.0)
+            result = train.update(optimizers, totals, multipliers, compute, watch.received)
+            logged = {**meter.tick(result), **vitals}
+            record.write("step", step=done - 1, lr=round(multipliers.lr, 6), **logged)
+            bar.update()
+            print0(f"step {done:,}/{num_steps:,}: " + describe(logged))
+            if wandb_run:
+                wandb_run.log({"step": done - 1, "lr": multipliers.lr, **logged})
+            if done == num_steps or result.stop_signal or train.every(save_every, done):
+                meta = {**identity, "num_steps": num_steps, "meter": meter.state(), "settings": settings}
+                path = save_checkpoint("rl", start.tag, done, model, optimizers, tokenizer, meta, compute)
+                print0(f"saved {path}")
+            if result.stop_signal:
+                record.write("stopped", step=done, signal=result.stop_signal)
+                record.close()
+                train.leave(result.stop_signal)
+            dead_steps = 0 if vitals["groups_with_signal"] else dead_steps + 1
+            if dead_steps == max_dead_steps:
+                record.close()
+                raise UserError(diagnose(vitals, dead_steps))
+            if train.every(eval_every, done) or done == num_steps:
+                evaluate(done)
+
+    questions = [str(held_out[i]["messages"][0]["content"]) for i in range(min(3, len(held_out)))]
+    train.show_chats(questions, model, tokenizer, compute, record, num_steps)
+    record.write("end", **meter.summary(), peak_memory_bytes=peak_memory_bytes(compute.device))
+    print0(f"{meter.train_seconds:,.0f} s of training, {peak_memory_bytes(compute.device) / 1e9:.1f} GB at most")
+    if wandb_run:
+        wandb_run.finish()
+    record.close()
+    compute_cleanup()
+
+
+# -----------------------------------------------------------------------------
+# Trying
+
+
+@dataclass
+class Rollout:
+    """One answer of the model to a prompt."""
+
+    prompt: list[int]
+    tokens: list[int]  # what was generated, tool output and terminal token included
+    mask: list[int]  # 1 for tokens that were sampled
+    ended: bool  # by a terminal token, not by max_new_tokens or the end of the context
+    text: str
+    reward: float
+    advantage: float = 0.0  # reward minus the mean of the group; 0 in a group without signal
+
+
+def roll_out(
+    model: GPT, tokenizer: Tokenizer, problems: Task, numbers: list[int], compute: Compute, samples: int, seed: int
+) -> list[list[Rollout]]:
+    """This rank's share of the prompts, `samples` answers to each from one decode batch, with rewards: a group each."""
+    low, high = (len(numbers) * (compute.rank + i) // compute.world_size for i in (0, 1))
+    if low == high:
+        return []
+    conversations = [problems[number] for number in numbers[low:high]]
+    prompts = [render_for_completion(conversation["messages"], tokenizer) for conversation in conversations]
+    engine = Engine(model, tokenizer, compute.dtype)
+    options = {"max_tokens": max_new_tokens, "temperature": 1.0, "seed": seed, "first": low * samples}
+    sequences, masks = engine.generate_batch(prompts, samples, **options)
+    groups = []
+    for i, conversation in enumerate(conversations):
+        group = []
+        for tokens, mask in zip(sequences[i * samples :][:samples], masks[i * samples :][:samples], strict=True):
+            text = parts_text(decode_parts(tokens, tokenizer))
+            reward = float(problems.evaluate(conversation, text))
+            group.append(Rollout(prompts[i], tokens, mask, tokens[-1] in engine.stop_tokens, text, reward))
+        mean = sum(rollout.reward for rollout in group) / samples
+        for rollout in group:
+            rollout.advantage = rollout.reward - mean
+        groups.append(group)
+    return groups
+
+
+def policy_gradient(model: GPT, groups: list[list[Rollout]], compute: Compute) -> Tensor:
+    """
+    Gradients of -sum(advantage * log p) over the sampled tokens of the groups with signal, left on the parameters.
+    Returns (that sum, number of those tokens) of this rank, for train.update to divide by.
+    """
+    totals = torch.zeros(2, dtype=torch.float64)
+    rollouts = [rollout for group in groups for rollout in group if rollout.advantage]
+    rollouts.sort(key=lambda rollout: len(rollout.prompt) + len(rollout.tokens))  # little padding
+    for start in range(0, len(rollouts), device_batch_size):
+        chunk = rollouts[start : start + device_batch_size]
+        T = max(len(rollout.prompt) + len(rollout.tokens) for rollout in chunk) - 1
+        inputs = torch.zeros(len(chunk), T, dtype=torch.long)
+        targets = torch.full((len(chunk), T), -1)
+        for row, rollout in enumerate(chunk):
+            ids = torch.tensor(rollout.prompt + rollout.tokens)
+            trained = torch.tensor([0] * len(rollout.prompt) + rollout.mask)
+            inputs[row, : len(ids) - 1] = ids[:-1]
+            targets[row, : len(ids) - 1] = torch.where(trained[1:] > 0, ids[1:], -1)
+        inputs, targets = inputs.to(compute.device), targets.to(compute.device)
+        advantages = torch.tensor([rollout.advantage for rollout in chunk], device=compute.device)
+        weights = advantages[:, None].expand(-1, T)
+        loss = model(inputs, targets, weights, loss_reduction="sum", dtype=compute.dtype)
+        loss.backward()
+        totals += torch.stack([loss.detach(), (targets >= 0).sum()]).cpu()
+    return totals.to(compute.device) if compute.device.type != "mps" else totals.float().to(compute.device)
+
+
+# -----------------------------------------------------------------------------
+# Vital signs
+
+
+def measure(groups: list[list[Rollout]], compute: Compute) -> dict[str, float]:
+    """What tells a living run from a dead one, over all ranks."""
+    rollouts = [rollout for group in groups for rollout in group]
+    mine = [
+        len(groups),
+        sum(any(rollout.advantage for rollout in group) for group in groups),
+        len(rollouts),
+        sum(rollout.reward for rollout in rollouts),
+        sum(rollout.reward**2 for rollout in rollouts),
+        sum(rollout.ended for rollout in rollouts),
+        sum(extract_answer(rollout.text) is not None for rollout in rollouts),
+    ]
+    groups_in_all, alive, n, total, squares, ended, parsed = compute.sum(
+        torch.tensor(mine, dtype=torch.float64)
+    ).tolist()
+    mean = total / n
+    return {
+        "reward": round(mean, 6),
+        "reward_std": round(math.sqrt(max(0.0, squares / n - mean**2)), 6),
+        "ended": round(ended / n, 6),
+        "parsed": round(parsed / n, 6),
+        "groups_with_signal": int(alive),
+        "groups": int(groups_in_all),
+    }
+
+
+def describe(logged: dict[str, float]) -> str:
+    return (
+        f"reward {logged['reward']:.3f} +- {logged['reward_std']:.3f}, ended {logged['ended']:.0%}, parsed "
+        f"{logged['parsed']:.0%}, groups with signal {logged['groups_with_signal']}/{logged['groups']}, "
+        f"{logged['tokens']:,} tokens, {logged['seconds']:.1f} s"
+    )
+
+
+def diagnose(vitals: dict[str, float], dead_steps: int) -> str:
+    """Why nothing is learned, and what to do about it."""
+    ended, parsed, reward = vitals["ended"], vitals["parsed"], vitals["reward"]
+    if ended < 0.05:
+        why = f"{ended:.0%} of the answers ended in {max_new_tokens} tokens: raise --max-new-tokens or run chat_sft"
+    elif parsed < 0.05:
+        why = f"{parsed:.0%} of the answers have a `#### number`: the model does not know the form; run chat_sft"
+    elif reward > 0.95:
+        why = f"reward {reward:.2f}: there is nothing left to learn; take harder problems"
+    else:
+        why = f"reward {reward:.2f}: too hard; raise --num-samples, take easier problems or run chat_sft for longer"
+    return f"no prompt taught anything for {dead_steps} steps; {why}"
+
+
+def evaluate_pass_at_k(model: GPT, tokenizer: Tokenizer, problems: Task, compute: Compute) -> dict[str, float]:
+    """
+    pass@k on the first eval_examples problems: the chance that at least one of k answers is right, from the number c
+    right among n: 1 - C(n - c, k) / C(n, k) (Codex, arXiv 2107.03374). The same on every rank.
+    """
+    numbers = list(range(min(eval_examples, len(problems))))
+    groups = roll_out(model, tokenizer, problems, numbers, compute, eval_samples, seed)
+    ks = [2**i for i in range(eval_samples.bit_length()) if 2**i <= eval_samples]
+    right = [int(sum(rollout.reward for rollout in group)) for group in groups]
+    n = eval_samples
+    sums = [sum(1 - math.comb(n - c, k) / math.comb(n, k) for c in right) for k in ks]
+    return {
+        str(k): round(value / len(numbers), 6)
+        for k, value in zip(ks, compute.sum(torch.tensor(sums, dtype=torch.float64)).tolist(), strict=True)
+    }
+
+
+if __name__ == "__main__":
+    run_main(main)

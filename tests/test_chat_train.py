@@ -1,0 +1,181 @@
+"""Midtraining, SFT and RL as a user runs them: what they learn, how they stop and go on, on one rank and on two."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from nanochat.common import Stopped, UserError
+from scripts import chat_rl, chat_sft, mid_train
+from tests import tiny
+from tests.tiny import EAGER, RUN
+
+FOLDERS = {
+    "base": "base_checkpoints",
+    "mid": "mid_checkpoints",
+    "sft": "chatsft_checkpoints",
+    "rl": "chatrl_checkpoints",
+}
+SCRIPTS = {"mid": mid_train, "sft": chat_sft, "rl": chat_rl}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A base directory with a base model of 256 tokens' context, and conversations in a file."""
+    base_dir = tmp_path_factory.mktemp("chat")
+    tiny.prepare(base_dir)
+    flags = [*RUN, *EAGER, "--num-iterations=8", "--max-seq-len=256", "--total-batch-size=1024", "--eval-every=-1"]
+    tiny.run(base_dir, "scripts.base_train", *flags, "--model-tag=t")
+    chats = []
+    for i in range(300):
+        word = tiny.WORDS[i % len(tiny.WORDS)]
+        answer = [{"type": "text", "text": word}, {"type": "python", "text": f"{i}+1"}]
+        answer += [{"type": "python_output", "text": f"{i + 1}"}, {"type": "text", "text": f"\n#### {i + 1}"}]
+        question = {"role": "user", "content": f"Say {word} and add 1 to {i}" + "." * (i % 50)}
+        chats.append([question, {"role": "assistant", "content": answer}])
+    (base_dir / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    return base_dir
+
+
+def start_from(home: Path, source: str, tag: str) -> None:
+    """Give a tag a checkpoint to start from: the base model, whatever it passes for."""
+    folder = home / FOLDERS[source]
+    folder.mkdir(exist_ok=True)
+    if not (folder / tag).exists():
+        (folder / tag).symlink_to(home / FOLDERS["base"] / "t")
+
+
+@pytest.fixture
+def stage(home, monkeypatch):
+    """Run a stage's main() in this process, with settings by name; returns the bytes of its last weights."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(home))
+
+    def run(name: str, tag: str, **changes: object) -> bytes:
+        script = SCRIPTS[name]
+        start_from(home, "base", tag)
+        values = {"source": "base", "dtype": "float32", "device_type": "cpu", "model_tag": tag, "num_iterations": 6}
+        if name == "rl":
+            values |= {"task": "Arithmetic", "examples_per_step": 3, "num_samples": 4, "max_new_tokens": 20}
+            values |= {"eval_every": -1, "eval_examples": 2, "eval_samples": 2, "max_dead_steps": 100, "save_every": 3}
+        else:
+            values |= {"mixture": str(home / "chats.jsonl"), "compile": False, "device_batch_size": 2, "eval_every": -1}
+            values |= {"total_batch_size": 1024, "save_every": 3}
+        everything = {**script.settings, **values, **changes}
+        assert everything.keys() == script.settings.keys()
+        for key, value in everything.items():
+            monkeypatch.setattr(script, key, value)
+        script.main()
+        steps = sorted((home / FOLDERS[name] / tag).glob("step_*"))
+        return (steps[-1] / "model.safetensors").read_bytes()
+
+    return run
+
+
+@pytest.fixture
+def rewarded(monkeypatch):
+    """A reward that a new model earns now and then: an even number of tokens in what it says."""
+    monkeypatch.setattr("tasks.arithmetic.Arithmetic.evaluate", lambda self, conversation, answer: len(answer) % 2 == 0)
+
+
+@pytest.mark.parametrize("name", ["mid", "sft"])
+def test_the_loss_falls_and_is_recorded(home, stage, name):
+    stage(name, f"learns_{name}", num_iterations=25, init_lr_frac=1.0)
+    losses = [event["loss"] for event in tiny.events(home, name, f"learns_{name}", "step")]
+    assert losses[-1] < 0.8 * losses[0]
+    assert tiny.events(home, name, f"learns_{name}", "eval")[0]["val_loss"] < losses[0]
+    assert len(tiny.events(home, name, f"learns_{name}", "sample")) == 5
+
+
+@pytest.mark.parametrize("name", ["mid", "sft", "rl"])
+def test_a_stopped_run_continues_bit_for_bit(home, stage, rewarded, monkeypatch, name):
+    """SIGTERM in the middle of the third step; the run saves, and goes on as if nothing had been."""
+    whole = stage(name, f"whole_{name}")
+    update, calls = SCRIPTS[name].train.update, []
+
+    def killed(*values):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(*values[:4], watch[-1].received if watch else 0)
+
+    watch: list = []
+    enter = SCRIPTS[name].train.SignalWatch.__enter__
+    monkeypatch.setattr(SCRIPTS[name].train.SignalWatch, "__enter__", lambda self: watch.append(self) or enter(self))
+    monkeypatch.setattr(SCRIPTS[name].train, "update", killed)
+    with pytest.raises(Stopped):
+        stage(name, f"stopped_{name}", save_every=-1)
+    assert [path.name for path in (home / FOLDERS[name] / f"stopped_{name}").glob("step_*")] == ["step_000003"]
+    monkeypatch.setattr(SCRIPTS[name].train, "update", update)
+    assert stage(name, f"stopped_{name}", resume=True, save_every=-1) == whole
+
+
+def test_rl_changes_the_model_only_where_there_is_signal(stage, home, monkeypatch):
+    """All answers equally good: nothing to learn, no weight changes, and in the end a diagnosis."""
+    monkeypatch.setattr("tasks.arithmetic.Arithmetic.evaluate", lambda *_: True)
+    unchanged = stage("rl", "dead", num_iterations=2)
+    base = next((home / "base_checkpoints" / "t").glob("step_*")) / "model.safetensors"
+    assert unchanged == base.read_bytes()
+    with pytest.raises(UserError, match="no prompt taught anything for 2 steps; 0% of the answers have a `#### number`"):
+        stage("rl", "dead", max_dead_steps=2, fresh=True)
+
+
+def test_rl_prints_its_vital_signs(stage, home, rewarded, capsys):
+    stage("rl", "vital")
+    steps = tiny.events(home, "rl", "vital", "step")
+    keys = {"reward", "reward_std", "ended", "parsed", "groups_with_signal", "groups"}
+    assert len(steps) == 6 and all(keys <= step.keys() and step["groups"] == 3 for step in steps)
+    assert [event["step"] for event in tiny.events(home, "rl", "vital", "eval")] == [0, 6]
+    assert "groups with signal" in capsys.readouterr().out
+
+
+def test_a_batch_without_a_supervised_token_changes_no_weight(home):
+    """Mean losses over nothing are NaN in nanochat; here such a step is none."""
+    import torch
+
+    from nanochat import train
+    from nanochat.compute import Compute
+    from tests.test_gpt import small_model
+
+    model = small_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizers = model.setup_optimizers(dtype=torch.float32)
+    compute = Compute(torch.device("cpu"), torch.float32, 0, 1)
+    stream = iter([(torch.zeros(2, 8, dtype=torch.long), torch.full((2, 8), -1), None)])
+    totals, _ = train.accumulate(model, stream, 1, compute)
+    result = train.update(optimizers, totals, train.Rates(1.0, 0.9, 1.0), compute)
+    assert result.tokens == 0 and result.loss == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["mid_train", "chat_sft", "chat_rl"])
+def test_two_ranks_equal_one(home, name):
+    """Rows of the file have uneven numbers of supervised tokens; RL deals 3 prompts to 2 ranks."""
+    source = "mid" if name == "chat_rl" else "base"
+    for tag in ("one", "two"):
+        start_from(home, source, f"{name}_{tag}")
+    common = ["--device-type=cpu", "--dtype=float32", "--num-iterations=5", "--eval-every=-1"]
+    flags = [*common, f"--mixture={home / 'chats.jsonl'}", f"--source={source}", "--compile=false"]
+    flags += ["--total-batch-size=1024", "--device-batch-size=2", "--init-lr-frac=1"]
+    if name == "chat_rl":
+        flags = [*common, f"--source={source}", "--task=Arithmetic", "--examples-per-step=3", "--num-samples=4"]
+        flags += ["--max-new-tokens=40", "--eval-examples=2", "--eval-samples=2", "--init-lr-frac=1"]
+    stage_name = {"mid_train": "mid", "chat_sft": "sft", "chat_rl": "rl"}[name]
+    tiny.run(home, f"scripts.{name}", *flags, f"--model-tag={name}_one")
+    tiny.torchrun(home, 2, f"scripts.{name}", "--", *flags, f"--model-tag={name}_two")
+    one, two = (tiny.events(home, stage_name, f"{name}_{tag}", "step") for tag in ("one", "two"))
+    assert len(one) == len(two) == 5
+    for a, b in zip(one, two, strict=True):
+        assert a["tokens"] == b["tokens"] and a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+
+
+def test_mistakes_are_one_line(stage, home):
+    with pytest.raises(UserError, match="--mixture=nowhere.jsonl: expected default, offline, or a file"):
+        stage("mid", "wrong", mixture="nowhere.jsonl")
+    with pytest.raises(UserError, match="--max-seq-len=512: expected 2 to 256"):
+        stage("sft", "wrong", max_seq_len=512)
+    with pytest.raises(UserError, match="give at most one horizon"):
+        stage("sft", "wrong", minutes=1.0)
+    with pytest.raises(UserError, match="--num-samples=1"):
+        stage("rl", "wrong", num_samples=1)
