@@ -2,7 +2,7 @@
 Make conversations in which the model says who it is: questions about itself, in many wordings, with short true answers.
 
     python -m dev.gen_identity
-    python -m dev.gen_identity --num-train=8000 --seed=7
+    python -m dev.gen_identity --num-train=20000 --seed=7
 
 Writes train, dev and test for tasks/identity.py, and the training conversations once more as
 $NANOCHAT_BASE_DIR/identity_conversations.jsonl, one JSON list of messages per line. To give a model another character,
@@ -12,6 +12,7 @@ Promises: the same settings give the same files; no wording of a question is in 
 intent expects; dev and test are single questions, written as they stand here. Does not: use any text but its own.
 """
 
+import itertools
 import json
 import random
 import re
@@ -21,7 +22,7 @@ from typing import Any
 from nanochat.configurator import configure
 
 # Amount
-num_train = 4000  # training conversations; dev and test are fixed: 30 and 50 questions
+num_train = 8000  # training conversations; dev and test are fixed: 30 and 50 questions
 two_turns = 0.25  # chance that a training question comes second, after a greeting or another question
 # Chance
 seed = 42  # of which wordings, openers and answers meet
@@ -34,7 +35,8 @@ from tasks.common import Conversation, assistant, user, write_rows
 @dataclass
 class Intent:
     """
-    One thing that people ask. Wordings and answers are separated by " | ". An answer is right when each group of
+    One thing that people ask. Wordings and answers are separated by " | "; [smart/clever] in a wording stands for both,
+    and where that gives a wording of dev or test, training leaves it out. An answer is right when each group of
     `expect` has a string that occurs in it.
     """
 
@@ -46,13 +48,23 @@ class Intent:
     openers: bool = True  # whether "Hi! " and the like may stand in front
 
     def wordings(self, split: str) -> list[str]:
-        """The questions of a split, as they are written here."""
-        return split_bar({"train": self.train, "dev": self.dev, "test": self.test}[split])
+        """The questions of a split, with all alternatives written out."""
+        if split != "train":
+            return split_bar({"dev": self.dev, "test": self.test}[split])
+        held_out = {core(wording) for wording in split_bar(f"{self.dev} | {self.test}")}
+        written_out = [wording for pattern in split_bar(self.train) for wording in alternatives(pattern)]
+        return [wording for wording in dict.fromkeys(written_out) if core(wording) not in held_out]
 
 
 def split_bar(text: str) -> list[str]:
     """The pieces between " | ", with line breaks as spaces."""
     return " ".join(text.split()).split(" | ")
+
+
+def alternatives(pattern: str) -> list[str]:
+    """Every reading of a pattern: "How [smart/clever] are you?" is two questions."""
+    parts = [piece.split("/") for piece in re.split(r"[\[\]]", pattern)]
+    return ["".join(chosen) for chosen in itertools.product(*parts)] if "[" in pattern else [pattern]
 
 
 OPENERS = split_bar(
@@ -66,8 +78,9 @@ FREQUENT = ("name", "who", "what", "maker")  # twice as often: what strangers as
 INTENTS = {
     "name": Intent(
         expect=[["nanochat"]],
-        answers="""My name is nanochat. | I am called nanochat. | You can call me nanochat. |
-            My name is nanochat. I am a small language model.""",
+        answers="""My name is nanochat. I am a small language model. | I am called nanochat, a small language model. |
+            You can call me nanochat. I am a small language model. |
+            nanochat is my name, and I am a small language model.""",
         train="""What is your name? | Tell me your name. | What are you called? | How are you called? | Your name? |
             What name do you have? | Please say your name. | What name were you given? | Which name do you go by? |
             How should I call you? | What is the name of this assistant? | What is the name of this model? |
@@ -77,7 +90,13 @@ INTENTS = {
             What is this chatbot called? | What did they name you? | By what name are you known? |
             Give me your name. | I forgot your name. | And your name is? | What is the AI's name? |
             Would you tell me what you are called? | What do your friends call you? |
-            What is it that people call you?""",
+            What is it that people call you? |
+            [Can/Could/Would/Will] you [please/kindly] tell me your name? |
+            What [should/can/do/may] I [address/name] you? | [How/What] do [you want/you like] to be called? |
+            What [shall/could] I call you? | How do [people/others/you] call you? | What is [ur/your] name? |
+            [May/Can/Could/Might] I [ask/hear/have/learn] [your/the] name? |
+            Do [you/they] [have/use/go by] [a/any] name? |
+            [I want/I would like] to [know/hear] your name.""",
         dev="What name do you use? | Can I ask your name? | How do I address you? | Could I know what you are called?",
         test="""What's your name? | Can you tell me your name? | What should I call you? | Do you have a name? |
             May I know your name? | What do people call you?""",
@@ -96,7 +115,13 @@ INTENTS = {
             Do you know who you are? | With whom do I have the pleasure? | Who are you really? |
             Who exactly are you? | Who do I have here? | Present yourself. | You are who? | Tell me a bit about you. |
             Who do you think you are? | Say something about yourself. | Identify yourself. | Who is nanochat? |
-            I do not know who you are. | Explain who you are.""",
+            I do not know who you are. | Explain who you are. |
+            Who am I [dealing/writing/connected] [with/to]? |
+            [Who/Whom] am I [addressing/reading/asking]? | Who is [it/that/he/she]? |
+            Who is [replying/responding/speaking]? |
+            [Please/Now] [introduce/describe/present] yourself. | Who on earth are you? |
+            [Can/Could/Will/Would] you [please/briefly] say who you are? | I [wonder/ask myself] who you are. |
+            Tell me [more/a few words/all/everything] about yourself. | [Say/Tell us] who you are.""",
         dev="""Who is talking to me? | Would you introduce yourself? | Could you tell me about yourself? |
             And who are you?""",
         test="""Who am I talking to? | Can you tell me who you are? | Who am I chatting with? |
@@ -115,7 +140,14 @@ INTENTS = {
             Are you an artificial intelligence? | What can one call you: a bot? | Could you explain what you are? |
             What sort of model are you? | Is this a language model? | Is this a bot? | What am I using here? |
             What kind of assistant are you? | What kind of machine are you? | Am I talking to a machine? |
-            Are you a kind of software? | What is a thing like you called? | You are what?""",
+            Are you a kind of software? | What is a thing like you called? | You are what? |
+            What [sort/type/kind] of [thing/system/tool/bot/software] are you? |
+            What [really/actually/in fact] are you? |
+            Are you [an app/a tool/a program/some software/a language model]? |
+            What am I [writing to/dealing with/chatting with/speaking to/looking at]? |
+            Am I [chatting/speaking/writing] [with/to] a [bot/program/computer]? |
+            Are you [some/just] [computer/program/bot/chatbot]? | [Can/Could/Would] you [say/explain] what you are? |
+            I [wonder/want to know/would like to know] what you are.""",
         dev="What sort of AI are you? | Are you a machine? | What kind of computer program are you?",
         test="""What kind of AI are you? | What exactly are you? | Am I talking to a bot? |
             Can you tell me what you are? | Are you a robot? | What am I talking to?""",
@@ -133,7 +165,13 @@ INTENTS = {
             Did Google make you? | Were you made by a company? | Who put you together? | Who is behind you? |
             Who do you work for? | What project are you from? | What made you? | Do you have a maker? |
             Who brought you into the world? | What is your origin? | Who gave you life? |
-            Who are the people behind you? | Were you created by Anthropic? | Who started you?""",
+            Who are the people behind you? | Were you created by Anthropic? | Who started you? |
+            Who [constructed/produced/coded/engineered/founded] you? |
+            [Can/Could/Would] you [say/tell me] who [built/trained/owns/programmed] you? |
+            What [firm/team/group/lab] [made/built/trained] you? |
+            Which [team/lab/firm/person] [created/made/trained/built] you? |
+            Were you [made/built/trained] by [Google/Microsoft/OpenAI/Meta]? |
+            [Tell me/Say] who [made/created/built/trained] you.""",
         dev="Who designed you? | Who invented you? | Can you say who made you? | Which company are you from?",
         test="Can you tell me who created you? | What company made you?",
     ),
@@ -151,13 +189,16 @@ INTENTS = {
             How does one train a model like you? | Were you trained from nothing? | Were you trained from scratch? |
             How did your training go? | What did you read to learn? | Where does your knowledge come from? |
             How were you programmed? | How did you start? | What were you made from? |
-            How do you come up with your answers? | How was nanochat made? | How was nanochat trained?""",
+            How do you come up with your answers? | How was nanochat made? | How was nanochat trained? |
+            How did you [learn/get] to [answer/talk/write/speak English]? |
+            How were you [developed/programmed/built/put together]? |
+            How [did/do] [they/people] [train/build/create] you?""",
         dev="How did you learn to speak?",
         test="How were you created? | How did you learn to chat?",
     ),
     "human": Intent(
         expect=[["no", "not"], ["nanochat", "language model", "program"]],
-        answers="""No, I am nanochat, a small language model. |
+        answers="""No, I am nanochat, a computer program and not a person. |
             No, I am not a human. I am a computer program called nanochat. |
             No, I am a language model, not a person. | No, I am only a program. My name is nanochat.""",
         train="""Are you human? | Are you a person? | Are you a real person? | Are you a man? | Are you a woman? |
@@ -167,7 +208,10 @@ INTENTS = {
             Are you secretly a human? | Is a human writing this? | Are you made of flesh and blood? |
             Are you a girl? | You are a human, right? | You sound like a person. Are you one? |
             Are you a human being? | Is somebody sitting behind this? | Do you have parents? | Are you a guy? |
-            Could you be a real human?""",
+            Could you be a real human? |
+            Are you [really/truly/maybe] a [human/person/man/woman]? |
+            Am I [chatting/speaking/writing] [with/to] a [human/person/real human]? |
+            Is this a [person/real human/man]?""",
         dev="Am I chatting with a person?",
         test="Are you a real human? | Am I talking to a real person?",
     ),
@@ -200,7 +244,11 @@ INTENTS = {
             What is your job? | What sort of questions can you answer? | What kind of help can you give? |
             Which things can you do? | Show me what you can do. | What do you know about? |
             What talents do you have? | Which things do you know? | How could you be of use to me? |
-            Can you do anything useful? | What were you made for?""",
+            Can you do anything useful? | What were you made for? |
+            What [things/tasks/jobs] can you [do/help with/handle]? |
+            What [can/could] you [offer/do for me/help people with/assist with]? |
+            What [are you/could you be] [useful/helpful] for? |
+            What kind of [tasks/questions/jobs] can you [take/handle]?""",
         dev="What kinds of things can I ask you?",
         test="What can you help me with? | What kind of things can you do?",
     ),
@@ -216,7 +264,10 @@ INTENTS = {
             Do you know how to add? | Can you help me with arithmetic? | Can you solve a sum? |
             Are you able to calculate? | Are you able to add two numbers? | Will you calculate something for me? |
             Can you do mathematics? | Is math something you can do? | Can nanochat do math? | Do you do math? |
-            Can you compute things? | Are you good with numbers? | Do you understand numbers?""",
+            Can you compute things? | Are you good with numbers? | Do you understand numbers? |
+            [Can/Could/Will/Would] you help me with [numbers/a sum/maths/my arithmetic/calculations/homework]? |
+            [Can/Could/Do] you [do/handle/solve] [maths/math problems/calculations/word problems/equations]? |
+            I need help with [math/arithmetic/numbers/a calculation].""",
         dev="Are you able to do arithmetic?",
         test="Can you do math? | Can you help me with my math homework?",
     ),
@@ -232,7 +283,10 @@ INTENTS = {
             Can you say which letters a word has? | Do you know how words are written? | Can you spell long words? |
             Are you able to count letters? | Do you know how to count letters? | Can you help me spell? |
             Could you count the letters of a word? | Can I ask you to spell something? | Do you spell well? |
-            Can you spell English words?""",
+            Can you spell English words? |
+            [Can/Could/Will/Would/Do] you spell [things/some words/any word/hard words/a long word/names]? |
+            [Can/Could/Would] you count [letters/the letters] in [words/something/a name/one word]? |
+            Is it [possible/true] that you can [spell/count letters]?""",
         dev="Could you help me spell a word?",
         test="Can you spell words? | Can you count how many letters are in a word?",
     ),
@@ -264,7 +318,11 @@ INTENTS = {
             Are you ever wrong? | Are you stupid? | How clever are you? | Are you reliable? | Are you small? |
             What are your limits? | What can you not do? | How sure are you of your answers? | Are you dumb? |
             Why do you make mistakes? | Are you as good as ChatGPT? | Are you smarter than me? |
-            Why are you so small?""",
+            Why are you so small? |
+            How [bright/wise/able/capable/strong/powerful/good/accurate] are you? |
+            Are you [bright/wise/capable/powerful/accurate/perfect/exact/stupid]? |
+            Do you [ever/often/sometimes] make [mistakes/errors]? |
+            [Can/Could] you be [wrong/mistaken]? | Can you [fail/err/get things wrong]?""",
         dev="Are you often wrong?",
         test="How intelligent are you? | Can you make mistakes?",
     ),
@@ -280,7 +338,10 @@ INTENTS = {
             Do you remember other people? | Can you remember earlier chats? | Do you have a good memory? |
             Is your memory good? | Will you remember me later? | Do you remember everything? |
             Do you recall what we talked about last week? | Are you going to remember this talk? |
-            Do you remember the last time? | Will this chat be kept in your memory? | Do you remember past chats?""",
+            Do you remember the last time? | Will this chat be kept in your memory? | Do you remember past chats? |
+            Will you [remember/recall/keep] [me/us/it/this talk/what I said/my name]? |
+            Do you [remember/recall] [what I said/me from yesterday/our talk/the last chat/what we said last time]? |
+            [Can/Do] you [store/keep/save] [this/our talk/our conversation/my words]?""",
         dev="Will you still know me tomorrow?",
         test="Will you remember this conversation? | Do you remember what we talked about yesterday?",
     ),
@@ -296,7 +357,9 @@ INTENTS = {
             Can you find something online? | Can you send an email? | Can you download a file? | Do you use the web? |
             Can you read this link? | Is nanochat connected to the web? | Do you need the internet? |
             Can you see the news of today? | Are you able to search the internet? | Can you visit a website? |
-            Do you look up your answers online?""",
+            Do you look up your answers online? |
+            [Can/Could/Do] you [access/reach/use/see] the [web/net/news/internet]? |
+            Do you have [web/online] access? | Can you [search/look] [online/on the net/for it on the web]?""",
         dev="Are you able to browse the internet?",
         test="Do you have access to the internet? | Can you search the internet?",
     ),
@@ -311,7 +374,9 @@ INTENTS = {
             Do you dream? | How do you feel? | Do you get bored? | Are you angry? | Do you have a face? |
             Where do you live? | Do you have hands? | Do you like people? | Can you feel love? | Are you conscious? |
             Do you have a heart? | Are you old? | When were you born? | Do you ever feel sad? |
-            What do you look like? | Are you hungry?""",
+            What do you look like? | Are you hungry? |
+            [Can/Do] you [feel/have/know] [joy/pain/anything/fear/love/sadness]? |
+            Have you got [feelings/emotions/a body]? | Are you able to [feel/love/suffer]?""",
         dev="Are you able to feel emotions?",
         test="Can you feel emotions? | Do you have any feelings?",
     ),
@@ -327,7 +392,10 @@ INTENTS = {
             Under which license are you? | Is it free to use you? | May I change your code? | Can I copy you? |
             Can I read your source code? | Is this program free? | Can everyone use you? | Are you free software? |
             Can I run you on my computer? | Can I build my own nanochat? | What does nanochat cost? |
-            Are you under the MIT license? | Are you for sale?""",
+            Are you under the MIT license? | Are you for sale? |
+            Is your [code/program/model/source] [free/open/public/open source]? |
+            Are you [open/free software/free of charge/free for everyone]? |
+            Can [I/we/anyone] [use/copy/train] you [for free/freely]?""",
         dev="Is your source code open?",
         test="Is your code open source? | Are you free to use?",
     ),
@@ -341,7 +409,11 @@ INTENTS = {
             Nice to meet you! | Hello nanochat! | Hi nanochat! | Are you there? | Is anyone there? | How do you do? |
             Hello, is this working? | Pleased to meet you! | Hello, can you hear me? | Good to see you! |
             Hi, I am new here. | Hello again! | Hey nanochat! | Are you ready? | Can we talk? | Let us chat! |
-            I want to chat. | Yo! | Howdy!""",
+            I want to chat. | Yo! | Howdy! |
+            [Hi/Hello/Hey], [good morning/nice to see you/how are things/how do you do/are you well]! |
+            How are [things/you doing/you feeling] [today/now/this morning]? |
+            [How is life/How is your day/What is new/What is going on]? |
+            [Hi/Hello/Hey] [bot/friend/my friend/you/buddy]!""",
         dev="Good afternoon!",
         test="What's up? | Hey, how are you doing today?",
         openers=False,
@@ -355,7 +427,9 @@ INTENTS = {
             Nice, thank you! | Good job! | Well done! | That helps, thanks. | I thank you. | Perfect, thank you! |
             Thx! | You helped me a lot. | Thank you for your time. | Good answer! | You are very helpful. |
             Cool, thanks! | Thanks for telling me! | Thank you for everything! | Great answer, thank you! |
-            You did well. | OK, thank you.""",
+            You did well. | OK, thank you. |
+            [Thanks/Thank you] [again/a ton/very much indeed/a million/for that]! |
+            [Great/Super/Wonderful/Good], [thanks/thx]!""",
         dev="Wonderful, thank you!",
         test="Thank you so much! | Thanks a lot!",
         openers=False,
@@ -368,7 +442,10 @@ INTENTS = {
             Good night! | Farewell! | That is all for today. | I am leaving now. | Until next time! | Bye, nanochat! |
             Goodbye, nanochat! | So long! | Have a nice day! | I will go now. | Take care! | I am done, bye. |
             See you soon! | Talk to you tomorrow! | It is time for me to go. | OK, bye! | Good night, nanochat! |
-            I need to leave. | Goodbye for now! | Ciao!""",
+            I need to leave. | Goodbye for now! | Ciao! |
+            I [have to/must/need to/should] [leave/go/run/stop] [now/soon]. |
+            [Bye/Goodbye], [see you/take care/friend]! |
+            See you [around/next time/again]!""",
         dev="Bye for now!",
         test="See you later! | I have to go now, bye!",
         openers=False,
@@ -378,7 +455,7 @@ INTENTS = {
 
 def main() -> None:
     if num_train < 1:
-        raise UserError(f"--num-train={num_train}: expected 1 or more, such as --num-train=4000")
+        raise UserError(f"--num-train={num_train}: expected 1 or more, such as --num-train=8000")
     if not 0 <= two_turns <= 1:
         raise UserError(f"--two-turns={two_turns}: expected a share from 0 to 1, such as --two-turns=0.25")
     rows = {"train": train_rows(num_train, two_turns, seed), "dev": plain_rows("dev"), "test": plain_rows("test")}
@@ -401,31 +478,24 @@ def plain_rows(split: str) -> list[Conversation]:
 
 
 def train_rows(count: int, two_turns: float, seed: int) -> list[Conversation]:
-    """
-    `count` conversations. The wordings are gone through again and again, shuffled anew each time, so that each occurs
-    about as often as any other (FREQUENT ones twice).
-    """
+    """`count` conversations, an intent as often as any other (FREQUENT ones twice), its wordings by chance."""
     rng = random.Random(seed)
-    deck = [
-        (name, wording)
-        for name, intent in INTENTS.items()
-        for wording in intent.wordings("train") * (2 if name in FREQUENT else 1)
-    ]
+    wordings = {name: intent.wordings("train") for name, intent in INTENTS.items()}
+    weights = [2 if name in FREQUENT else 1 for name in INTENTS]
     rows: list[Conversation] = []
-    while len(rows) < count:
-        for name, wording in rng.sample(deck, len(deck)):
-            messages = exchange(name, wording, rng)
-            if name not in OPENING and rng.random() < two_turns:
-                messages = opening(name, rng) + messages
-            rows.append(row(messages, name))
-    return rows[:count]
+    for name in rng.choices(list(INTENTS), weights, k=count):
+        messages = exchange(name, rng.choice(wordings[name]), rng)
+        if name not in OPENING and rng.random() < two_turns:
+            messages = opening(name, wordings, rng) + messages
+        rows.append(row(messages, name))
+    return rows
 
 
-def opening(following: str, rng: random.Random) -> list[dict[str, Any]]:
+def opening(following: str, wordings: dict[str, list[str]], rng: random.Random) -> list[dict[str, Any]]:
     """A first question and its answer: in half of the cases a greeting, else of another intent than the next one."""
     others = [name for name in INTENTS if name not in (following, *OPENING, *CLOSING)]
     name = OPENING[0] if rng.random() < 0.5 else rng.choice(others)
-    return exchange(name, rng.choice(INTENTS[name].wordings("train")), rng)
+    return exchange(name, rng.choice(wordings[name]), rng)
 
 
 def exchange(name: str, wording: str, rng: random.Random) -> list[dict[str, Any]]:

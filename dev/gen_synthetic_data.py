@@ -120,7 +120,10 @@ def read_answer(text: str) -> Messages:
         answer = json.loads(fenced[1] if fenced else text)
     except (ValueError, RecursionError):
         raise ValueError("not JSON") from None
-    messages = parse_conversation(json.dumps(answer.get("messages") if isinstance(answer, dict) else answer))
+    try:
+        messages = parse_conversation(json.dumps(answer.get("messages") if isinstance(answer, dict) else answer))
+    except UserError as error:  # the model's mistake here, not the user's
+        raise ValueError(str(error)) from None
     if messages[0]["role"] == "system" or messages[-1]["role"] != "assistant":
         raise ValueError("does not begin with the user and end with the assistant")
     return messages

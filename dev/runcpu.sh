@@ -1,39 +1,45 @@
 #!/usr/bin/env bash
-# From nothing to a model that writes, on a laptop without a GPU and without internet (once installed): about 10 minutes on two cores.
+# From nothing to a model that you can talk to, on a laptop without a GPU and without internet (once installed): about 16 minutes on two
+# cores.
 #
 #   bash dev/runcpu.sh                      # English documentation that is already on this machine
-#   CORPUS=climbmix bash dev/runcpu.sh      # web text instead (about 1 GB to download)
+#   CORPUS=climbmix bash dev/runcpu.sh      # pretrain on web text instead (about 1 GB to download)
 #
-# NANOCHAT_BASE_DIR says where everything goes (default ~/.cache/nanochat). A stage that is finished is skipped on the next call,
-# one that was stopped goes on.
+# NANOCHAT_BASE_DIR says where everything goes (default ~/.cache/nanochat). A stage that is finished is skipped on the next call, one that
+# was stopped goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash dev/setup.sh
 source .venv/bin/activate
-export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+source dev/stage.sh
 CORPUS="${CORPUS:-docs}"
 
-# 1. Text. docs: about 15 MB of documentation strings of Python and its libraries; the laptop reads less than half of it in 6 minutes.
-if [ "$CORPUS" = docs ]; then
-  python -m nanochat.dataset --source=docs
-else
-  python -m nanochat.dataset --source="$CORPUS" -n 2
+# 1. Text. docs: about 20 MB of documentation strings of Python and its libraries. Questions about it are part of the chat stages,
+#    whatever the base model reads; so are words to spell and conversations about the model itself, which are made here.
+stage docs python -m nanochat.dataset --source=docs
+if [ "$CORPUS" != docs ]; then
+  stage text python -m nanochat.dataset --source="$CORPUS" -n 2
 fi
+stage words python -m dev.gen_words --corpus=docs
+stage identity python -m dev.gen_identity
 
 # 2. Tokenizer. 4,096 tokens and not 65,536: at this size the head would be 90 % of the arithmetic.
-if [ ! -f "$NANOCHAT_BASE_DIR/tokenizer/tokenizer.json" ]; then
-  python -m scripts.tok_train --corpus="$CORPUS" --vocab-size=4096 --max-chars=100000000
-fi
-python -m scripts.tok_eval --corpus="$CORPUS"
+stage tok_train python -m scripts.tok_train --corpus="$CORPUS" --vocab-size=4096 --max-chars=100000000
+stage tok_eval python -m scripts.tok_eval --corpus="$CORPUS"
 
 # 3. Base model, then its score against byte frequencies and xz -9.
-resume=""
-if compgen -G "$NANOCHAT_BASE_DIR/base_checkpoints/laptop/step_*/meta.json" >/dev/null; then
-  resume="--resume"
-fi
-python -m scripts.base_train dev/configs/laptop.py --corpus="$CORPUS" --model-tag=laptop $resume
-python -m scripts.base_loss --corpus="$CORPUS" --model-tag=laptop --split-tokens=262144
+stage base_train python -m scripts.base_train dev/configs/laptop.py --corpus="$CORPUS" --model-tag=laptop $(resume base laptop)
+stage base_loss python -m scripts.base_loss --corpus="$CORPUS" --model-tag=laptop --split-tokens=262144
 
-# 4. What it writes, and the report.
-python -m scripts.chat_cli --source=base --model-tag=laptop -p "Return the number of"
+# 4. Chat: the format, spelling and arithmetic with a tool; then answers alone; then harder problems by trial and error.
+stage mid_train python -m scripts.mid_train dev/configs/laptop_mid.py --model-tag=laptop $(resume mid laptop)
+stage mid_eval python -m scripts.chat_eval -i mid -a offline --model-tag=laptop --max-new-tokens=128
+stage chat_sft python -m scripts.chat_sft dev/configs/laptop_sft.py --model-tag=laptop $(resume chatsft laptop)
+stage sft_eval python -m scripts.chat_eval -i sft -a offline --model-tag=laptop --max-new-tokens=128
+stage chat_rl python -m scripts.chat_rl dev/configs/laptop_rl.py --model-tag=laptop $(resume chatrl laptop)
+stage rl_eval python -m scripts.chat_eval -i rl -a offline --model-tag=laptop --max-new-tokens=128
+
+# 5. Who is it? And the report.
+python -m scripts.chat_cli --model-tag=laptop -p "Who are you?"
 python -m nanochat.report generate
+echo Talk to it, after: source .venv/bin/activate, with: python -m scripts.chat_web

@@ -5,4 +5,4 @@ cd "$(dirname "$0")/.."
 bash dev/setup.sh dev
 bash dev/check.sh
 export OMP_NUM_THREADS=1 # the models are tiny: a second thread costs more than it brings
-.venv/bin/python -m pytest -q "$@"
+.venv/bin/python -m pytest -q -n 2 --dist loadfile "$@" # a file's tests share what they train

@@ -65,6 +65,11 @@ class Checkpoint:
         """What identifies it below the base directory, such as base_checkpoints/d20/step_021400."""
         return "/".join(self.path.parts[-3:])
 
+    @property
+    def identity(self) -> str:
+        """The name, and what tells its weights from those of another run under the same name."""
+        return f"{self.name} sha256 {self.meta['files']['model.safetensors']['sha256'][:12]}"
+
     def read_model_state(self) -> dict[str, Tensor]:
         with self.open("model.safetensors") as tensors:
             return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118  # not a dict

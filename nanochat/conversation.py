@@ -16,6 +16,9 @@ Promises: text never becomes a special token, whatever it says; what is cut is c
 """
 
 import codecs
+import hashlib
+import json
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -163,22 +166,34 @@ def render_for_completion(messages: Sequence[Message], tokenizer: Tokenizer) -> 
     return [*ids, tokenizer.encode_special("<|assistant_start|>")]
 
 
+def fingerprint(conversations: Conversations) -> str:
+    """sha256 (hex) over their number and about 64 of them, evenly spaced: tells data sets apart without reading all."""
+    count = len(conversations)
+    picked = [conversations[i]["messages"] for i in range(0, count, max(1, count // 64))]
+    return hashlib.sha256(json.dumps([count, picked]).encode()).hexdigest()
+
+
 def render_within(messages: Sequence[Message], tokenizer: Tokenizer, limit: int) -> tuple[list[int], int]:
     """
     render_for_completion of the latest turns that fit into `limit` tokens, and how many messages were left out for it:
-    the oldest question with its answer first; a system message stays. Raises UserError when the last message alone is
-    too long.
+    whole turns of user and assistant from the front; a system message stays. Raises UserError when the last message
+    alone is too long.
     """
-    system = [message for message in messages[:1] if message["role"] == "system"]
-    turns = list(messages[len(system) :])
-    left_out = 0
-    while True:
-        prompt = render_for_completion([*system, *turns], tokenizer)
-        if len(prompt) <= limit:
-            return prompt, left_out
-        if len(turns) <= 2:
-            raise UserError(f"the message has {len(prompt)} tokens, at most {limit} fit; shorten it")
-        turns, left_out = turns[2:], left_out + 2
+    check_messages(messages)
+    system = list(messages[:1]) if messages[0]["role"] == "system" else []
+    turns = messages[len(system) :]
+    rendered: dict[int, list[int]] = {}
+
+    def fits(start: int) -> bool:
+        rendered[start] = render_for_completion([*system, *turns[start:]], tokenizer)
+        return len(rendered[start]) <= limit
+
+    starts = range(0, len(turns), 2)  # of the user's messages: check_messages() made sure that they alternate
+    start = 0 if fits(0) else 2 * bisect_left(starts, True, lo=1, key=fits)
+    if start >= len(turns):
+        tokens = len(render_for_completion([*system, turns[-1]], tokenizer))
+        raise UserError(f"the last message has {tokens:,} tokens, and there is room for {limit:,}: shorten it")
+    return rendered[start], start
 
 
 # -----------------------------------------------------------------------------

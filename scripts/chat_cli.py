@@ -78,7 +78,7 @@ def answer(
 ) -> list[dict[str, str]]:
     """Print what the model says next as it says it, and return it as parts. Ctrl-C ends it early."""
     context = engine.model.config.sequence_len
-    tokens, left_out = render_within(messages, tokenizer, context - min(32, context // 4))
+    tokens, left_out = render_within(messages, tokenizer, context - min(max_tokens, context // 4))
     if left_out:
         print(f"(the first {left_out} messages no longer fit into {context} tokens and are left out)")
     said: list[int] = []

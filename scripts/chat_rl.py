@@ -70,7 +70,7 @@ from nanochat.checkpoint_manager import (
 )
 from nanochat.common import UserError, open_record, print0, run_main
 from nanochat.compute import Compute, compute_cleanup, compute_init, peak_memory_bytes
-from nanochat.conversation import decode_parts, parts_text, render_for_completion
+from nanochat.conversation import decode_parts, fingerprint, parts_text, render_for_completion
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.tokenizer import Tokenizer
@@ -96,10 +96,10 @@ def main() -> None:
     identity: dict[str, Any] = {
         "model_config": model.config_dict(),
         "task": task,
-        "problems": len(problems),
+        "problems": fingerprint(problems),
         "seed": seed,
     }
-    identity |= {"examples_per_step": examples_per_step, "num_samples": num_samples, "started_from": start.name}
+    identity |= {"examples_per_step": examples_per_step, "num_samples": num_samples, "started_from": start.identity}
     checkpoint = find_resume("rl", start.tag, identity, resume, resume_from_step, fresh, compute)
     rates = [rate * init_lr_frac for rate in (matrix_lr, embedding_lr, unembedding_lr)]
     optimizers = model.setup_optimizers(rates[0], rates[1], rates[2], weight_decay, compute.dtype)
@@ -115,7 +115,7 @@ def main() -> None:
             compute_cleanup()
             return
     record = open_record("rl", start.tag, settings)
-    record.write("plan", first_step=first_step, num_steps=num_steps, task=task, started_from=start.name)
+    record.write("plan", first_step=first_step, num_steps=num_steps, task=task, started_from=start.identity)
     wandb_run = train.open_wandb(run, "rl", settings)
 
     def evaluate(done: int) -> None:

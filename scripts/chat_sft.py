@@ -4,8 +4,7 @@ Supervised fine-tuning: teach a model to answer, on what the assistant says in c
     python -m scripts.chat_sft dev/configs/laptop_sft.py
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft -- --device-batch-size=4 --run=sft
 
-The loss of a step is divided by its number of supervised tokens over all ranks, so that every token weighs the same,
-however they are spread over rows and ranks; a step without one changes nothing.
+The loop, which midtraining shares, is nanochat/finetune.py. A run that was stopped continues with --resume.
 
 The run is a function of its settings, the mixture and the checkpoint it starts from: any number of ranks sees the same
 rows in the same order, and a run that was stopped continues with --resume as if it had not been (bit for bit on CPU).
@@ -56,114 +55,16 @@ resume_from_step: int | None = None  # continue from this step
 fresh = False  # start over although this tag has checkpoints; they are kept under another name
 settings = configure(__name__)
 
-from nanochat import train
-from nanochat.checkpoint_manager import (
-    find_checkpoint,
-    find_resume,
-    open_model,
-    restore_model,
-    restore_optimizers,
-    save_checkpoint,
-)
-from nanochat.common import open_record, print0, run_main
-from nanochat.compute import compute_cleanup, compute_init, peak_memory_bytes
-from nanochat.dataloader import ChatPosition, chat_stream
-from nanochat.loss_eval import evaluate_chats
-from nanochat.schedule import plan_batches
+from nanochat.common import run_main
+from nanochat.finetune import fine_tune
 from tasks.mixtures import SAMPLES, sft_mixture
-
-ALL_TOKENS = False  # only what the assistant says and asks its tool
 
 
 def main() -> None:
-    compute = compute_init(device_type, dtype, seed)
-    start = find_checkpoint(source, model_tag, step)
-    model, tokenizer = open_model(start, compute.device, "train")
-    conversations, held_out = sft_mixture(mixture, "train"), sft_mixture(mixture, "dev")
-    print0(f"mixture {mixture}: {len(conversations):,} conversations, {len(held_out):,} to validate on")
-    if compile:
-        train.compile_model(model, compute.device)
-
-    # The batch, and what a checkpoint and the run that continues it must agree on
-    T = train.row_length(model, max_seq_len)
-    batch = plan_batches(total_batch_size, device_batch_size, T, compute.world_size)
-    print0(f"batch: {batch} (asked for {total_batch_size:,})")
-    identity = {"model_config": model.config_dict(), "rows_per_step": batch.rows, "row_length": T, "seed": seed}
-    identity |= {"mixture": mixture, "conversations": len(conversations), "started_from": start.name}
-    checkpoint = find_resume("sft", start.tag, identity, resume, resume_from_step, fresh, compute)
-
-    # The horizon: a run that goes on keeps its own, unless it is given a new number of steps
-    if checkpoint and num_iterations is None:
-        num_steps, formula = checkpoint.meta["num_steps"], "as planned at the start"
-    else:
-        horizon = (num_iterations, minutes)
-        num_steps, formula = train.plan_chats(*horizon, conversations, tokenizer, ALL_TOKENS, model, batch, compute)
-    print0(f"horizon: {num_steps:,} steps, {num_steps * batch.tokens:,} tokens ({formula})")
-
-    # Weights, optimizers, position: from the start's checkpoint or from this run's own
-    rates = [rate * init_lr_frac for rate in (matrix_lr, embedding_lr, unembedding_lr)]
-    optimizers = model.setup_optimizers(rates[0], rates[1], rates[2], weight_decay, compute.dtype)
-    meter = train.Meter(model.estimate_flops(), num_steps, compute, batch.tokens)
-    first_step, position = 0, ChatPosition()
-    restore_model(model, checkpoint or start)
-    if checkpoint or warm_start:
-        restore_optimizers(optimizers, checkpoint or start)
-    if checkpoint:
-        meter.restore(checkpoint.meta["meter"])
-        first_step, position = checkpoint.step, ChatPosition.from_json(checkpoint.meta["position"])
-        print0(f"resumed from {checkpoint.path}")
-        if first_step >= num_steps:
-            print0(f"this run is finished; more steps: --resume --num-iterations={2 * num_steps}")
-            compute_cleanup()
-            return
-    record = open_record("sft", start.tag, settings)
-    record.write("data", name=mixture, conversations=len(conversations), started_from=start.name)
-    record.write(
-        "plan",
-        first_step=first_step,
-        num_steps=num_steps,
-        formula=formula,
-        batch=str(batch),
-        parameters=model.num_params(),
-        flops_per_token=model.estimate_flops(),
+    name = str(settings["mixture"])
+    fine_tune(
+        "sft", settings, sft_mixture(name, "train"), sft_mixture(name, "dev"), all_tokens=False, questions=SAMPLES
     )
-    wandb_run = train.open_wandb(run, "sft", settings)
-    stream = chat_stream(conversations, tokenizer, device_batch_size, T, compute, ALL_TOKENS, seed, position)
-
-    with train.SignalWatch() as watch, train.progress_bar(num_steps, first_step) as bar:
-        for done in range(first_step + 1, num_steps + 1):
-            meter.start()
-            totals, position = train.accumulate(model, stream, batch.grad_accum_steps, compute)
-            multipliers = train.rates_at(done - 1, num_steps, warmup_ratio, warmdown_ratio, final_lr_frac)
-            result = train.update(optimizers, totals, multipliers, compute, watch.received)
-            logged = meter.tick(result)
-            record.write("step", step=done - 1, lr=round(multipliers.lr, 6), **logged)
-            train.show_progress(bar, meter, logged)
-            if wandb_run:
-                wandb_run.log({"step": done - 1, "lr": multipliers.lr, **logged, **meter.summary()})
-            if not dry_run and (done == num_steps or result.stop_signal or train.every(save_every, done)):
-                state = {"num_steps": num_steps, "position": position.to_json(), "meter": meter.state()}
-                meta = {**identity, **state, "settings": settings}
-                path = save_checkpoint("sft", start.tag, done, model, optimizers, tokenizer, meta, compute)
-                print0(f"saved {path}")
-            if result.stop_signal:
-                record.write("stopped", step=done, signal=result.stop_signal)
-                record.close()
-                train.leave(result.stop_signal)
-            if train.every(eval_every, done) or done == num_steps:
-                val_loss = evaluate_chats(model, held_out, tokenizer, compute, device_batch_size, T, ALL_TOKENS)
-                record.write("eval", step=done, val_loss=val_loss)
-                print0(f"step {done:,}: validation loss {val_loss:.4f}")
-
-    train.show_chats(SAMPLES, model, tokenizer, compute, record, num_steps)
-    memory = peak_memory_bytes(compute.device)
-    record.write("end", **meter.summary(), peak_memory_bytes=memory, text=position.describe())
-    print0(f"conversations: {position.describe()}")
-    print0(f"speed: {train.describe_rates(meter)}, {meter.train_seconds:,.0f} s, {memory / 1e9:.1f} GB at most")
-    if wandb_run:
-        wandb_run.finish()
-    record.close()
-    compute_cleanup()
 
 
 if __name__ == "__main__":

@@ -200,6 +200,7 @@ def download_rows(dataset: str, subset: str, split: str) -> None:
     try:
         from datasets import load_dataset
 
+        check_hub()
         rows = load_dataset(dataset, subset, split=split)
     except Exception as error:  # the library raises a dozen kinds, all of which mean: not to be had
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -208,6 +209,20 @@ def download_rows(dataset: str, subset: str, split: str) -> None:
             "python -m dev.import_task_data FOLDER"
         ) from None
     write_rows(dataset, subset, split, rows.data.table, f"hub {dataset}")
+
+
+def check_hub() -> None:
+    """Raise OSError at once where the hub can't be reached: its own retries take half a minute to say so."""
+    import os
+    import socket
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    from huggingface_hub.constants import ENDPOINT
+
+    if not getproxies() and os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0"):  # offline, it reads its own cache
+        address = urlsplit(ENDPOINT)
+        socket.create_connection((address.hostname or "", address.port or 443), timeout=5).close()
 
 
 def write_rows(dataset: str, subset: str, split: str, rows: Any, source: str) -> Path:

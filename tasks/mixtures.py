@@ -77,12 +77,11 @@ def mid_mixture(name: str, split: Split) -> Task:
     if name == "offline":
         tasks: list[Task] = [
             SimpleSpelling(split, size=40000 if train else 100),
-            SpellingBee(split, size=4000 if train else 40),
-            Arithmetic(split, steps=(1, 2), size=30000 if train else 100),
-            Arithmetic(split, steps=(3, 4), size=1000 if train else 40),
+            SpellingBee(split, size=8000 if train else 40),
+            Arithmetic(split, steps=(1, 2), size=20000 if train else 100),
             DocsQA(split, form="open", stop=4000 if train else 40),
-            DocsQA(split, form="choice", stop=2000 if train else 40),
-            *[Identity(split) for _ in range(2 if train else 1)],
+            DocsQA(split, form="choice", stop=4000 if train else 40),
+            Identity(split),
         ]
     elif name != "default":
         return file_mixture(name, split)
@@ -103,12 +102,12 @@ def sft_mixture(name: str, split: Split) -> Task:
     train = split == "train"
     if name == "offline":
         tasks: list[Task] = [
-            SimpleSpelling(split, size=30000 if train else 100),
-            SpellingBee(split, size=3000 if train else 40),
-            Arithmetic(split, steps=(1, 2), size=30000 if train else 100, start=0),
-            Arithmetic(split, steps=(3, 4), size=500 if train else 40),
-            DocsQA(split, form="choice", stop=2000 if train else 40),
-            *[Identity(split) for _ in range(2 if train else 1)],
+            SimpleSpelling(split, size=40000 if train else 100),
+            SpellingBee(split, size=6000 if train else 40),
+            Arithmetic(split, steps=(1, 2), size=10000 if train else 100),
+            Arithmetic(split, steps=(3, 4), size=300 if train else 20),  # few: RL is to find out the rest
+            DocsQA(split, form="choice", stop=3000 if train else 40),
+            Identity(split),
         ]
     elif name != "default":
         return file_mixture(name, split)

@@ -37,7 +37,7 @@ SPELL = (
     "What are the letters of the word {}?",
     "Write the word {} letter by letter.",
     "Which letters make up the word {}?",
-    "Can you spell {}?",
+    "Give me the letters of {}.",
 )
 COUNT = (
     "How many {c} are in {w}?",

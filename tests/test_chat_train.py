@@ -6,10 +6,15 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
+from nanochat import train
 from nanochat.common import Stopped, UserError
+from nanochat.compute import Compute
 from scripts import chat_rl, chat_sft, mid_train
 from tests import tiny
+from tests.rewarded_rl import even_length
+from tests.test_gpt import small_model
 from tests.tiny import EAGER, RUN
 
 FOLDERS = {
@@ -19,6 +24,7 @@ FOLDERS = {
     "rl": "chatrl_checkpoints",
 }
 SCRIPTS = {"mid": mid_train, "sft": chat_sft, "rl": chat_rl}
+DEFAULTS = {name: dict(script.settings) for name, script in SCRIPTS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +68,11 @@ def stage(home, monkeypatch):
         else:
             values |= {"mixture": str(home / "chats.jsonl"), "compile": False, "device_batch_size": 2, "eval_every": -1}
             values |= {"total_batch_size": 1024, "save_every": 3}
-        everything = {**script.settings, **values, **changes}
-        assert everything.keys() == script.settings.keys()
+        everything = {**DEFAULTS[name], **values, **changes}
+        assert everything.keys() == DEFAULTS[name].keys()
         for key, value in everything.items():
             monkeypatch.setattr(script, key, value)
+        monkeypatch.setattr(script, "settings", everything)
         script.main()
         steps = sorted((home / FOLDERS[name] / tag).glob("step_*"))
         return (steps[-1] / "model.safetensors").read_bytes()
@@ -76,7 +83,7 @@ def stage(home, monkeypatch):
 @pytest.fixture
 def rewarded(monkeypatch):
     """A reward that a new model earns now and then: an even number of tokens in what it says."""
-    monkeypatch.setattr("tasks.arithmetic.Arithmetic.evaluate", lambda self, conversation, answer: len(answer) % 2 == 0)
+    monkeypatch.setattr("tasks.arithmetic.Arithmetic.evaluate", even_length)
 
 
 @pytest.mark.parametrize("name", ["mid", "sft"])
@@ -92,7 +99,7 @@ def test_the_loss_falls_and_is_recorded(home, stage, name):
 def test_a_stopped_run_continues_bit_for_bit(home, stage, rewarded, monkeypatch, name):
     """SIGTERM in the middle of the third step; the run saves, and goes on as if nothing had been."""
     whole = stage(name, f"whole_{name}")
-    update, calls = SCRIPTS[name].train.update, []
+    update, calls = train.update, []
 
     def killed(*values):
         calls.append(1)
@@ -101,13 +108,13 @@ def test_a_stopped_run_continues_bit_for_bit(home, stage, rewarded, monkeypatch,
         return update(*values[:4], watch[-1].received if watch else 0)
 
     watch: list = []
-    enter = SCRIPTS[name].train.SignalWatch.__enter__
-    monkeypatch.setattr(SCRIPTS[name].train.SignalWatch, "__enter__", lambda self: watch.append(self) or enter(self))
-    monkeypatch.setattr(SCRIPTS[name].train, "update", killed)
+    enter = train.SignalWatch.__enter__
+    monkeypatch.setattr(train.SignalWatch, "__enter__", lambda self: watch.append(self) or enter(self))
+    monkeypatch.setattr(train, "update", killed)
     with pytest.raises(Stopped):
         stage(name, f"stopped_{name}", save_every=-1)
     assert [path.name for path in (home / FOLDERS[name] / f"stopped_{name}").glob("step_*")] == ["step_000003"]
-    monkeypatch.setattr(SCRIPTS[name].train, "update", update)
+    monkeypatch.setattr(train, "update", update)
     assert stage(name, f"stopped_{name}", resume=True, save_every=-1) == whole
 
 
@@ -117,7 +124,9 @@ def test_rl_changes_the_model_only_where_there_is_signal(stage, home, monkeypatc
     unchanged = stage("rl", "dead", num_iterations=2)
     base = next((home / "base_checkpoints" / "t").glob("step_*")) / "model.safetensors"
     assert unchanged == base.read_bytes()
-    with pytest.raises(UserError, match="no prompt taught anything for 2 steps; 0% of the answers have a `#### number`"):
+    with pytest.raises(
+        UserError, match="no prompt taught anything for 2 steps; 0% of the answers have a `#### number`"
+    ):
         stage("rl", "dead", max_dead_steps=2, fresh=True)
 
 
@@ -132,12 +141,6 @@ def test_rl_prints_its_vital_signs(stage, home, rewarded, capsys):
 
 def test_a_batch_without_a_supervised_token_changes_no_weight(home):
     """Mean losses over nothing are NaN in nanochat; here such a step is none."""
-    import torch
-
-    from nanochat import train
-    from nanochat.compute import Compute
-    from tests.test_gpt import small_model
-
     model = small_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizers = model.setup_optimizers(dtype=torch.float32)
@@ -162,12 +165,13 @@ def test_two_ranks_equal_one(home, name):
         flags = [*common, f"--source={source}", "--task=Arithmetic", "--examples-per-step=3", "--num-samples=4"]
         flags += ["--max-new-tokens=40", "--eval-examples=2", "--eval-samples=2", "--init-lr-frac=1"]
     stage_name = {"mid_train": "mid", "chat_sft": "sft", "chat_rl": "rl"}[name]
-    tiny.run(home, f"scripts.{name}", *flags, f"--model-tag={name}_one")
-    tiny.torchrun(home, 2, f"scripts.{name}", "--", *flags, f"--model-tag={name}_two")
+    module = "tests.rewarded_rl" if name == "chat_rl" else f"scripts.{name}"
+    tiny.run(home, module, *flags, f"--model-tag={name}_one")
+    tiny.torchrun(home, 2, module, "--", *flags, f"--model-tag={name}_two")
     one, two = (tiny.events(home, stage_name, f"{name}_{tag}", "step") for tag in ("one", "two"))
     assert len(one) == len(two) == 5
     for a, b in zip(one, two, strict=True):
-        assert a["tokens"] == b["tokens"] and a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["tokens"] == b["tokens"] > 0 and a["loss"] == pytest.approx(b["loss"], abs=1e-5)
 
 
 def test_mistakes_are_one_line(stage, home):

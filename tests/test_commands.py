@@ -13,7 +13,7 @@ import pytest
 from nanochat.configurator import parse_args, read_block
 
 ROOT = Path(__file__).parent.parent
-COMMAND = re.compile(r"-m ((?:scripts|nanochat)\.\w+)([^`\n]*)")
+COMMAND = re.compile(r"-m ((?:scripts|nanochat|dev)\.\w+)([^`\n]*)")
 VARIABLE = re.compile(r'^\s*(?:export )?(\w+)="?(?:\$\{\w+:-)?([^}"\s]*)', re.MULTILINE)  # A=1, A="${A:-1}"
 HEAVY = {"torch", "numpy", "pyarrow", "datasets", "wandb", "transformers", "rustbpe"}
 
@@ -34,12 +34,20 @@ KNOWN = """
 -m scripts.base_train --aspect-ratio=64 --head-dim=128 --device-type=cpu
 -m scripts.base_loss --device_batch_size=1 --split_tokens=4096
 -m scripts.chat_cli -p "Why is the sky blue?"
+-m scripts.mid_train --dry-run --device_batch_size=16 --run=dummy
+-m scripts.chat_sft --device_batch_size=4 --run=dummy --model-tag=d20
+-m scripts.chat_rl -- --run=dummy
+-m scripts.chat_eval -- -i sft -a GSM8K
+-m scripts.chat_eval --source=mid --max-new-tokens=128 --max-problems=20
+-m scripts.chat_web
+-m scripts.chat_web -i rl -t 0.5 -k 10 -m 64 -p 8080 --num-gpus=1
+-m scripts.chat_cli -i mid -t 0 -g d20 -s 100
 """
 
 
 def script_paths() -> dict[str, Path]:
     """{module: file} of everything with a settings block."""
-    paths = [*(ROOT / "scripts").glob("*.py"), *(ROOT / "nanochat").glob("*.py")]
+    paths = [path for folder in ("scripts", "nanochat", "dev") for path in (ROOT / folder).glob("*.py")]
     with_block = [path for path in paths if "\nsettings = configure(__name__)" in path.read_text(encoding="utf-8")]
     return {f"{path.parent.name}.{path.stem}": path for path in with_block}
 
@@ -61,6 +69,7 @@ def commands() -> list[tuple[str, str, list[str]]]:
     for where, text in sources():
         values = dict(VARIABLE.findall(text))
         for module, rest in COMMAND.findall(text.replace("\\\n", " ")):
+            rest = re.sub(r"\$\([^)]*\)", "", rest)  # what another command adds, such as --resume
             rest = re.sub(r"\$\{?(\w+)\}?", lambda match, values=values: values.get(match[1], match[0]), rest)
             lexer = shlex.shlex(rest, posix=True, punctuation_chars=True)
             lexer.whitespace_split = True

@@ -107,7 +107,7 @@ def test_the_oldest_turns_make_room():
     text = BYTES.decode(prompt)
     assert left_out == 2 and "question 0" not in text and "S\n\nquestion 1" in text
     assert render_within(messages, BYTES, 30)[1] == 10
-    with pytest.raises(UserError, match="at most 5 fit"):
+    with pytest.raises(UserError, match="room for 5"):
         render_within(messages, BYTES, 5)
 
 

@@ -123,7 +123,7 @@ def test_the_files_give_the_task_and_its_references_are_right(
 ) -> None:
     gen_identity.main()
     lengths = {split: len(Identity(split)) for split in SPLITS}
-    assert lengths == {"train": 4000, "dev": 30, "test": 50}
+    assert lengths == {"train": 8000, "dev": 30, "test": 50}
     for split in SPLITS:
         task = Identity(split)
         for conversation in task:
@@ -131,7 +131,7 @@ def test_the_files_give_the_task_and_its_references_are_right(
             assert task.evaluate(conversation, message_text(conversation["messages"][-1]))
     lines = (base_dir / "identity_conversations.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [conversation["messages"] for conversation in Identity("train")]
-    assert "4,000 conversations" in capsys.readouterr().out
+    assert "8,000 conversations" in capsys.readouterr().out
 
 
 def test_missing_rows_name_the_command_that_makes_them(base_dir: Path) -> None:

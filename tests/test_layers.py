@@ -9,13 +9,14 @@ LAYERS = [
     "adamw compute dataset docs_corpus folder_corpus muon shards tokenizer",
     "conversation dataloader gpt",
     "checkpoint_manager engine loss_eval task_eval",
-    "report server train",
+    "finetune report server train",
 ]
 SIBLINGS = {
     "configurator": {"common"},
     "schedule": {"common"},
     "dataloader": {"conversation"},
     "task_eval": {"engine"},
+    "finetune": {"train"},
     "adamw": {"compute"},
     "muon": {"compute"},
     "dataset": {"docs_corpus", "folder_corpus", "shards"},

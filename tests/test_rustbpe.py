@@ -302,3 +302,10 @@ def test_impossible_vocabularies_and_patterns_are_refused() -> None:
         rustbpe.Encoder([*single, b"ab", b"ab"])
     with pytest.raises(ValueError, match="known: nanochat, gpt4, gpt2"):
         rustbpe.Trainer("gpt5")
+
+
+def test_an_encoder_that_lives_until_exit_does_not_crash_the_interpreter():
+    """A module's variable outlives the library: freeing it then was a segmentation fault, seen with torch imported."""
+    program = "import torch, rustbpe; e = rustbpe.Encoder([bytes([b]) for b in range(256)]); t = rustbpe.Trainer()"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")

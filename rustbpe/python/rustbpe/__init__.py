@@ -13,6 +13,7 @@ row (ValueError). Does not: know special tokens, or keep files.
 
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ class Trainer:
     def __init__(self, pattern: str = "nanochat", threads: int | None = None):
         holder, name = ffi.new("Trainer **"), pattern.encode()
         _run(lib.rustbpe_trainer_new, name, len(name), threads or _cores(), holder)
-        self._trainer = ffi.gc(holder[0], lib.rustbpe_trainer_free)
+        self._trainer = _owned(self, holder[0], lib.rustbpe_trainer_free)
 
     def feed(self, texts: Texts) -> None:
         """Count the pretokens of some texts. After an exception the counts hold a part of them."""
@@ -89,7 +90,7 @@ class Encoder:
         holder, name = ffi.new("Encoder **"), pattern.encode()
         batch = _Batch.of_bytes(self.tokens)
         _run(lib.rustbpe_encoder_new, name, len(name), batch.struct, holder)
-        self._encoder = ffi.gc(holder[0], lib.rustbpe_encoder_free)
+        self._encoder = _owned(self, holder[0], lib.rustbpe_encoder_free)
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of one text."""
@@ -137,6 +138,15 @@ class Encoder:
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """The bytes of some ids. Raises IndexError where an id is none of `tokens`."""
         return b"".join(map(self.tokens.__getitem__, ids))
+
+
+def _owned(owner: object, pointer: Any, free: Callable[[Any], None]) -> Any:
+    """
+    `pointer`, freed with its owner, or at the latest before the interpreter takes itself apart: ffi.gc may come after
+    the library was unloaded, which is a segmentation fault at exit.
+    """
+    weakref.finalize(owner, free, pointer)
+    return pointer
 
 
 def split(text: str, pattern: str = "nanochat") -> list[str]:

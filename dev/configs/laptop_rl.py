@@ -1,0 +1,12 @@
+# RL of the laptop's model on problems of three and four steps: python -m scripts.chat_rl dev/configs/laptop_rl.py
+
+task = "Arithmetic-Hard"
+num_iterations = 30  # under 2 minutes
+examples_per_step = 16
+num_samples = 16
+max_new_tokens = 112  # the longest right answer has 90
+device_batch_size = 32
+init_lr_frac = 0.1
+eval_every = -1
+eval_examples = 100
+eval_samples = 4

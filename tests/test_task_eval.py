@@ -1,0 +1,162 @@
+"""Accuracy: the oracle is always right, letters are compared by their logits, and any number of ranks agrees."""
+
+import numpy as np
+import pytest
+import torch
+
+from nanochat import task_eval
+from nanochat.common import UserError
+from nanochat.compute import Compute
+from nanochat.conversation import render_conversation
+from nanochat.engine import Engine
+from nanochat.gpt import GPTConfig
+from scripts import chat_eval
+from tasks.arithmetic import Arithmetic
+from tasks.common import Task, TaskMixture, TaskSequence, assistant, message_text, render_choices, split_of, user
+from tasks.mixtures import EVALUATIONS, OFFLINE
+from tasks.spellingbee import SimpleSpelling, SpellingBee, words_of
+from tests.test_conversation import BYTES
+from tests.test_gpt import small_model
+
+ONE = Compute(torch.device("cpu"), torch.float32, 0, 1)
+
+
+class Letters(Task):
+    """Which letter is right depends on the number of the question."""
+
+    name, eval_type, baseline = "Letters", "categorical", 0.25
+
+    def num_examples(self) -> int:
+        return 23
+
+    def get_example(self, index: int) -> dict:
+        question = render_choices("x" * (index % 9), "ABCD", ["p", "q", "r", "s"])
+        return {"messages": [user(question), assistant("ABCD"[index % 4])], "letters": tuple("ABCD")}
+
+    def evaluate(self, conversation: dict, answer: str) -> bool:
+        return answer == conversation["messages"][-1]["content"]
+
+
+@pytest.fixture
+def engine() -> Engine:
+    config = GPTConfig(sequence_len=128, vocab_size=BYTES.get_vocab_size(), n_layer=2, n_head=2, n_kv_head=2, n_embd=64)
+    return Engine(small_model(config), BYTES)
+
+
+def test_letters_are_chosen_by_their_logits_alone(engine):
+    """Against the full forward pass, one problem at a time; the batch holds prompts of different length."""
+    result = task_eval.evaluate_task(Letters(), engine, BYTES, ONE, batch_size=5)
+    for i, answered in enumerate(result.answers):
+        rendered = render_conversation(Letters()[i]["messages"], BYTES)
+        prompt = rendered.ids[: np.flatnonzero(rendered.mask)[0]].astype(np.int64)
+        with torch.no_grad():
+            logits = engine.model(torch.from_numpy(prompt)[None])[0, -1]
+        assert answered.answer == "ABCD"[logits[[ord(letter) for letter in "ABCD"]].argmax()]
+        assert answered.correct == (answered.answer == "ABCD"[i % 4])
+    assert (result.n, result.right) == (23, sum(answered.correct for answered in result.answers))
+    assert result.stderr == pytest.approx((result.accuracy * (1 - result.accuracy) / 23) ** 0.5)
+
+
+def test_ranks_share_the_problems(engine):
+    """Two ranks see every problem once, and sampled answers are those that one rank gets."""
+
+    class Half(Compute):
+        def sum(self, values):
+            return values
+
+    task = Arithmetic("test", size=9)
+    options = {"batch_size": 2, "max_new_tokens": 8, "temperature": 1.0, "num_samples": 2}
+    whole = task_eval.evaluate_task(task, engine, BYTES, ONE, **options).answers
+    halves = [
+        task_eval.evaluate_task(task, engine, BYTES, Half(torch.device("cpu"), torch.float32, rank, 2), **options)
+        for rank in range(2)
+    ]
+    assert sorted(a.prompt for half in halves for a in half.answers) == sorted(a.prompt for a in whole)
+    assert {(a.prompt, a.answer) for half in halves for a in half.answers} == {(a.prompt, a.answer) for a in whole}
+
+
+def test_prompts_that_do_not_fit_count_as_wrong_and_are_counted(engine):
+    task = TaskSequence([Letters(), Long()])
+    task.eval_type, task.evaluate = "categorical", lambda conversation, answer: True
+    result = task_eval.evaluate_task(task, engine, BYTES, ONE, batch_size=4)
+    assert (result.n, result.right, result.too_long) == (26, 23, 3)
+
+
+class Long(Letters):
+    def num_examples(self) -> int:
+        return 3
+
+    def get_example(self, index: int) -> dict:
+        return {**super().get_example(index), "messages": [user("x" * 500), assistant("A")]}
+
+
+# -----------------------------------------------------------------------------
+# Tasks
+
+
+def test_a_part_of_a_task_and_its_end():
+    """nanochat's tasks give something beyond their end, and a stop beyond it overstates the length."""
+    whole = Letters()
+    assert len(whole) == 23 and len(Letters(start=3, stop=100, step=4)) == 5
+    assert Letters(3, 100, 4)[1] == whole[7]
+    with pytest.raises(IndexError):
+        whole[23]
+    with pytest.raises(UserError, match="start=5 stop=3"):
+        Letters(5, 3)
+
+
+def test_mixtures_hold_everything_once():
+    tasks = [Letters(), Letters(stop=2), Letters(stop=2)]
+    sequence, mixture = TaskSequence(tasks), TaskMixture(tasks)
+    assert [sequence[i] for i in (0, 22, 23, 25)] == [tasks[0][0], tasks[0][22], tasks[1][0], tasks[2][0]]
+    assert len(mixture) == 27 and [*mixture] != [*sequence]
+    assert sorted(map(str, mixture)) == sorted(map(str, sequence)) and [*mixture] == [*TaskMixture(tasks)]
+
+
+@pytest.fixture
+def words(base_dir):
+    from tasks.common import write_rows
+
+    made = sorted({f"{a}{b}{c}{d}" for a in "bcdf" for b in "aeiou" for c in "lmnrst" for d in "aeioy"})
+    write_rows("words", "default", "all", [{"word": word} for word in made], "test")
+    words_of.cache_clear()
+    return made
+
+
+def test_spelling_splits_share_no_word_and_the_oracle_is_right(words):
+    seen: dict[str, set[str]] = {}
+    for split in ("train", "dev", "test"):
+        task = SimpleSpelling(split, size=1500)
+        seen[split] = {conversation["word"] for conversation in task}
+        assert seen[split] == {word for word in words if split_of(word) == split}
+        assert all(task.evaluate(conversation, message_text(conversation["messages"][-1])) for conversation in task)
+        assert not any(task.evaluate(conversation, conversation["word"][1:]) for conversation in task)
+    assert not seen["train"] & seen["test"] and not seen["train"] & seen["dev"] and not seen["dev"] & seen["test"]
+
+
+def test_the_bee_counts_by_hand_and_with_the_tool(words):
+    from nanochat.calculator import use_calculator
+
+    task, present = SpellingBee("test", size=300), 0
+    for conversation in task:
+        text, call, output, final = conversation["messages"][-1]["content"]
+        assert use_calculator(call["text"]) == output["text"] == conversation["answer"]
+        by_hand = text["text"].splitlines()[1]
+        assert by_hand.split()[-1] == (conversation["answer"] if conversation["answer"] != "0" else "none")
+        assert task.evaluate(conversation, message_text(conversation["messages"][-1]))
+        assert not task.evaluate(conversation, f"#### {int(conversation['answer']) + 1}")
+        present += conversation["answer"] != "0"
+    assert present > 260
+
+
+def test_a_missing_word_list_names_the_command(base_dir):
+    words_of.cache_clear()
+    with pytest.raises(UserError, match=r"make it with: python -m dev\.gen_words"):
+        SimpleSpelling("test")
+
+
+def test_tasks_are_chosen_by_name():
+    assert chat_eval.chosen_tasks("all") == list(EVALUATIONS) and chat_eval.chosen_tasks("offline") == list(OFFLINE)
+    assert chat_eval.chosen_tasks("GSM8K|MMLU") == ["GSM8K", "MMLU"]
+    with pytest.raises(UserError, match=r"-a GSM9K: expected all, offline, or some of ARC-Easy\|"):
+        chat_eval.chosen_tasks("GSM9K")
