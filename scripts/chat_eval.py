@@ -15,7 +15,7 @@ from typing import Literal
 from nanochat.configurator import configure
 
 SHORT = {"i": "source", "a": "task_name", "g": "model_tag", "s": "step", "t": "temperature", "m": "max_new_tokens"}
-SHORT |= {"n": "num_samples", "k": "top_k", "b": "batch_size", "x": "max_problems"}
+SHORT |= {"n": "num_samples", "k": "top_k", "b": "device_batch_size", "x": "max_problems"}
 
 # Model
 source: Literal["base", "mid", "sft", "rl"] = "sft"  # stage of the checkpoint
@@ -25,7 +25,7 @@ step: int | None = None  # checkpoint step (None = the last)
 task_name = "all"  # names joined by |, or all, or offline (those that need no download)
 max_problems: int | None = None  # problems of each task (None = all of them)
 # Answers
-batch_size = 64  # problems answered together on each rank
+device_batch_size = 64  # problems per rank that are answered together
 num_samples = 1  # answers to each generative problem; one right answer is enough
 max_new_tokens = 512  # length at which an unfinished answer is cut off
 temperature = 0.0  # 0 = always the most likely token
@@ -55,7 +55,7 @@ def main() -> None:
     record = open_record("chat_eval", f"{source}-{checkpoint.tag}", settings)
     accuracies = {}
     for name, task in tasks.items():
-        options = (batch_size, max_problems, num_samples, max_new_tokens, temperature, top_k, seed)
+        options = (device_batch_size, max_problems, num_samples, max_new_tokens, temperature, top_k, seed)
         result = evaluate_task(task, engine, tokenizer, compute, *options)
         accuracies[name] = result.accuracy
         about = {"source": source, "task": name, "baseline": task.baseline, "too_long": result.too_long}
