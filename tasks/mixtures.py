@@ -105,7 +105,7 @@ def sft_mixture(name: str, split: Split) -> Task:
             SimpleSpelling(split, size=40000 if train else 100),
             SpellingBee(split, size=6000 if train else 40),
             Arithmetic(split, steps=(1, 2), size=10000 if train else 100),
-            Arithmetic(split, steps=(3, 4), size=300 if train else 20),  # few: RL is to find out the rest
+            Arithmetic(split, steps=(3, 4), size=200 if train else 20),  # few: RL is to find out the rest
             DocsQA(split, form="choice", stop=3000 if train else 40),
             Identity(split),
         ]
