@@ -268,7 +268,7 @@ def prepare_encoding(task: Task) -> Callable[[], Iterable[Any]]:
         encoder = rustbpe.Encoder(tokens)
         if task["output"] == "numpy":
             return lambda: [encoder.encode_batch(text, threads)[0]]
-        return lambda: [encoder.encode_batch(text, threads)[0].tolist()]
+        return lambda: encoder.encode_lists(text, threads)
     texts = text.to_pylist()
     if task["arm"] == "tiktoken":
         import tiktoken

@@ -159,9 +159,12 @@ class Tokenizer:
         """
         before = [] if prepend is None else [self.encode_special(prepend) if isinstance(prepend, str) else prepend]
         after = [] if append is None else [self.encode_special(append) if isinstance(append, str) else append]
-        ids, offsets = self.encode_arrow([text] if isinstance(text, str) else text, num_threads)
-        flat, bounds = ids.tolist(), offsets.tolist()
-        rows = [before + flat[start:end] + after for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+        try:
+            rows = self._encoder.encode_lists([text] if isinstance(text, str) else text, num_threads)
+        except ValueError as error:
+            raise UserError(f"cannot encode: {error}") from None
+        if before or after:
+            rows = [before + row + after for row in rows]
         return rows[0] if isinstance(text, str) else rows
 
     def encode_arrow(self, texts: Any, num_threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
