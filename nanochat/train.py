@@ -5,6 +5,7 @@ Plain functions that take values. The loops themselves are written out in the sc
 point.
 """
 
+import os
 import shutil
 import signal
 import sys
@@ -274,9 +275,10 @@ class SignalWatch:
                 raise KeyboardInterrupt
             return
         self.received, self.received_at = number, time.monotonic()
-        print0(
-            f"\n{signal.Signals(number).name}: finishing this step, then saving (Ctrl-C again: stop at once, unsaved)"
-        )
+        if get_rank() == 0:  # not by print(): the signal may have come in the middle of one, which Python refuses
+            name = signal.Signals(number).name
+            line = f"\n{name}: finishing this step, then saving (Ctrl-C again: stop at once, unsaved)\n"
+            os.write(sys.__stdout__.fileno() if sys.__stdout__ else 1, line.encode())
 
 
 def leave(stop_signal: int) -> NoReturn:

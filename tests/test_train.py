@@ -150,6 +150,19 @@ def test_a_signal_is_remembered_and_the_handlers_come_back():
         train.leave(signal.SIGTERM)
 
 
+def test_a_signal_in_the_middle_of_a_print_is_no_traceback(monkeypatch, capfd):
+    """RuntimeError: reentrant call inside <stdout>, and exit code 1 without a checkpoint."""
+
+    def busy(*_: object, **__: object) -> None:
+        raise RuntimeError("reentrant call")
+
+    monkeypatch.setattr("builtins.print", busy)
+    with train.SignalWatch() as watch:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert watch.received == signal.SIGTERM
+    assert "SIGTERM: finishing this step, then saving" in capfd.readouterr().out
+
+
 def test_a_second_ctrl_c_ends_at_once():
     with train.SignalWatch() as watch:
         os.kill(os.getpid(), signal.SIGINT)
