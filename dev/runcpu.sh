@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a model that you can talk to, on a laptop without a GPU and without internet (once installed): about 16 minutes on two
+# From nothing to a model that you can talk to, on a laptop without a GPU and without internet (once installed): about 15 minutes on two
 # cores.
 #
 #   bash dev/runcpu.sh                      # English documentation that is already on this machine
