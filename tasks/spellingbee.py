@@ -65,10 +65,8 @@ def letters(word: str) -> str:
     return " ".join(word)
 
 
-class SimpleSpelling(Task):
-    """Write the letters of a word. `size` items go through the split's words, in a new order each time round."""
-
-    name, eval_type, baseline = "SimpleSpelling", "generative", 0.0
+class WordTask(Task):
+    """Questions about words: `size` items go through the split's words, in a new order each time round."""
 
     def __init__(self, split: Split = "train", size: int = 1000, start: int = 0, stop: int | None = None):
         super().__init__(start, stop)
@@ -79,33 +77,35 @@ class SimpleSpelling(Task):
     def num_examples(self) -> int:
         return self.size
 
+    def draw_word(self, index: int) -> str:
+        """The word of item `index`."""
+        turn, place = divmod(index, len(self.words))
+        return self.words[shuffled(self.name, self.split, turn, len(self.words))[place]]
+
+
+class SimpleSpelling(WordTask):
+    """Write the letters of a word."""
+
+    name, eval_type, baseline = "SimpleSpelling", "generative", 0.0
+
     def get_example(self, index: int) -> Conversation:
         rng = item_rng(self.name, self.split, index)
-        word = draw_word(self.name, self.split, index, self.words)
+        word = self.draw_word(index)
         return {"messages": [user(rng.choice(SPELL).format(word)), assistant(letters(word))], "word": word}
 
     def evaluate(self, conversation: Conversation, answer: str) -> bool:
-        """The letters in order; case, spaces, commas and dashes between them don't matter."""
-        return re.sub(r"[\s,\-.]", "", answer.lower()) == conversation["word"]
+        """Every letter in order and apart from the next, by spaces, commas or dashes; case is free."""
+        return re.split(r"[\s,\-]+", answer.strip(" .\n").lower()) == list(conversation["word"])
 
 
-class SpellingBee(Task):
+class SpellingBee(WordTask):
     """Count a letter in a word: by spelling it with a running count, then with the tool."""
 
     name, eval_type, baseline = "SpellingBee", "generative", 0.0
 
-    def __init__(self, split: Split = "train", size: int = 1000, start: int = 0, stop: int | None = None):
-        super().__init__(start, stop)
-        check_split(self.name, split)
-        self.split, self.size = split, size
-        self.words = words_of(rows_path("words", "default", "all"), split)
-
-    def num_examples(self) -> int:
-        return self.size
-
     def get_example(self, index: int) -> Conversation:
         rng = item_rng(self.name, self.split, index)
-        word = draw_word(self.name, self.split, index, self.words)
+        word = self.draw_word(index)
         # Nine in ten ask for a letter that is there, as nanochat does: else 0 would nearly always be right.
         letter = rng.choice(word if rng.random() < 0.9 else "abcdefghijklmnopqrstuvwxyz")
         question = rng.choice(COUNT).format(c=letter, w=word)
@@ -120,12 +120,6 @@ class SpellingBee(Task):
     def evaluate(self, conversation: Conversation, answer: str) -> bool:
         """The number after the last ####."""
         return extract_answer(answer) == extract_answer(message_text(conversation["messages"][-1]))
-
-
-def draw_word(name: str, split: str, index: int, words: tuple[str, ...]) -> str:
-    """Word number `index` of an endless stream that goes through all words before it repeats one."""
-    turn, place = divmod(index, len(words))
-    return words[shuffled(name, split, turn, len(words))[place]]
 
 
 @cache

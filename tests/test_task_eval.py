@@ -130,7 +130,11 @@ def test_spelling_splits_share_no_word_and_the_oracle_is_right(words):
         seen[split] = {conversation["word"] for conversation in task}
         assert seen[split] == {word for word in words if split_of(word) == split}
         assert all(task.evaluate(conversation, message_text(conversation["messages"][-1])) for conversation in task)
-        assert not any(task.evaluate(conversation, conversation["word"][1:]) for conversation in task)
+        for conversation in task:
+            word = conversation["word"]
+            assert task.evaluate(conversation, "-".join(word.upper()) + ".")
+            assert not task.evaluate(conversation, word), "to repeat a word is not to spell it"
+            assert not task.evaluate(conversation, " ".join(word[1:]))
     assert not seen["train"] & seen["test"] and not seen["train"] & seen["dev"] and not seen["dev"] & seen["test"]
 
 
