@@ -11,6 +11,7 @@ long call within a moment and leaves nothing half done. Nulls, lone surrogates a
 row (ValueError). Does not: know special tokens, or keep files.
 """
 
+import gc
 import os
 import threading
 import weakref
@@ -126,7 +127,14 @@ class Encoder:
             self._ints = np.empty(max(len(self.tokens), 1), dtype=object)
             self._ints[:] = range(len(self._ints))
         bounds = offsets.tolist()
-        return [self._ints[ids[start:end]].tolist() for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+        # The garbage collector would look at every entry of the new lists, two times or more: a tenth of the time.
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            return [self._ints[ids[start:end]].tolist() for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+        finally:
+            if collecting:
+                gc.enable()
 
     def _encode(self, batch: "_Batch", threads: int, progress: Progress | None) -> tuple[np.ndarray, np.ndarray]:
         room = lib.rustbpe_room(batch.size, batch.rows)
