@@ -43,7 +43,7 @@ stage base_train torchrun --standalone --nproc_per_node="$NPROC" -m scripts.base
 stage base_loss torchrun --standalone --nproc_per_node="$NPROC" -m scripts.base_loss -- --model-tag=d20 --no-baselines
 
 # -----------------------------------------------------------------------------
-# Midtraining: conversations, multiple choice, arithmetic with a tool, spelling; 760,000 of them, all tokens, one epoch. Its data comes
+# Midtraining: conversations, multiple choice, arithmetic with a tool, spelling; 849,000 of them, all tokens, one epoch. Its data comes
 # from the Hugging Face hub at its first use; words and conversations about the model itself are made here.
 stage words python -m dev.gen_words --min-count=20
 stage identity python -m dev.gen_identity

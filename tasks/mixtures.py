@@ -71,6 +71,11 @@ def file_mixture(name: str, split: Split) -> Task:
     return TaskMixture([Every(CustomJSON(name), step=20, others=split == "train")])
 
 
+def published_identity() -> Task:
+    """As many conversations about the model itself as nanochat's mixtures have: 1,000."""
+    return CustomJSON(get_base_dir() / "identity_conversations.jsonl", stop=1000)
+
+
 def mid_mixture(name: str, split: Split) -> Task:
     """Midtraining: the chat format, tools and a broad range of questions."""
     train = split == "train"
@@ -93,7 +98,7 @@ def mid_mixture(name: str, split: Split) -> Task:
             SimpleSpelling(split, size=200000 if train else 100),
             SpellingBee(split, size=80000 if train else 100),
         ]
-        tasks += [CustomJSON(get_base_dir() / "identity_conversations.jsonl")] * 2 if train else []
+        tasks += [published_identity()] * 2 if train else []
     return TaskMixture(tasks)
 
 
@@ -120,7 +125,7 @@ def sft_mixture(name: str, split: Split) -> Task:
             SimpleSpelling(split, size=300 if train else 50),
             SpellingBee(split, size=300 if train else 50),
         ]
-        tasks += [CustomJSON(get_base_dir() / "identity_conversations.jsonl")] if train else []
+        tasks += [published_identity()] if train else []
     return TaskMixture(tasks)
 
 
