@@ -69,7 +69,8 @@ def fine_tune(
     optimizers = model.setup_optimizers(rates[0], rates[1], rates[2], s.weight_decay, compute.dtype)
     meter = train.Meter(model.estimate_flops(), num_steps, compute, batch.tokens)
     first_step, position = 0, ChatPosition()
-    restore_model(model, checkpoint or start)
+    if checkpoint or s.minutes is not None:  # trial steps have changed the weights
+        restore_model(model, checkpoint or start)
     if checkpoint or s.warm_start:
         restore_optimizers(optimizers, checkpoint or start)
     if checkpoint:

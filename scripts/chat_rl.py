@@ -89,8 +89,11 @@ def main() -> None:
             f"--examples-per-step={examples_per_step} --num-samples={num_samples} --eval-examples={eval_examples} "
             f"--eval-samples={eval_samples} --device-batch-size={device_batch_size}: expected at least 1, num-samples 2"
         )
-    num_steps = num_iterations or max(1, len(problems) // examples_per_step)
-    print0(f"{num_steps:,} steps of {examples_per_step} prompts x {num_samples} samples; {len(problems):,} problems")
+    if num_iterations is not None and num_iterations < 1:
+        raise UserError(
+            f"--num-iterations={num_iterations}: expected at least 1, or None for once through the problems"
+        )
+    print0(f"steps of {examples_per_step} prompts x {num_samples} samples; {len(problems):,} problems")
 
     # What a checkpoint and the run that continues it must agree on
     identity: dict[str, Any] = {
@@ -101,6 +104,11 @@ def main() -> None:
     }
     identity |= {"examples_per_step": examples_per_step, "num_samples": num_samples, "started_from": start.identity}
     checkpoint = find_resume("rl", start.tag, identity, resume, resume_from_step, fresh, compute)
+    if checkpoint and num_iterations is None:
+        num_steps = checkpoint.meta["num_steps"]
+    else:
+        num_steps = num_iterations or max(1, len(problems) // examples_per_step)
+    print0(f"horizon: {num_steps:,} steps")
     rates = [rate * init_lr_frac for rate in (matrix_lr, embedding_lr, unembedding_lr)]
     optimizers = model.setup_optimizers(rates[0], rates[1], rates[2], weight_decay, compute.dtype)
     meter, first_step = train.Meter(model.estimate_flops(), num_steps, compute), 0

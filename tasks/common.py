@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nanochat.common import UserError, get_base_dir
+from nanochat.conversation import parts_text
 
 Conversation = dict[str, Any]
 Split = Literal["train", "dev", "test"]
@@ -122,7 +123,7 @@ def part(kind: Literal["text", "python", "python_output"], text: str) -> dict[st
 def message_text(message: dict[str, Any]) -> str:
     """What a reader sees of a message: its text, without tool calls and their output."""
     content = message["content"]
-    return content if isinstance(content, str) else "".join(p["text"] for p in content if p["type"] == "text")
+    return content if isinstance(content, str) else parts_text(content)
 
 
 def render_choices(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:

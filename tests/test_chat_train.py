@@ -130,6 +130,13 @@ def test_rl_changes_the_model_only_where_there_is_signal(stage, home, monkeypatc
         stage("rl", "dead", max_dead_steps=2, fresh=True)
 
 
+def test_a_resumed_rl_run_keeps_its_number_of_steps(stage, home, rewarded):
+    """Without --num-iterations it went on for once through all problems, at learning rates of another plan."""
+    stage("rl", "planned", num_iterations=4, save_every=2)
+    stage("rl", "planned", num_iterations=None, save_every=2, resume_from_step=2)
+    assert [event["num_steps"] for event in tiny.events(home, "rl", "planned", "plan")] == [4, 4]
+
+
 def test_rl_prints_its_vital_signs(stage, home, rewarded, capsys):
     stage("rl", "vital")
     steps = tiny.events(home, "rl", "vital", "step")
