@@ -31,10 +31,10 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -46,10 +46,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanochat.common import UserError
 from nanochat.conversation import StreamDecoder, check_messages, render_within
+from nanochat.engine import Engine
 from nanochat.tokenizer import Tokenizer
 
 Event = dict[str, Any]
-Columns = tuple[list[int | None], list[int | None]]
 
 LIMITS = {"messages": 500, "message_characters": 8_000, "characters": 32_000}
 RANGES: dict[str, tuple[type, float, float]] = {
@@ -63,21 +63,6 @@ BODY_SECONDS = 30  # to send the body in; a client that drips bytes must not hol
 MAX_WAITING = 32  # requests in line behind the running one
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 PAGE = Path(__file__).with_name("ui.html")
-
-
-class Generates(Protocol):
-    """What the server needs of an Engine."""
-
-    def generate(
-        self,
-        tokens: list[int],
-        num_samples: int = 1,
-        max_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 42,
-    ) -> Iterator[Columns]: ...
 
 
 @dataclass(frozen=True)
@@ -131,7 +116,7 @@ class Worker:
     Batching several requests is to change this class only: submit, cancel and the events stay.
     """
 
-    def __init__(self, engine: Generates, tokenizer: Tokenizer, max_waiting: int = MAX_WAITING):
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, max_waiting: int = MAX_WAITING):
         self.engine, self.tokenizer, self.max_waiting = engine, tokenizer, max_waiting
         self.ends = {tokenizer.encode_special(name) for name in ("<|assistant_end|>", "<|bos|>")}
         self.line: deque[Job] = deque()
@@ -442,7 +427,7 @@ def guard(app: ASGIApp, hosts: frozenset[str], policy: str) -> ASGIApp:
 
 
 def create_app(
-    engine: Generates,
+    engine: Engine,
     tokenizer: Tokenizer,
     context: int,
     model: str = "",
