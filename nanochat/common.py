@@ -107,9 +107,32 @@ def write_atomic(path: Path | str, data: bytes | str) -> None:
 
 
 def sha256_file(path: Path | str) -> str:
-    """Hex sha256 of a file's bytes, read in 1 MiB pieces."""
+    """Hex sha256 of a file's bytes, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(text: str) -> str:
+    """The JSON text of an object with one more key at its end: the sha256 of all bytes before it."""
+    body = text.rstrip().removesuffix("}").rstrip()
+    return f'{body},\n"sha256":"{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'
+
+
+def read_sealed(path: Path | str) -> dict[str, Any]:
+    """
+    The object in a JSON file that seal() made, without the seal. Raises ValueError when a single bit is not as it was
+    written, OSError where the file can't be read.
+    """
+    data = Path(path).read_bytes()
+    body, _, seal_of_file = data.rpartition(b',\n"sha256":"')
+    if seal_of_file != f'{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode():
+        raise ValueError("not as it was written (sha256 differs)")
+    try:
+        content: dict[str, Any] = json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    del content["sha256"]
+    return content
 
 
 # -----------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nanochat.common import UserError, get_base_dir, open_record, print0, run_main, write_atomic
+from nanochat.common import UserError, get_base_dir, open_record, print0, read_sealed, run_main, seal, write_atomic
 from nanochat.configurator import configure
 
 SHORT = {"n": "num_files", "w": "workers"}
@@ -124,7 +124,7 @@ def load_corpus(name: str | None = None) -> Corpus:
 def read_manifest(corpus: Path) -> dict[str, Any]:
     """The manifest of a corpus directory; UserError where it is not whole."""
     try:
-        manifest: dict[str, Any] = json.loads((corpus / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_sealed(corpus / MANIFEST)
         if not manifest["train"] or not manifest["validation"]:
             raise ValueError
     except (ValueError, KeyError, TypeError):
@@ -193,7 +193,7 @@ def save_manifest(
     }
     versions = {"pyarrow": pa.__version__, **about.pop("versions", {})}
     manifest = {**about, "versions": versions, "totals": totals, "train": train, "validation": validation}
-    write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    write_atomic(folder / MANIFEST, seal(json.dumps(manifest, indent=1)))
     return manifest
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import rustbpe
-from nanochat.common import UserError, get_base_dir, write_atomic
+from nanochat.common import UserError, get_base_dir, read_sealed, seal, write_atomic
 
 FILE_NAME = "tokenizer.json"
 VERSION = 1  # of the file format
@@ -113,12 +113,12 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) of the file that save() writes."""
+        """sha256 (hex) of what makes it this tokenizer."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def save(self, directory: Path | str) -> None:
         """Write `directory`/tokenizer.json, whole or not at all."""
-        write_atomic(Path(directory) / FILE_NAME, self.to_json())
+        write_atomic(Path(directory) / FILE_NAME, seal(self.to_json()))
 
     @staticmethod
     def load(path: Path | str) -> "Tokenizer":
@@ -127,7 +127,7 @@ class Tokenizer:
         if path.is_dir():
             path = path / FILE_NAME
         try:
-            content = json.loads(path.read_bytes())
+            content = read_sealed(path)
             check_content(content)
             tokenizer = Tokenizer(
                 np.array(content["merges"], dtype=np.uint32).reshape(-1, 2),
@@ -138,9 +138,8 @@ class Tokenizer:
                 raise ValueError("token_bytes are not the lengths of the tokens that the merges make")
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}; train a tokenizer with: python -m scripts.tok_train") from None
-        except (ValueError, RecursionError) as error:
-            problem = "not JSON" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else error
-            raise UserError(f"{path}: {problem}; make it again with: python -m scripts.tok_train") from None
+        except ValueError as error:
+            raise UserError(f"{path}: {error}; make it again with: python -m scripts.tok_train") from None
         return tokenizer
 
     # -------------------------------------------------------------------------

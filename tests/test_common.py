@@ -84,3 +84,19 @@ def test_other_ranks_are_silent(tmp_path, monkeypatch, capsys):
     record.close()
     common.print0("hello")
     assert capsys.readouterr().out == "" and not list((tmp_path).rglob("*.jsonl"))
+
+
+def test_a_sealed_file_is_read_as_it_was_written_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    for value in ({"a": [1, {"b": None}]}, {"sha": "}"}, {"é": '\n"sha256":"'}):
+        for indent in (None, 1):
+            path.write_text(common.seal(json.dumps(value, indent=indent)), encoding="utf-8")
+            assert common.read_sealed(path) == value
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole + b" ", b"", whole.replace(b"sha", b"shb", 1), b"{}", b'{"sha256":""}'):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="not as it was written"):
+            common.read_sealed(path)
+    path.write_text(common.seal('{"a":' + "[" * 100_000 + "]" * 100_000 + "}"))
+    with pytest.raises(ValueError, match="nested too deeply"):
+        common.read_sealed(path)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.common import UserError
+from nanochat.common import UserError, seal
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer, get_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog; the dog sleeps. Größe 你好 🙂 1,234 <|bos|>\n" * 20
@@ -119,7 +119,6 @@ def set_to(key: str, value: object) -> Any:
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
-        (lambda content: [], "not an object with exactly the keys"),
         (lambda content: {"version": 1}, "not an object with exactly the keys"),
         (set_to("version", 2), "version 2 of the format; this program reads 1"),
         (set_to("pattern", "gpt5"), "split pattern 'gpt5'; known: nanochat, gpt4, gpt2"),
@@ -140,9 +139,22 @@ def test_a_damaged_file_is_refused_with_what_is_wrong(
     tokenizer: Tokenizer, tmp_path: Path, damage: Any, problem: str
 ) -> None:
     path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(damage(json.loads(tokenizer.to_json()))))
+    path.write_text(seal(json.dumps(damage(json.loads(tokenizer.to_json())))))
     with pytest.raises(UserError, match=f"{path}: .*{problem}.*; make it again with: python -m scripts.tok_train"):
         Tokenizer.load(path)
+
+
+def test_every_flipped_bit_of_the_file_is_noticed(tmp_path: Path) -> None:
+    """Two merges exchanged are a tokenizer too, but another one than the model was trained with."""
+    Tokenizer.train(["ab ab cd cd"], 268).save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    data = path.read_bytes()
+    for bit in range(8 * len(data)):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="not as it was written"):
+            Tokenizer.load(path)
 
 
 @pytest.mark.parametrize("data", [b"", b"\x80\x04\x95", b'{"version": 1', b"[" * 100_000])
