@@ -30,6 +30,7 @@ stage text python -m nanochat.dataset -n 8
 stage tok_train python -m scripts.tok_train --max-chars=2000000000 --vocab-size=65536
 stage tok_eval python -m scripts.tok_eval
 stage more_text python -m nanochat.dataset -n 240
+stage task_data python -m nanochat.dataset --prefetch=tasks # for the chat stages: no GPU is to wait for a download
 
 # -----------------------------------------------------------------------------
 # Base model. depth 20 -> width 20 x 64 = 1,280, 10 heads of 128.
@@ -43,8 +44,8 @@ stage base_train torchrun --standalone --nproc_per_node="$NPROC" -m scripts.base
 stage base_loss torchrun --standalone --nproc_per_node="$NPROC" -m scripts.base_loss -- --model-tag=d20 --no-baselines
 
 # -----------------------------------------------------------------------------
-# Midtraining: conversations, multiple choice, arithmetic with a tool, spelling; 849,000 of them, all tokens, one epoch. Its data comes
-# from the Hugging Face hub at its first use; words and conversations about the model itself are made here.
+# Midtraining: conversations, multiple choice, arithmetic with a tool, spelling; 849,000 of them, all tokens, one epoch. Words
+# and conversations about the model itself are made here.
 stage words python -m dev.gen_words --min-count=20
 stage identity python -m dev.gen_identity
 stage mid_train torchrun --standalone --nproc_per_node="$NPROC" -m scripts.mid_train -- \

@@ -35,7 +35,7 @@ def main() -> None:
         print(f"words: {path} is there already (--overwrite replaces it)")
         return
     text = load_corpus(corpus)
-    words = frequent_words(iter_text(text.train_files), min_count, max_words, max_chars)
+    words = frequent_words(iter_text(text.train_files, text.hashes), min_count, max_words, max_chars)
     if not words:
         raise UserError(f"no word occurs {min_count} times in {text.path}; lower --min-count or take a larger corpus")
     write_rows("words", "default", "all", [{"word": word} for word in words], f"corpus {text.name}")

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nanochat.common import UserError
+from nanochat.common import UserError, sha256_file
 from nanochat.tokenizer import Tokenizer
 
 Message = dict[str, Any]
@@ -167,10 +167,14 @@ def render_for_completion(messages: Sequence[Message], tokenizer: Tokenizer) -> 
 
 
 def fingerprint(conversations: Conversations) -> str:
-    """sha256 (hex) over their number and about 64 of them, evenly spaced: tells data sets apart without reading all."""
+    """
+    sha256 (hex) over their number, about 64 of them, evenly spaced, and the bytes of the files that they were read
+    from: tells data sets apart without making all of a million conversations.
+    """
     count = len(conversations)
     picked = [conversations[i]["messages"] for i in range(0, count, max(1, count // 64))]
-    return hashlib.sha256(json.dumps([count, picked]).encode()).hexdigest()
+    files = [sha256_file(file) for file in getattr(conversations, "files", ())]
+    return hashlib.sha256(json.dumps([count, picked, files]).encode()).hexdigest()
 
 
 def render_within(messages: Sequence[Message], tokenizer: Tokenizer, limit: int) -> tuple[list[int], int]:

@@ -4,6 +4,8 @@ Pretraining text: fetched or gathered once into `$NANOCHAT_BASE_DIR/data/<corpus
     python -m nanochat.dataset --source=docs                 # English documentation that is already on this machine
     python -m nanochat.dataset --source=folder --path=DIR    # your own parquet, jsonl and txt files
     python -m nanochat.dataset -n 8                          # web text: the first 8 shards of ClimbMix
+    python -m nanochat.dataset --prefetch=all -n 240         # and all that later stages would fetch, see task_data.py
+    python -m nanochat.dataset --prefetch=list -n 240        # what of that is here; exit code 2 where something is not
 
 A corpus is `shard_00000.parquet ...` with a `text` column, and `manifest.json`, written last: where the text comes
 from, which files train and which validate, and the documents, bytes and sha256 of each. A corpus without a manifest
@@ -24,7 +26,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,17 +38,21 @@ SHORT = {"n": "num_files", "w": "workers"}
 
 # Corpus
 source: Literal["docs", "folder", "climbmix", "fineweb-edu"] = "climbmix"  # where the text comes from
-path: str | None = None  # folder: the directory with parquet, jsonl and txt files
+path: str | None = None  # folder: the directory with parquet, jsonl and txt files; prefetch: a copy of the eval bundle
 name: str | None = None  # folder: what to call the corpus (None = the directory's name)
 val_fraction: float | None = None  # folder: share of documents to validate on (None = files named val*, else 0.01)
 # Download
 num_files: int | None = None  # climbmix, fineweb-edu: training files to have, about 100 MB each; -1 = all (None = 8)
-workers = 4  # climbmix, fineweb-edu: files fetched at the same time
+workers = 4  # files fetched at the same time
+# Everything, so that no later stage needs a network
+prefetch: Literal["all", "tasks", "eval", "list"] | None = None  # fetch all or a part, or list what is here and missing
 settings = configure(__name__)
 
 import pyarrow as pa
 
 from nanochat.docs_corpus import PACKAGES, VALIDATION, collect_docs, find_packages, package_versions
+from nanochat.download import fetch_files, list_repository, locked
+from nanochat.eval_bundle import bundle_path, fetch_bundle
 from nanochat.folder_corpus import (
     hash_of,
     highest_validation_hash,
@@ -54,7 +60,16 @@ from nanochat.folder_corpus import (
     list_folder,
     read_documents,
 )
-from nanochat.shards import DocumentIndex, ShardWriter, describe_shard, first_line, iter_text, read_blocks
+from nanochat.shards import DocumentIndex, ShardWriter, command_for, describe_shard, iter_text, read_blocks
+from nanochat.task_data import (
+    DATA_SETS,
+    fetch_splits,
+    folder_of,
+    list_data_set,
+    missing_splits,
+    rows_path,
+    splits_of,
+)
 
 __all__ = ["Corpus", "DocumentIndex", "iter_text", "load_corpus", "read_blocks"]
 
@@ -63,8 +78,6 @@ HUBS = {
     "climbmix": ("karpathy/climbmix-400b-shuffle", 6542),
     "fineweb-edu": ("karpathy/fineweb-edu-100b-shuffle", 1822),
 }
-ATTEMPTS = 3  # per file; the client itself retries single requests
-RETRY_SECONDS = 2.0  # wait before the second attempt, doubled each time
 MANIFEST = "manifest.json"
 
 # -----------------------------------------------------------------------------
@@ -84,6 +97,7 @@ class Corpus:
     val_files: tuple[Path, ...]
     manifest: dict[str, Any]
     fingerprint: str
+    hashes: dict[Path, str]  # sha256 of every file; readers check it when they open one
 
 
 def load_corpus(name: str | None = None) -> Corpus:
@@ -91,7 +105,8 @@ def load_corpus(name: str | None = None) -> Corpus:
     Find a corpus by name; None takes the only one there is.
 
     Every file of the manifest exists and has its recorded size. Raises UserError where none or several are found, the
-    name is unknown, or a file is missing or has another size; hashes are not computed (that would read everything).
+    name is unknown, or a file is missing or has another size. Hashes are not computed here, which would read
+    everything: the readers check each file's as they open it.
     """
     folder = get_base_dir() / "data"
     found = sorted(manifest.parent.name for manifest in folder.glob(f"[!.]*/{MANIFEST}"))
@@ -118,6 +133,7 @@ def load_corpus(name: str | None = None) -> Corpus:
         val_files=tuple(folder / name / entry["file"] for entry in manifest["validation"]),
         manifest=manifest,
         fingerprint=fingerprint_of(manifest),
+        hashes={folder / name / entry["file"]: entry["sha256"] for entry in manifest["train"] + manifest["validation"]},
     )
 
 
@@ -137,14 +153,6 @@ def fingerprint_of(manifest: dict[str, Any]) -> str:
     """sha256 over the role and sha256 of every shard, in order."""
     lines = [f"{role} {entry['sha256']}\n" for role in ("train", "validation") for entry in manifest[role]]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def command_for(corpus: str) -> str:
-    """The command that makes a corpus of this name."""
-    known = corpus == "docs" or corpus in HUBS
-    return "python -m nanochat.dataset " + (
-        f"--source={corpus}" if known else f"--source=folder --path=DIR --name={corpus}"
-    )
 
 
 def write_corpus(corpus: Path, documents: Iterable[tuple[bool, str]], about: dict[str, Any]) -> dict[str, Any]:
@@ -173,9 +181,11 @@ def write_corpus(corpus: Path, documents: Iterable[tuple[bool, str]], about: dic
         if corpus.exists():
             corpus.rename(replaced)
         building.rename(corpus)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+        if replaced.exists() and not corpus.exists():
+            replaced.rename(corpus)
     return manifest
 
 
@@ -286,23 +296,24 @@ def fetch_hub(corpus: Path, files: int, workers: int) -> dict[str, Any]:
     repository, last = HUBS[corpus.name]
     if files != -1 and not 1 <= files <= last:
         raise UserError(f"num_files={files}: {corpus.name} has 1 to {last:,} training files, or all of them: -n -1")
-    manifest = read_manifest(corpus) if (corpus / MANIFEST).exists() else None
     count = last if files == -1 else files
-    if manifest and len(manifest["train"]) > count:
-        count = len(manifest["train"])
-        print0(f"{corpus} already has {count:,} training files: keeping them, although num_files={files}")
-    wanted = [f"shard_{number:05d}.parquet" for number in (*range(count), last)]
-    entries = {entry["file"]: entry for entry in entries_on_disk(corpus, manifest)}
-    missing = [file for file in wanted if file not in entries]
-    if manifest and not missing:
-        print0(f"{corpus}: nothing to fetch")
-        return manifest
-    revision = manifest["revision"] if manifest else hub_revision(repository)
-    print0(f"{repository} at {revision}: {len(missing):,} of {len(wanted):,} files to fetch, {workers} at a time")
-    entries |= fetch_shards(repository, revision, corpus, missing, workers)
-    about = {"name": corpus.name, "source": corpus.name, "arguments": {"num_files": count}}
-    about |= {"repository": repository, "revision": revision}
-    return save_manifest(corpus, about, [entries[file] for file in wanted[:-1]], [entries[wanted[-1]]])
+    with locked(corpus):
+        manifest = read_manifest(corpus) if (corpus / MANIFEST).exists() else None
+        if manifest and len(manifest["train"]) > count:
+            count = len(manifest["train"])
+            print0(f"{corpus} already has {count:,} training files: keeping them, although num_files={files}")
+        wanted = [f"shard_{number:05d}.parquet" for number in (*range(count), last)]
+        entries = {entry["file"]: entry for entry in entries_on_disk(corpus, manifest)}
+        missing = [file for file in wanted if file not in entries]
+        if manifest and not missing:
+            print0(f"{corpus}: nothing to fetch")
+            return manifest
+        revision = manifest["revision"] if manifest else None
+        revision, fetched = fetch_shards(repository, revision, corpus, missing, workers)
+        about = {"name": corpus.name, "source": corpus.name, "arguments": {"num_files": count}}
+        about |= {"repository": repository, "revision": revision}
+        entries |= fetched
+        return save_manifest(corpus, about, [entries[file] for file in wanted[:-1]], [entries[wanted[-1]]])
 
 
 def entries_on_disk(corpus: Path, manifest: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -313,67 +324,62 @@ def entries_on_disk(corpus: Path, manifest: dict[str, Any] | None) -> list[dict[
     return [entry for entry, size in zip(entries, sizes, strict=True) if size == entry["file_bytes"]]
 
 
-def hub_revision(repository: str) -> str:
-    """The commit that the repository's main branch stands at now: all shards of a corpus come from one."""
-    from huggingface_hub import HfApi
-
-    try:
-        return str(HfApi().dataset_info(repository).sha)
-    except Exception as error:  # the client lets through the errors of the HTTP library under it
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(
-            f"cannot ask the hub about {repository} ({reason}); text without a hub: --source=docs"
-        ) from None
-
-
 def fetch_shards(
-    repository: str, revision: str, corpus: Path, files: Sequence[str], workers: int
-) -> dict[str, dict[str, Any]]:
-    """
-    Fetch and check shards, several at a time; their manifest entries by file. The first that fails for good ends it
-    all.
-    """
-    started = time.perf_counter()
-    entries: dict[str, dict[str, Any]] = {}
-    with ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(fetch_shard, repository, revision, corpus, file) for file in files]
-        try:
-            for job in as_completed(jobs):
-                entry = job.result()
-                entries[entry["file"]] = entry
-                seconds = time.perf_counter() - started
-                left = seconds / len(entries) * (len(files) - len(entries))
-                rate = sum(entry["file_bytes"] for entry in entries.values()) / seconds / 1e6
-                print0(f"{len(entries):,}/{len(files):,} {entry['file']}  {rate:.1f} MB/s, {left / 60:.0f} min left")
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-    return entries
+    repository: str, revision: str | None, corpus: Path, shards: Sequence[str], workers: int
+) -> tuple[str, dict[str, dict[str, Any]]]:
+    """Fetch shards of one commit (None = the newest) and decode all of each; the commit, and their manifest entries."""
+    listing = list_repository(repository, revision)
+    absent = [shard for shard in shards if shard not in listing.files]
+    if absent:
+        raise UserError(f"{repository} at {listing.revision} has no {', '.join(absent[:3])} ({len(absent):,} missing)")
+    size = sum(listing.files[shard].size or 0 for shard in shards)
+    print0(f"{repository} at {listing.revision}: {len(shards):,} files to fetch, {size / 1e6:,.0f} MB")
+    entries = {}
+    with closing(fetch_files([(listing.files[shard], corpus / shard) for shard in shards], workers)) as fetched:
+        for path in fetched:
+            entries[path.name] = describe_shard(path)
+    return listing.revision, entries
 
 
-def fetch_shard(repository: str, revision: str, corpus: Path, file: str) -> dict[str, Any]:
-    """Fetch one shard, decode all of it, and return its manifest entry; UserError when that failed several times."""
-    for attempt in range(ATTEMPTS):
-        try:
-            download(repository, revision, corpus, file, again=attempt > 0)
-            return describe_shard(corpus / file)
-        except Exception as error:  # the client lets through the errors of the HTTP library under it
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            print0(f"{file}: attempt {attempt + 1} of {ATTEMPTS} failed ({reason})")
-        if attempt + 1 < ATTEMPTS:
-            time.sleep(RETRY_SECONDS * 2**attempt)
-    raise UserError(
-        f"cannot get {file} of {repository} ({reason}); what is here is kept, run the same command to go on"
-    )
+# -----------------------------------------------------------------------------
+# Everything that later stages need
 
 
-def download(repository: str, revision: str, corpus: Path, file: str, again: bool) -> None:
-    """
-    Bring one file into the corpus directory with the hub's own client, which honours HF_HOME, HF_ENDPOINT, HF_TOKEN and
-    HF_HUB_OFFLINE, renames a file into place when it is whole, and takes one that is there already unless `again`.
-    """
-    from huggingface_hub import hf_hub_download
+def fetch_tasks(workers: int) -> None:
+    """Have every published split that a task reads, from one commit per data set."""
+    for data_set in DATA_SETS:
+        with locked(folder_of(data_set)):
+            missing = missing_splits(data_set)
+            if missing:
+                fetch_splits(list_data_set(data_set), missing, workers)
+        print0(f"{folder_of(data_set)}: complete")
 
-    hf_hub_download(repository, file, repo_type="dataset", revision=revision, local_dir=corpus, force_download=again)
+
+def list_needs(data: Path) -> None:
+    """Print what is here and what is missing of everything; UserError where something is missing. Asks nobody."""
+    places = {data / source / MANIFEST: has_corpus(data / source, 8 if num_files is None else num_files)}
+    for data_set in DATA_SETS:
+        missing = missing_splits(data_set)
+        places |= {rows_path(data_set, *split): split not in missing for split in splits_of(data_set)}
+    places[bundle_path() / MANIFEST] = (bundle_path() / MANIFEST).exists()
+    for place, here in places.items():
+        files = place.parent.rglob("*.*") if place.name == MANIFEST else [place]
+        size = sum(file.stat().st_size for file in files) if here else 0
+        print0(f"{f'{size / 1e6:>12,.1f} MB' if here else '        missing'}  {place}")
+    if not all(places.values()):
+        command = f"python -m nanochat.dataset --prefetch=all --source={source}"
+        command += "" if num_files is None else f" -n {num_files}"
+        raise UserError(f"{list(places.values()).count(False)} of {len(places)} are missing; get them with: {command}")
+
+
+def has_corpus(corpus: Path, files: int) -> bool:
+    """Whether a corpus is there in full, one from the hub with at least that many training files (-1 = all)."""
+    if not (corpus / MANIFEST).exists():
+        return False
+    manifest = read_manifest(corpus)
+    shards = len(manifest["train"])
+    enough = corpus.name not in HUBS or shards >= (HUBS[corpus.name][1] if files == -1 else files)
+    return enough and len(entries_on_disk(corpus, manifest)) == shards + len(manifest["validation"])
 
 
 # -----------------------------------------------------------------------------
@@ -383,13 +389,18 @@ def download(repository: str, revision: str, corpus: Path, file: str, again: boo
 def check_settings() -> None:
     """Refuse a setting that the chosen source would ignore, and values outside their range."""
     hubs = tuple(HUBS)
+    if prefetch is not None and source == "folder":
+        raise UserError(f"prefetch={prefetch}: not together with source=folder; run one after the other")
+    if prefetch in ("tasks", "eval") and num_files is not None:
+        raise UserError(f"num_files={num_files}: means nothing to prefetch={prefetch}, only to all and list")
     for setting, value, sources in (
         ("path", path, ("folder",)),
         ("name", name, ("folder",)),
         ("val_fraction", val_fraction, ("folder",)),
         ("num_files", num_files, hubs),
     ):
-        if value is not None and source not in sources:
+        bundle = setting == "path" and prefetch in ("all", "eval")
+        if value is not None and source not in sources and not bundle:
             raise UserError(f"{setting}={value}: means nothing to source={source}, only to {' and '.join(sources)}")
     if source == "folder" and path is None:
         raise UserError("source=folder needs the directory with the text: --path=DIR")
@@ -414,17 +425,27 @@ def make_corpus(data: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Make a corpus, print what it holds, keep a record."""
-    started = time.perf_counter()
+    """Get what the settings ask for; one line where the disk or the rights are wanting."""
     check_settings()
     data = get_base_dir() / "data"
-    data.mkdir(exist_ok=True)
     try:
-        manifest = make_corpus(data)
+        data.mkdir(exist_ok=True)
+        if prefetch == "list":
+            list_needs(data)
+        if prefetch in (None, "all"):
+            report_corpus(data, time.perf_counter(), make_corpus(data))
+        if prefetch in ("all", "tasks"):
+            fetch_tasks(workers)
+        if prefetch in ("all", "eval"):
+            print0(f"{fetch_bundle(path)}: complete")
     except OSError as error:
         raise UserError(
-            f"cannot write to {data}: {error.strerror or error}; make room, then run the same command"
+            f"cannot write to {data.parent}: {error.strerror or error}; make room, then run the same command"
         ) from None
+
+
+def report_corpus(data: Path, started: float, manifest: dict[str, Any]) -> None:
+    """Print what a corpus holds, keep a record."""
     seconds = round(time.perf_counter() - started, 1)
     for role, total in manifest["totals"].items():
         size = f"{total['text_bytes'] / 1e6:,.2f} MB of text"

@@ -78,7 +78,7 @@ def read_parquet(file: Path) -> Iterator[str]:
         try:
             yield from texts.to_pylist()
         except UnicodeDecodeError as error:
-            raise UserError(f"{file}: text is not UTF-8 ({error.reason})") from None
+            raise UserError(f"{file}: text is not UTF-8 ({error.reason}); convert it or take it away") from None
 
 
 def read_jsonl(file: Path) -> Iterator[str]:

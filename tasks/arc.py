@@ -33,6 +33,7 @@ class ARC(Task):
         super().__init__(start, stop, step)
         check_split(self.name, split)
         self.rows = load_rows("allenai/ai2_arc", subset, PUBLISHED[split])
+        self.files = (self.rows.path,)
 
     def num_examples(self) -> int:
         return len(self.rows)

@@ -20,8 +20,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
-from nanochat.common import UserError, get_base_dir
+from nanochat.common import UserError
 from nanochat.conversation import parts_text
+from nanochat.task_data import checked_path, download_rows, rows_path, write_rows  # noqa: F401  # write_rows: for dev/
 
 Conversation = dict[str, Any]
 Split = Literal["train", "dev", "test"]
@@ -37,6 +38,7 @@ class Task:
     name = "Task"
     eval_type: Literal["generative", "categorical"] = "generative"  # write an answer, or choose one of `letters`
     baseline = 0.0  # accuracy of guessing
+    files: tuple[Path, ...] = ()  # that its conversations are read from: a run that resumes compares their bytes
 
     def __init__(self, start: int = 0, stop: int | None = None, step: int = 1):
         if start < 0 or step < 1 or (stop is not None and stop < start):
@@ -80,6 +82,7 @@ class TaskSequence(Task):
         super().__init__()
         self.tasks = list(tasks)
         self.ends = list(accumulate(map(len, self.tasks)))
+        self.files = tuple(sorted({file for task in self.tasks for file in task.files}))
 
     def num_examples(self) -> int:
         return self.ends[-1] if self.ends else 0
@@ -165,6 +168,7 @@ class Rows(Sequence[dict[str, Any]]):
     def __init__(self, path: Path):
         import pyarrow.parquet as pq
 
+        self.path = path
         try:
             self.table = pq.read_table(path)
         except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
@@ -177,69 +181,15 @@ class Rows(Sequence[dict[str, Any]]):
         return {name: self.table.column(name)[index].as_py() for name in self.table.column_names}
 
 
-def rows_path(dataset: str, subset: str, split: str) -> Path:
-    """Where a split lies; `dataset` may be a hub name with its owner, which is left off."""
-    return get_base_dir() / "task_data" / dataset.split("/")[-1] / subset / f"{split}.parquet"
-
-
 def load_rows(dataset: str, subset: str, split: str, make: str | None = None) -> Rows:
     """
-    A split from task_data. Where it is absent it is downloaded from the Hugging Face hub as `dataset`, or, when `make`
-    names the command that makes it, that is said. Raises UserError with what to run where it cannot be had.
+    A split from task_data, checked against its manifest. Where it is absent it is fetched from the Hugging Face hub as
+    `dataset` (by one process, the others wait), or, when `make` names the command that makes it, that is said. Raises
+    UserError with what to run where it cannot be had.
     """
     path = rows_path(dataset, subset, split)
     if not path.exists():
         if make:
             raise UserError(f"no {path}; make it with: {make}")
         download_rows(dataset, subset, split)
-    return Rows(path)
-
-
-def download_rows(dataset: str, subset: str, split: str) -> None:
-    """Fetch a split from the hub into task_data."""
-    path = rows_path(dataset, subset, split)
-    try:
-        from datasets import load_dataset
-
-        check_hub()
-        rows = load_dataset(dataset, subset, split=split)
-    except Exception as error:  # the library raises a dozen kinds, all of which mean: not to be had
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(
-            f"no {path}, and the hub does not give {dataset} ({reason}); with the original files: "
-            "python -m dev.import_task_data FOLDER"
-        ) from None
-    write_rows(dataset, subset, split, rows.data.table, f"hub {dataset}")
-
-
-def check_hub() -> None:
-    """Raise OSError at once where the hub can't be reached: its own retries take half a minute to say so."""
-    import os
-    import socket
-    from urllib.parse import urlsplit
-    from urllib.request import getproxies
-
-    from huggingface_hub.constants import ENDPOINT
-
-    if not getproxies() and os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0"):  # offline, it reads its own cache
-        address = urlsplit(ENDPOINT)
-        socket.create_connection((address.hostname or "", address.port or 443), timeout=5).close()
-
-
-def write_rows(dataset: str, subset: str, split: str, rows: Any, source: str) -> Path:
-    """Write a split, whole or not at all: a list of dicts or an Arrow table. `source` is kept in the file."""
-    import os
-
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = pa.Table.from_pylist(rows) if isinstance(rows, list) else rows
-    path = rows_path(dataset, subset, split)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        pq.write_table(table.replace_schema_metadata({"source": source}), temporary, compression="zstd")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return Rows(checked_path(dataset, subset, split, *([make] if make else [])))

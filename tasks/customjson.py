@@ -24,6 +24,7 @@ class CustomJSON(Task):
 
     def __init__(self, path: Path | str, start: int = 0, stop: int | None = None, step: int = 1):
         super().__init__(start, stop, step)
+        self.files = (Path(path),)
         self.conversations = read_conversations(Path(path))
 
     def num_examples(self) -> int:

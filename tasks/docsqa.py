@@ -75,7 +75,9 @@ class DocsQA(Task):
         self.form = form
         self.eval_type = "categorical" if form == "choice" else "generative"
         self.baseline = 1 / len(LETTERS) if form == "choice" else 0.0
-        items = read_items(get_base_dir() / "data" / corpus)
+        folder = get_base_dir() / "data" / corpus
+        self.files = tuple(sorted(folder.glob("shard_*.parquet")))
+        items = read_items(folder)
         self.items = [item for item in items if split_of(item[2]) == split]  # by sentence: many methods share one
         if form == "choice" and len({sentence for *_, sentence in self.items}) < len(LETTERS):
             raise UserError(f"DocsQA: {corpus} has too few names in {split}; {MAKE}")

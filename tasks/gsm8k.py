@@ -25,6 +25,7 @@ class GSM8K(Task):
         super().__init__(start, stop, step)
         check_split(self.name, split)
         self.rows = load_rows("openai/gsm8k", "main", "test" if split == "test" else "train")
+        self.files = (self.rows.path,)
         first_dev = max(0, len(self.rows) - DEV_ROWS)
         whole = range(len(self.rows))
         self.numbers = {"train": whole[:first_dev], "dev": whole[first_dev:], "test": whole}[split]

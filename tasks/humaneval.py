@@ -25,6 +25,7 @@ class HumanEval(Task):
         if split != "test":
             raise UserError(f"{self.name}: split={split}: there is only test")
         self.rows = load_rows("openai/openai_humaneval", "openai_humaneval", "test")
+        self.files = (self.rows.path,)
 
     def num_examples(self) -> int:
         return len(self.rows)

@@ -21,6 +21,7 @@ class Identity(Task):
         super().__init__(start, stop)
         check_split(self.name, split)
         self.rows = load_rows("identity", "default", split, make="python -m dev.gen_identity")
+        self.files = (self.rows.path,)
 
     def num_examples(self) -> int:
         return len(self.rows)

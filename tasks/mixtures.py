@@ -53,6 +53,7 @@ class Every(Task):
 
     def __init__(self, task: Task, step: int, others: bool):
         super().__init__()
+        self.files = task.files
         self.task, self.numbers = task, [i for i in range(len(task)) if (i % step > 0) == others]
 
     def num_examples(self) -> int:

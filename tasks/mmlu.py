@@ -36,6 +36,7 @@ class MMLU(Task):
         super().__init__(start, stop, step)
         check_split(self.name, split)
         self.rows = load_questions(split)
+        self.files = (self.rows.path,)
 
     def num_examples(self) -> int:
         return len(self.rows)

@@ -19,6 +19,7 @@ class SmolTalk(Task):
         if split not in PUBLISHED:
             raise UserError(f"{self.name}: split={split}: expected {' or '.join(PUBLISHED)}; it is for training only")
         self.rows = load_rows("HuggingFaceTB/smol-smoltalk", "default", PUBLISHED[split])
+        self.files = (self.rows.path,)
 
     def num_examples(self) -> int:
         return len(self.rows)

@@ -72,7 +72,8 @@ class WordTask(Task):
         super().__init__(start, stop)
         check_split(self.name, split)
         self.split, self.size = split, size
-        self.words = words_of(rows_path("words", "default", "all"), split)
+        self.files = (rows_path("words", "default", "all"),)
+        self.words = words_of(*self.files, split)
 
     def num_examples(self) -> int:
         return self.size

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from nanochat import dataset, docs_corpus, shards
 from nanochat.common import UserError
 from nanochat.dataset import Corpus, DocumentIndex, iter_text, load_corpus, read_blocks
+from tests.hub import Fault, Hub, serve_hub, use_hub
 
 PRETRAIN = Path(__file__).parents[2] / "shared" / "data" / "pretrain"
 Run = Callable[..., Corpus]
@@ -57,6 +59,7 @@ class Defaults:
     val_fraction: float | None = None
     num_files: int | None = None
     workers: int = 2
+    prefetch: str | None = None
 
 
 def write_parquet(file: Path, texts: list[str | None], row_group_size: int = 3, type: Any = None) -> None:
@@ -371,36 +374,25 @@ def test_folder_reads_real_text(run: Run) -> None:
 # Hub
 
 
-@dataclasses.dataclass
-class FakeHub:
-    """Stands in for the hub's client: writes shards, and fails or truncates as often as it is told."""
-
-    failures: dict[str, int] = dataclasses.field(default_factory=dict)
-    truncations: dict[str, int] = dataclasses.field(default_factory=dict)
-    fetched: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-
-    def download(self, repository: str, revision: str, corpus: Path, file: str, again: bool) -> None:
-        self.fetched.append((file, revision))
-        if self.failures.get(file, 0) > 0:
-            self.failures[file] -= 1
-            raise ConnectionError("the line is dead\nand more")
-        if again or not (corpus / file).exists():
-            write_parquet(corpus / file, words(f"{repository} {file}", 20))
-        if self.truncations.get(file, 0) > 0:
-            self.truncations[file] -= 1
-            os.truncate(corpus / file, 100)
-
-
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
-    fake = FakeHub()
-    monkeypatch.setattr(dataset, "download", fake.download)
-    monkeypatch.setattr(dataset, "hub_revision", lambda repository: "a" * 40)
-    monkeypatch.setattr(dataset, "RETRY_SECONDS", 0)
-    return fake
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub with four training shards and the validation shard of both corpora."""
+    with serve_hub() as hub:
+        use_hub(hub, monkeypatch)
+        for repository, last in dataset.HUBS.values():
+            for number in (0, 1, 2, 3, last):
+                file = f"shard_{number:05d}.parquet"
+                hub.files[repository][file] = parquet_bytes(words(f"{repository} {file}", 20))
+        yield hub
 
 
-def test_hub_validates_on_the_last_file_of_the_repository(run: Run, hub: FakeHub) -> None:
+def parquet_bytes(texts: list[str]) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"text": texts}), sink)
+    return sink.getvalue()
+
+
+def test_hub_validates_on_the_last_file_of_the_repository(run: Run, hub: Hub) -> None:
     """Taking the last file present turns a training shard into the validation set when one download fails."""
     corpus = run(num_files=3)
     assert corpus.name == "climbmix"
@@ -412,57 +404,53 @@ def test_hub_validates_on_the_last_file_of_the_repository(run: Run, hub: FakeHub
     assert run(source="fineweb-edu", num_files=1).val_files[0].name == "shard_01822.parquet"
 
 
-def test_hub_continues_and_never_shrinks(
-    run: Run, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_hub_continues_from_its_commit_and_never_shrinks(
+    run: Run, hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = run(num_files=1)
-    monkeypatch.setattr(dataset, "hub_revision", lambda repository: "b" * 40)
-    hub.fetched.clear()
+    hub.commit = "b" * 40
+    hub.requests.clear()
     second = run(num_files=3)
-    assert sorted(hub.fetched) == [(f"shard_0000{number}.parquet", "a" * 40) for number in (1, 2)]
+    assert [len(hub.gets(f"shard_0000{number}.parquet")) for number in range(4)] == [0, 1, 1, 0]
+    assert hub.lists() == [f"/api/datasets/karpathy/climbmix-400b-shuffle/revision/{'a' * 40}?blobs=true"]
     assert second.fingerprint != first.fingerprint
-    hub.fetched.clear()
-    assert run(num_files=2) == second and hub.fetched == []
+    hub.requests.clear()
+    assert run(num_files=2) == second and hub.requests == []
     assert "already has 3 training files" in capsys.readouterr().out
     second.train_files[1].unlink()
     assert run(num_files=3).fingerprint == second.fingerprint
-    assert hub.fetched == [("shard_00001.parquet", "a" * 40)]
+    assert [len(hub.gets(f"shard_0000{number}.parquet")) for number in range(4)] == [0, 1, 0, 0]
 
 
-def test_hub_failure_leaves_no_manifest_and_the_rerun_goes_on(run: Run, hub: FakeHub) -> None:
-    """Upstream exits 0 after failed downloads, and the next stage trains on what happens to be there."""
-    hub.failures["shard_00001.parquet"] = 99
-    with pytest.raises(UserError, match=r"cannot get shard_00001.parquet .*ConnectionError: the line is dead\)"):
+def test_hub_failure_leaves_no_manifest_and_the_rerun_goes_on(run: Run, hub: Hub) -> None:
+    """After failed downloads that ended with 0, the next stage trained on what happened to be there."""
+    hub.faults["shard_00001.parquet"] = [Fault(status=500)] * 4
+    with pytest.raises(UserError, match=r"cannot get shard_00001.parquet .*500.*run the same command to go on"):
         run(num_files=3, workers=1)
     with pytest.raises(UserError, match="no corpus"):
         load_corpus()
-    hub.failures.clear()
+    hub.requests.clear()
     assert len(run(num_files=3).train_files) == 3
+    assert hub.gets("shard_00000.parquet") == [], "what was there is not fetched again"
 
 
-def test_hub_retries_dead_lines_and_damaged_files(run: Run, hub: FakeHub) -> None:
-    hub.failures["shard_00000.parquet"] = 1
-    hub.truncations["shard_00001.parquet"] = 2
+def test_hub_retries_cut_lines_and_damaged_files(run: Run, hub: Hub) -> None:
+    hub.faults["shard_00000.parquet"] = [Fault(cut=0)]
+    hub.faults["shard_00001.parquet"] = [Fault(content=b"not what was published"), Fault(cut=100)]
     corpus = run(num_files=2)
-    assert Counter(file for file, _ in hub.fetched) == {
-        "shard_00000.parquet": 2,
-        "shard_00001.parquet": 3,
-        "shard_06542.parquet": 1,
-    }
+    assert hub.gets("shard_00001.parquet") == [None, None, "bytes=100-"]
     assert len(texts_of(corpus.train_files)) == 40
 
 
-def test_hub_client_is_asked_for_the_pinned_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, Any] = {}
-
-    def hf_hub_download(repo_id: str, filename: str, **options: Any) -> str:
-        asked.update(options, repo_id=repo_id, filename=filename)
-        return "unused"
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
-    dataset.download("owner/repository", "a" * 40, tmp_path, "shard_00000.parquet", again=False)
-    assert asked["repo_id"] == "owner/repository" and asked["filename"] == "shard_00000.parquet"
-    assert asked["repo_type"] == "dataset" and asked["revision"] == "a" * 40 and asked["local_dir"] == tmp_path
+def test_hub_file_that_is_published_damaged_is_one_line(run: Run, hub: Hub) -> None:
+    hub.files["karpathy/climbmix-400b-shuffle"]["shard_00001.parquet"] = b"PAR1 and no more"
+    with pytest.raises(UserError, match=r"shard_00001.parquet"):
+        run(num_files=2)
+    del hub.files["karpathy/climbmix-400b-shuffle"]["shard_00001.parquet"]
+    with pytest.raises(UserError, match=r"has no shard_00001.parquet \(1 missing\)"):
+        run(num_files=2)
+    with pytest.raises(UserError, match="no corpus"):
+        load_corpus()
 
 
 # -----------------------------------------------------------------------------
