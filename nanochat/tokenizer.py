@@ -33,7 +33,8 @@ SPECIAL_TOKENS = (
     "<|output_end|>",
 )
 MAX_VOCAB_SIZE = 1 << 24  # a hundred times the largest that anybody uses
-MAX_TOKEN_BYTES = 1 << 24  # a file of 40 merges can name a token of a terabyte
+MAX_TOKEN_BYTES = 1 << 24  # a file of 40 merges can name a token of a terabyte,
+MAX_VOCAB_BYTES = 1 << 26  # and one of 700 a vocabulary of many gigabytes; 65,536 tokens of web text have under 1 MB
 BATCH_CHARS = 1 << 22  # plain strings are handed to Rust in lots of this size
 
 Progress = Callable[[str, int], None]
@@ -232,12 +233,16 @@ def get_tokenizer() -> Tokenizer:
 def expand_merges(merges: np.ndarray) -> list[bytes]:
     """The bytes of the 256 byte tokens and of one token per merge. Raises ValueError for a merge of later tokens."""
     tokens = [bytes([value]) for value in range(256)]
+    total = 256
     for left, right in merges.tolist():
         number = len(tokens)
         if left >= number or right >= number:
             raise ValueError(f"merge {number - 256} joins {left} and {right}, but only 0 to {number - 1} exist by then")
         if len(tokens[left]) + len(tokens[right]) > MAX_TOKEN_BYTES:
             raise ValueError(f"merge {number - 256} makes a token of more than {MAX_TOKEN_BYTES:,} bytes")
+        total += len(tokens[left]) + len(tokens[right])
+        if total > MAX_VOCAB_BYTES:
+            raise ValueError(f"the tokens up to merge {number - 256} have more than {MAX_VOCAB_BYTES:,} bytes")
         tokens.append(tokens[left] + tokens[right])
     return tokens
 

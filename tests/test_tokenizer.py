@@ -129,6 +129,10 @@ def set_to(key: str, value: object) -> Any:
         (set_to("merges", [[97, 256]]), "merge 0 joins 97 and 256, but only 0 to 255 exist by then"),
         (set_to("merges", [[97, 98], [97, 98]]), "tokens 256 and 257 have the same bytes"),
         (set_to("merges", [[97, 97]] + [[255 + i] * 2 for i in range(1, 40)]), "merge 24 makes a token of more than"),
+        (
+            set_to("merges", [[0, 0]] + [[255 + i] * 2 for i in range(1, 22)] + [[277, i] for i in range(256)]),
+            "the tokens up to merge 35 have more than 67,108,864 bytes",
+        ),
         (set_to("special_tokens", ["<|bos|>", "<|bos|>"]), "special_tokens are not distinct names with <|bos|> among"),
         (set_to("special_tokens", ["<|eos|>"]), "special_tokens are not distinct names with <|bos|> among"),
         (set_to("token_bytes", [1, 2, 3]), "token_bytes are not the lengths of the tokens"),
