@@ -3,7 +3,7 @@ Documents or conversations in, training batches out: one global stream, the same
 
 A numbered pipeline of generators, each resumable from what it yields:
 
-    1. read      consecutive documents, about 4 MB at a time (a block)            dataset.read_blocks
+    1. read      consecutive documents, about 4 MB at a time (a block)            shards.read_blocks
     2. tokenise  the whole block in one call, on the fly: there is no token cache  tokenizer.encode_arrow
     3. pack      the block into rows of T + 1 tokens, in an order shuffled by seed  pack_bos or pack_flat
     4. deal      rows to batches: a batch is B rows for each rank, a rank takes its own
@@ -12,15 +12,16 @@ Conversations go the same way, 2,048 to a block, rendered with their loss mask a
 
 Promises: N ranks see together exactly what one rank sees; `Position` resumes any number of ranks at any batch; every
 token of every document is trained on once per epoch (a row cut short at the end of a block is carried into the next);
-too little text is an error. Costs: every rank tokenises everything. Attention is not masked between the documents of a
-row (measured as neutral by nanochat).
+too little text is an error, and so is a shard that is not the one its manifest names (`hashes`), before any of it is
+tokenised. Costs: every rank tokenises everything. Attention is not masked between the documents of a row (measured as
+neutral by nanochat).
 """
 
 import queue
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +32,7 @@ from torch import Tensor
 from nanochat.common import UserError
 from nanochat.compute import Compute
 from nanochat.conversation import Conversations, Rendered, render_conversations
-from nanochat.dataset import DocumentIndex, read_blocks
+from nanochat.shards import ELSEWHERE, DocumentIndex, read_blocks
 from nanochat.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
@@ -47,7 +48,7 @@ class Position:
     """
 
     epoch: int = 0
-    shard: int = 0  # first document of the current block, as in dataset.DocumentIndex
+    shard: int = 0  # first document of the current block, as in shards.DocumentIndex
     row_group: int = 0
     row: int = 0
     rows_used: int = 0  # rows of the current block already dealt out
@@ -60,8 +61,9 @@ class Position:
         return asdict(self)
 
     @staticmethod
-    def from_json(values: dict[str, Any]) -> "Position":
-        return Position(**{**values, "carry": tuple(values["carry"])})
+    def from_json(values: object) -> "Position":
+        """The position that to_json() gave; UserError for anything else."""
+        return checked_position(Position, values)
 
     @property
     def index(self) -> DocumentIndex:
@@ -74,6 +76,26 @@ class Position:
             f"epoch {self.epoch + 1}, {self.documents:,} documents in finished blocks: {share:.1%} cut into row-sized "
             f"spans, {self.spans_cropped:,} spans cropped to fill a row, 0 tokens excluded"
         )
+
+
+def checked_position(kind: type[AnyPosition], values: object) -> AnyPosition:
+    """A position from JSON; UserError unless it has exactly the fields of its kind, with whole numbers from 0 on."""
+    names = [field.name for field in fields(kind)]
+    if not isinstance(values, dict) or sorted(values) != sorted(names):
+        found = ", ".join(map(str, values)) if isinstance(values, dict) else f"{values!r:.60}"
+        raise UserError(f"a position in the data has {', '.join(names)}, this one: {found}; {ELSEWHERE}")
+    for name, value in values.items():
+        numbers = value if name == "carry" else [value]
+        if not isinstance(numbers, list | tuple) or not all(type(number) is int and number >= 0 for number in numbers):
+            expected = f"expected whole numbers from 0 on; {ELSEWHERE}"
+            raise UserError(f"position in the data: {name} is {value!r:.60}, {expected}")
+    fitting: dict[str, Any] = {name: tuple(value) if name == "carry" else value for name, value in values.items()}
+    return kind(**fitting)
+
+
+def misplaced(position: object, reason: str) -> UserError:
+    """The error for a position that does not fit the data: another checkpoint's, or the data is not what it was."""
+    return UserError(f"{position!r:.160} does not fit the data: {reason}; {ELSEWHERE}")
 
 
 @dataclass
@@ -157,7 +179,13 @@ PACKERS = {"bos": pack_bos, "flat": pack_flat}
 
 
 def packed_blocks(
-    files: Sequence[Path], tokenizer: Tokenizer, sequence_len: int, packing: str, seed: int, start: Position
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    sequence_len: int,
+    packing: str,
+    seed: int,
+    start: Position,
+    hashes: Mapping[Path, str] | None = None,
 ) -> Iterator[tuple[np.ndarray, Position]]:
     """
     Yield (rows (R, T + 1), position of the block's first row), epoch after epoch, forever. The first block is the one
@@ -165,8 +193,9 @@ def packed_blocks(
     """
     position, rows_in_epoch = replace(start, rows_used=0), 1
     bos = tokenizer.get_bos_token_id()
+    check_carry(start, tokenizer, sequence_len, packing)
     while True:
-        for texts, index in read_blocks(files, position.index, BLOCK_BYTES):
+        for texts, index in read_blocks(files, position.index, BLOCK_BYTES, hashes):
             position = replace(position, shard=index.shard, row_group=index.row_group, row=index.row)
             ids, offsets = tokenizer.encode_arrow(texts)
             packed = PACKERS[packing](ids, offsets, position.carry, bos, sequence_len)
@@ -188,6 +217,16 @@ def packed_blocks(
         position, rows_in_epoch = replace(position, epoch=position.epoch + 1, shard=0, row_group=0, row=0), 0
 
 
+def check_carry(start: Position, tokenizer: Tokenizer, sequence_len: int, packing: str) -> None:
+    """Raise UserError for an unfinished row that these settings never leave: its tokens would be lost or exchanged."""
+    if len(start.carry) > sequence_len:
+        raise misplaced(start, f"its unfinished row has {len(start.carry):,} of {sequence_len:,} tokens")
+    if max(start.carry, default=0) >= tokenizer.get_vocab_size():
+        raise misplaced(start, f"token {max(start.carry):,} of {tokenizer.get_vocab_size():,}")
+    if packing == "bos" and start.carry and start.carry[0] != tokenizer.get_bos_token_id():
+        raise misplaced(start, "its unfinished row does not begin with BOS")
+
+
 def deal_rows(
     blocks: Iterator[tuple[np.ndarray, AnyPosition]], start: AnyPosition, rows_per_rank: int, rank: int, world_size: int
 ) -> Iterator[tuple[np.ndarray, AnyPosition]]:
@@ -195,6 +234,8 @@ def deal_rows(
     need = rows_per_rank * world_size
     rows, position = next(blocks)
     used = start.rows_used
+    if used > len(rows):
+        raise misplaced(start, f"row {used:,} of a block of {len(rows):,}")
     while True:
         parts, missing = [], need
         while missing:
@@ -217,15 +258,17 @@ def training_stream(
     packing: str = "bos",
     seed: int = 42,
     start: Position | None = None,
+    hashes: Mapping[Path, str] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Position]]:
     """
     Yield (inputs (B, T), targets (B, T), position after them) forever, int64 on compute.device, from `start` or the
-    beginning. A thread reads, tokenises and packs ahead, so that a training step never waits for text.
+    beginning. A thread reads, tokenises and packs ahead, so that a training step never waits for text. `hashes`
+    (Corpus.hashes) has the sha256 of every file, checked there as it is opened.
     """
     if packing not in PACKERS:
         raise UserError(f"--packing={packing}: expected {' or '.join(PACKERS)}")
     start = start or Position()
-    blocks = packed_blocks(files, tokenizer, sequence_len, packing, seed, start)
+    blocks = packed_blocks(files, tokenizer, sequence_len, packing, seed, start, hashes)
     batches = prefetch(deal_rows(blocks, start, rows_per_rank, compute.rank, compute.world_size), depth=4)
     for rows, position in batches:
         tokens = to_device(rows, compute)
@@ -263,8 +306,9 @@ class ChatPosition:
         return asdict(self)
 
     @staticmethod
-    def from_json(values: dict[str, Any]) -> "ChatPosition":
-        return ChatPosition(**values)
+    def from_json(values: object) -> "ChatPosition":
+        """The position that to_json() gave; UserError for anything else."""
+        return checked_position(ChatPosition, values)
 
     def describe(self) -> str:
         """One line on how conversations were cut, for the log and the report."""
@@ -316,8 +360,11 @@ def chat_blocks(
 ) -> Iterator[tuple[np.ndarray, ChatPosition]]:
     """
     Yield (rows (R, 2, T + 1), position of the block's first row), epoch after epoch, forever or for some epochs. The
-    first block is the one that `start` stands in, whole. Raises UserError when a whole epoch gives no row.
+    first block is the one that `start` stands in, whole. Raises UserError when a whole epoch gives no row, or `start`
+    is not the beginning of a block.
     """
+    if start.conversation and (start.conversation >= len(conversations) or start.conversation % CHAT_BLOCK):
+        raise misplaced(start, f"no block of {CHAT_BLOCK:,} of the {len(conversations):,} conversations begins there")
     position, rows_in_epoch = replace(start, rows_used=0), 1
     while epochs is None or position.epoch < epochs:
         for first in range(position.conversation, len(conversations), CHAT_BLOCK):

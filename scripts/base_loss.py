@@ -40,7 +40,7 @@ def main() -> None:
     record = open_record("base_loss", f"step{meta['step']}", settings)
     for split, files in splits.items():
         result = evaluate_bpb(
-            model, tokenizer, iter_text(files), compute, device_batch_size, max(1, T // 2), split_tokens
+            model, tokenizer, iter_text(files, text.hashes), compute, device_batch_size, max(1, T // 2), split_tokens
         )
         record.write("bpb", split=split, bpb=result.bpb, bytes=result.bytes, tokens=result.tokens)
         print0(
@@ -48,11 +48,11 @@ def main() -> None:
             f"(windows of {T}, stride {max(1, T // 2)})"
         )
     if baselines and compute.is_master:
-        measured = {"byte_unigram": byte_unigram_bpb(iter_text(text.val_files))}
+        measured = {"byte_unigram": byte_unigram_bpb(iter_text(text.val_files, text.hashes))}
         print0(f"to beat: byte frequencies {measured['byte_unigram']:.4f}")
         size = sum(entry["text_bytes"] for entry in text.manifest["train"])
         if size <= XZ_WINDOW:
-            measured["xz"] = xz_bpb(iter_text(text.train_files), iter_text(text.val_files))
+            measured["xz"] = xz_bpb(iter_text(text.train_files, text.hashes), iter_text(text.val_files, text.hashes))
             print0(f"to beat: xz -9 of train + val, the part for val {measured['xz']:.4f}")
         else:
             print0(f"xz -9 left out: {size:,} bytes of training text are more than its dictionary of {XZ_WINDOW:,}")

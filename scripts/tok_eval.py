@@ -15,9 +15,11 @@ corpus: str | None = None  # directory name in $NANOCHAT_BASE_DIR/data (None = t
 reference: str | None = None  # folder with the published vocabularies (None = $NANOCHAT_BASE_DIR/tokenizer_reference)
 settings = configure(__name__)
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+
+import pyarrow as pa
 
 import rustbpe
 from nanochat.common import UserError, get_base_dir, open_record, print0, run_main
@@ -73,7 +75,10 @@ def main() -> None:
     tokenizer = get_tokenizer()
     text = load_corpus(corpus)
     samples = {"news": NEWS, "Korean": KOREAN, "code": CODE, "LaTeX": LATEX, "science": SCIENCE}
-    samples |= {"train": first_documents(text.train_files), "val": first_documents(text.val_files)}
+    samples |= {
+        "train": first_documents(iter_text(text.train_files, text.hashes)),
+        "val": first_documents(iter_text(text.val_files, text.hashes)),
+    }
     counters = {"ours": lambda sample: len(tokenizer.encode(sample))} | published()
 
     record = open_record("tok_eval", text.name, settings)
@@ -114,9 +119,9 @@ def count_tokens(encoder: rustbpe.Encoder, sample: str) -> int:
     return len(encoder.encode(sample))
 
 
-def first_documents(files: Sequence[Path], chars: int = 1_000_000) -> str:
-    """The first documents of some files, as one text of at most `chars` characters."""
-    return "\n\n".join(next(iter_text(files)).to_pylist())[:chars]
+def first_documents(texts: Iterator[pa.Array], chars: int = 1_000_000) -> str:
+    """The first documents of a text, as one text of at most `chars` characters."""
+    return "\n\n".join(next(texts).to_pylist())[:chars]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ settings = configure(__name__)
 
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -42,7 +41,8 @@ def main() -> None:
             bar.n = count
             bar.refresh()
 
-        tokenizer = Tokenizer.train(counted(capped(iter_text(text.train_files)), taken), vocab_size, progress=show)
+        documents = counted(capped(iter_text(text.train_files, text.hashes)), taken)
+        tokenizer = Tokenizer.train(documents, vocab_size, progress=show)
     seconds = time.perf_counter() - start
     tokenizer.save(get_base_dir() / "tokenizer")
 
@@ -59,7 +59,7 @@ def main() -> None:
         "std": round(float(lengths.std()), 3),
     }
     print0("bytes of a token: " + ", ".join(f"{name} {value:g}" for name, value in spread.items()))
-    bytes_per_token = compression(tokenizer, text.val_files)
+    bytes_per_token = compression(tokenizer, iter_text(text.val_files, text.hashes))
     print0(f"validation text: {bytes_per_token:.3f} bytes per token")
     print0(f"saved in {get_base_dir() / 'tokenizer'}")
     record.write(
@@ -99,10 +99,10 @@ def counted(texts: Iterable[pa.Array], taken: dict[str, int]) -> Iterator[pa.Arr
         yield documents
 
 
-def compression(tokenizer: Tokenizer, files: Iterable[Path]) -> float:
-    """Bytes per token, all files together."""
+def compression(tokenizer: Tokenizer, texts: Iterable[pa.Array]) -> float:
+    """Bytes per token, all documents together."""
     text_bytes, tokens = 0, 0
-    for documents in iter_text(files):
+    for documents in texts:
         text_bytes += pc.sum(pc.binary_length(documents)).as_py()
         tokens += len(tokenizer.encode_arrow(documents)[0])
     return text_bytes / max(1, tokens)

@@ -1,11 +1,13 @@
 """The stream of conversations: packed whole, cut only where that is counted, resumable, the same on any ranks."""
 
+import json
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanochat import dataloader
@@ -57,24 +59,57 @@ def test_targets_are_what_the_assistant_says():
     assert np.array_equal(targets[: len(rendered.ids)], rendered.ids) and (targets[len(rendered.ids) :] == -1).all()
 
 
-@pytest.mark.parametrize("k", [1, 7, 20, 33, 60])
-def test_a_restart_continues_with_the_very_next_row(k, monkeypatch):
+@pytest.fixture
+def small_blocks(monkeypatch):
     monkeypatch.setattr(dataloader, "CHAT_BLOCK", 16)
-    whole = batches(k + 15)
-    assert whole[-1][2].epoch > 0 or k < 20
-    start = ChatPosition.from_json(whole[k - 1][2].to_json())
-    for (x, y, p), (rx, ry, rp) in zip(whole[k:], batches(15, start=start), strict=True):
+
+
+any_stream = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@any_stream
+@given(k=st.integers(0, 60), n=st.integers(1, 20), all_tokens=st.booleans())
+def test_a_restart_continues_with_the_very_next_row(small_blocks, k, n, all_tokens):
+    """Both masks, over the ends of blocks and of epochs (about 20 batches)."""
+    whole = batches(k + n, all_tokens=all_tokens)
+    assert whole[-1][2].epoch > 0 or k + n < 30
+    start = ChatPosition.from_json(json.loads(json.dumps(whole[k - 1][2].to_json()))) if k else None
+    for (x, y, p), (rx, ry, rp) in zip(whole[k:], batches(n, start=start, all_tokens=all_tokens), strict=True):
         assert torch.equal(x, rx) and torch.equal(y, ry) and p == rp
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_see_together_what_one_rank_sees(world_size, monkeypatch):
-    monkeypatch.setattr(dataloader, "CHAT_BLOCK", 16)
-    per_rank = [batches(20, rank, world_size) for rank in range(world_size)]
-    for step, (inputs, targets, position) in enumerate(batches(20, rows=2 * world_size)):
-        assert torch.equal(torch.cat([per_rank[rank][step][0] for rank in range(world_size)]), inputs)
-        assert torch.equal(torch.cat([per_rank[rank][step][1] for rank in range(world_size)]), targets)
-        assert all(per_rank[rank][step][2] == position for rank in range(world_size))
+@any_stream
+@given(
+    k=st.integers(1, 20), before=st.sampled_from([1, 2, 3, 6]), after=st.sampled_from([1, 2, 3, 6]), mid=st.booleans()
+)
+def test_ranks_may_change_at_any_batch(small_blocks, k, before, after, mid):
+    """Six rows a step, dealt to 1, 2, 3 or 6 ranks: the position is the same, and so are the rows after it."""
+    alone = batches(k + 3, rows=6, all_tokens=mid)
+    stopped = batches(k, before - 1, before, rows=6 // before, all_tokens=mid)[-1][2]
+    assert stopped == alone[k - 1][2]
+    ranks = [batches(3, rank, after, 6 // after, stopped, mid) for rank in range(after)]
+    for step in range(3):
+        for part in range(2):
+            assert torch.equal(torch.cat([ranks[rank][step][part] for rank in range(after)]), alone[k + step][part])
+        assert all(ranks[rank][step][2] == alone[k + step][2] for rank in range(after))
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"conversation": 112}, "no block of 16 of the 100 conversations begins there"),
+        ({"conversation": 17}, "no block of 16 of the 100 conversations begins there"),
+        ({"rows_used": 99}, "row 99 of a block of"),
+    ],
+)
+def test_a_position_that_does_not_fit_is_refused(small_blocks, change, line):
+    """A conversation beyond the last one was a silent jump to the next epoch."""
+    with pytest.raises(UserError, match=f"{line}.*--resume-from-step=N$"):
+        batches(1, start=replace(ChatPosition(), **change))
+    with pytest.raises(UserError, match="tokens_cut is -1"):
+        ChatPosition.from_json(ChatPosition().to_json() | {"tokens_cut": -1})
+    with pytest.raises(UserError, match="a position in the data has epoch, conversation"):
+        ChatPosition.from_json(dataloader.Position().to_json())
 
 
 def test_long_conversations_are_cut_and_counted():

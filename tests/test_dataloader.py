@@ -1,6 +1,9 @@
 """The global stream: nothing lost, nothing twice, the same on any number of ranks, exact after any restart."""
 
+import json
+import threading
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -12,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanochat import dataloader
-from nanochat.common import UserError
+from nanochat.common import UserError, sha256_file
 from nanochat.compute import Compute
 from nanochat.dataloader import Position, deal_rows, pack_bos, pack_flat, packed_blocks, prefetch, training_stream
 from tests.reference.byte_tokenizer import ByteTokenizer
@@ -98,10 +101,14 @@ def files(tmp_path, monkeypatch):
     return paths
 
 
-def batches(files, count, rank=0, world_size=1, rows=2, start=None, packing="bos"):
+def batches(files, count, rank=0, world_size=1, rows=2, start=None, packing="bos", hashes=None):
     compute = Compute(torch.device("cpu"), torch.float32, rank, world_size)
-    stream = training_stream(files, ByteTokenizer(), rows, T, compute, packing, seed=1, start=start)
+    stream = training_stream(files, ByteTokenizer(), rows, T, compute, packing, seed=1, start=start, hashes=hashes)
     return list(islice(stream, count))
+
+
+def through_json(position):
+    return Position.from_json(json.loads(json.dumps(position.to_json())))
 
 
 @pytest.mark.parametrize("packing", ["bos", "flat"])
@@ -111,7 +118,7 @@ def batches(files, count, rank=0, world_size=1, rows=2, start=None, packing="bos
 def test_a_restart_continues_with_the_very_next_row(files, packing, k, n):
     """nanochat forgets its packing buffer and its place in the row group: 1,000 to 2,000 documents per rank."""
     whole = batches(files, k + n, packing=packing)
-    start = Position.from_json(whole[k - 1][2].to_json()) if k else None
+    start = through_json(whole[k - 1][2]) if k else None
     resumed = batches(files, n, start=start, packing=packing)
     for (x, y, p), (rx, ry, rp) in zip(whole[k:], resumed, strict=True):
         assert torch.equal(x, rx) and torch.equal(y, ry) and p == rp
@@ -126,12 +133,72 @@ def test_ranks_see_together_what_one_rank_sees(files, world_size):
         assert all(per_rank[rank][step][2] == alone[step][2] for rank in range(world_size))
 
 
-def test_ranks_may_change_at_any_batch(files):
-    alone = batches(files, 30, rows=6)
-    for rank in range(3):
-        resumed = batches(files, 10, rank, 3, rows=2, start=alone[9][2])
-        for step in range(10):
-            assert torch.equal(resumed[step][0], alone[10 + step][0][2 * rank : 2 * rank + 2])
+@pytest.mark.parametrize("packing", ["bos", "flat"])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(k=st.integers(1, 80), before=st.sampled_from([1, 2, 3, 6]), after=st.sampled_from([1, 2, 3, 6]))
+def test_ranks_may_change_at_any_batch(files, packing, k, before, after):
+    """Six rows a step, dealt to 1, 2, 3 or 6 ranks: the position is the same, and so are the rows after it."""
+    alone = batches(files, k + 5, rows=6, packing=packing)
+    stopped = batches(files, k, before - 1, before, rows=6 // before, packing=packing)[-1][2]
+    assert stopped == alone[k - 1][2]
+    start, rows = through_json(stopped), 6 // after
+    ranks = [batches(files, 5, rank, after, rows, start, packing) for rank in range(after)]
+    for step in range(5):
+        for part in range(2):
+            assert torch.equal(torch.cat([ranks[rank][step][part] for rank in range(after)]), alone[k + step][part])
+        assert all(ranks[rank][step][2] == alone[k + step][2] for rank in range(after))
+
+
+def test_a_damaged_shard_stops_the_stream_before_its_first_token(files):
+    """Also where the run resumes in the middle of that shard; the error comes as it was raised, by name."""
+    hashes = {file: sha256_file(file) for file in files}
+    whole = batches(files, 200, hashes=hashes)
+    assert whole[-1][2].epoch > 0
+    inside = next(position for _, _, position in whole if position.shard == 1 and position.row_group > 0)
+    data = bytearray(files[1].read_bytes())
+    data[len(data) // 3] ^= 1
+    files[1].write_bytes(data)
+    seen = []
+    compute = Compute(torch.device("cpu"), torch.float32, 0, 1)
+    with pytest.raises(UserError, match=f"{files[1]}: changed since"):
+        for _, _, position in training_stream(files, ByteTokenizer(), 2, T, compute, seed=1, hashes=hashes):
+            seen.append(position)
+    assert seen == [position for _, _, position in whole[: len(seen)]] and seen[-1].shard == 0
+    with pytest.raises(UserError, match=f"{files[1]}: changed since"):
+        batches(files, 1, start=inside, hashes=hashes)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"shard": 2}, "beyond the 2 files"),
+        ({"row_group": 5}, "beyond the end of"),
+        ({"row": 9}, "beyond the end of"),
+        ({"rows_used": 1000}, "row 1,000 of a block of"),
+        ({"carry": (256, 300)}, "token 300 of 257"),
+        ({"carry": (97, 98)}, "does not begin with BOS"),
+        ({"carry": (256,) * 9}, "unfinished row has 9 of 8 tokens"),
+    ],
+)
+def test_a_position_that_does_not_fit_is_refused(files, change, line):
+    """rows_used beyond the block span for ever; a carry without BOS was dropped; the others were tracebacks."""
+    with pytest.raises(UserError, match=f"{line}.*--resume-from-step=N$"):
+        batches(files, 1, start=replace(Position(), **change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"epoch": -1}, {"row": 1.0}, {"shard": True}, {"shard": None}, {"carry": 5}, {"carry": ["a"]}, {"new": 1}],
+)
+def test_a_position_is_checked_when_it_is_read(change):
+    with pytest.raises(UserError, match=r"position in the data.*--resume-from-step=N$"):
+        Position.from_json(Position().to_json() | change)
+
+
+@pytest.mark.parametrize("values", [None, [], "x", {}, {"epoch": 0, "conversation": 0}])
+def test_what_is_no_position_is_refused(values):
+    with pytest.raises(UserError, match=r"^a position in the data has epoch, shard.*--resume-from-step=N$"):
+        Position.from_json(values)
 
 
 @pytest.mark.parametrize("packing", ["bos", "flat"])
@@ -191,10 +258,21 @@ def test_prefetch_hands_over_errors_and_lets_go_of_its_thread():
     assert [next(items) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match="damaged"):
         next(items)
+    assert list(items) == []  # raised once
     endless = prefetch(iter(int, 1), depth=2)
     next(endless)
     endless.close()  # joins the thread: a stuck one would hang the test
     assert list(prefetch(iter([1, 2]), depth=1)) == [1, 2]
+
+
+def test_a_stream_that_is_closed_leaves_no_thread(files):
+    """Runs that build a second stream, such as a timed trial before training, kept the first one's thread."""
+    compute = Compute(torch.device("cpu"), torch.float32, 0, 1)
+    stream = training_stream(files, ByteTokenizer(), 2, T, compute)
+    next(stream)
+    assert any(thread.name == "prefetch" for thread in threading.enumerate())
+    stream.close()
+    assert not any(thread.name == "prefetch" for thread in threading.enumerate())
 
 
 def test_dealing_rows_crosses_blocks():
