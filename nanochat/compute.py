@@ -5,19 +5,27 @@ Nothing is probed on import. Without torchrun there is one rank and a collective
 RCCL. On CPU every run is deterministic: same machine type, same versions, same thread count, same bits.
 """
 
+import contextlib
 import ctypes
-import datetime
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nanochat import peers
 from nanochat.common import UserError, print0
+
+# All ranks must have started within this time; the slowest imports from a cold network disk.
+MEETING_TIMEOUT = timedelta(minutes=10)
+# How long a collective waits for a rank that lives. Dead ranks are noticed by peers.py in seconds, so this is only for
+# one that hangs, and must be longer than anything one rank does alone: a download, a compilation, an evaluation.
+COLLECTIVE_TIMEOUT = timedelta(minutes=60)
 
 DEVICE_TYPES = ("cuda", "mps", "xpu", "cpu")  # ROCm builds of torch call their devices cuda
 
@@ -52,12 +60,18 @@ class Compute:
         if self.world_size == 1:
             return values
         total = values.to(self.device, copy=True)
-        dist.all_reduce(total)
-        return total.to(values.device)
+        with collective():
+            dist.all_reduce(total)
+            return total.to(values.device)
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on one rank or more; the same answer on every rank."""
+        return bool(self.sum(torch.tensor(flag, dtype=torch.int32)).item())
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            dist.barrier()
+            with collective():
+                dist.barrier()
 
 
 def autodetect_device_type() -> str:
@@ -135,19 +149,58 @@ def open_device(device_type: str, local_rank: int) -> torch.device:
 def join_ranks(device: torch.device) -> None:
     if device.type not in ("cuda", "cpu"):
         raise UserError(f"several ranks need cuda or cpu devices, not {device.type}; start without torchrun")
+    store, rank, world_size = meet()
     backend = "nccl" if device.type == "cuda" else "gloo"
     device_id = device if device.type == "cuda" else None
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10), device_id=device_id)
+    store = dist.PrefixStore("default_pg", store)
+    with collective():
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT, device_id=device_id
+        )
     if (
         device.type == "cpu"
     ):  # ranks share the cores; torchrun sets 1 thread, which is right from as many ranks as cores on
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
+def meet() -> tuple[dist.Store, int, int]:
+    """
+    Wait for all ranks at MASTER_ADDR:MASTER_PORT, and watch them from then on. Returns their store, this rank and the
+    number of ranks; raises UserError when some did not come.
+    """
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} needs {' and '.join(missing)} too; torchrun sets them")
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=MEETING_TIMEOUT))
+        peers.watch(rank, world_size, address, store)
+    except dist.DistError as error:
+        raise UserError(
+            f"{os.environ['WORLD_SIZE']} ranks did not meet at MASTER_ADDR={address} MASTER_PORT={port} within "
+            f"{MEETING_TIMEOUT.total_seconds():.0f} s ({str(error).splitlines()[0]}); start all of them with the same"
+        ) from None
+    return store, rank, world_size
+
+
+@contextlib.contextmanager
+def collective() -> Iterator[None]:
+    """
+    Around every collective: one that fails because a rank died ends this process from another thread, with one line in
+    all instead of a traceback on each rank. Any other failure passes through as it is.
+    """
+    try:
+        yield
+    except RuntimeError:
+        peers.await_verdict()
+        raise
+
+
 def compute_cleanup() -> None:
-    """Leave the other ranks; safe to call without any."""
+    """Leave the other ranks; safe to call without any. A rank that ends without it is missed: peers.py ends the run."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    peers.stop()
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -209,6 +262,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 # -----------------------------------------------------------------------------
 # Collectives of the optimizers. Rank r owns rows [r * n, (r + 1) * n) of a tensor with world_size * n rows.
+# torch 2.13 renames its two functions and warns about the old names, on every rank.
 
 
 def ranks() -> tuple[int, int]:
@@ -222,7 +276,9 @@ def reduce_scatter(rows: Tensor) -> Tensor:
     if world_size == 1:
         return rows
     own = torch.empty((rows.size(0) // world_size, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
-    dist.reduce_scatter_tensor(own, rows.contiguous())
+    with collective():
+        reduce_scatter_rows = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        reduce_scatter_rows(own, rows.contiguous())
     return own
 
 
@@ -232,5 +288,7 @@ def all_gather(own: Tensor) -> Tensor:
     if world_size == 1:
         return own
     rows = torch.empty((own.size(0) * world_size, *own.shape[1:]), dtype=own.dtype, device=own.device)
-    dist.all_gather_into_tensor(rows, own.contiguous())
+    with collective():
+        all_gather_rows = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        all_gather_rows(rows, own.contiguous())
     return rows
