@@ -97,6 +97,12 @@ class AdamW(torch.optim.Optimizer):
         self.zero_grad(set_to_none=True)
         return squares
 
+    def own_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, this rank's slice of the reduced gradient), between reduce_gradients() and step()."""
+        for part in (part for group in self.slices for part in group):
+            if part.grad is not None:
+                yield part.name, part.grad
+
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # no closure: the gradients are already reduced
         """Update from the reduced gradients; every rank ends with the same parameters."""

@@ -8,31 +8,44 @@ Checkpoints: one directory per step that exists whole or not at all.
         meta.json            written last: sizes and sha256 of the other three, model config, settings, position,
                              loop state, versions
 
-A save is written beside its place and renamed into it. Loading verifies sizes always and sha256 unless told not to.
-Not covered: two runs that save under the same tag at the same time.
+A save is written beside its place and renamed into it, every byte flushed to the disk first. meta.json is sealed with
+its own sha256, so one wrong bit in any of the four files is found, and the newest checkpoint that is whole is the one
+that a run continues from. Nothing damaged is deleted: it is moved aside. One run at a time writes under a tag.
 """
 
+import base64
+import errno
 import json
 import os
 import re
 import shutil
+import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nanochat.adamw import AdamW
-from nanochat.common import UserError, fsync_dir, get_base_dir, print0, provenance, sha256_file, write_atomic
+from nanochat.common import (
+    NotFinite,
+    UserError,
+    fsync_dir,
+    get_base_dir,
+    print0,
+    provenance,
+    read_sealed,
+    seal,
+    sha256_file,
+    write_atomic,
+)
 from nanochat.compute import Compute
 from nanochat.gpt import GPT, GPTConfig, build_model
 from nanochat.muon import Muon
+from nanochat.tensors import check_tensors, open_tensors, read_header, save_tensors
 from nanochat.tokenizer import Tokenizer
 
 # Stage as the user says it -> directory, and the script that makes it.
@@ -42,7 +55,9 @@ STAGES = {
     "sft": ("chatsft_checkpoints", "scripts.chat_sft"),
     "rl": ("chatrl_checkpoints", "scripts.chat_rl"),
 }
-FORMAT = 1
+FORMAT = 2  # 2: meta.json is sealed
+ASIDE = re.compile(r"-before-\d{8}-\d{6}$")  # how set_aside() names what it moves
+BEST = "best.json"
 
 
 @dataclass(frozen=True)
@@ -70,27 +85,12 @@ class Checkpoint:
         """The name, and what tells its weights from those of another run under the same name."""
         return f"{self.name} sha256 {self.meta['files']['model.safetensors']['sha256'][:12]}"
 
-    def read_model_state(self) -> dict[str, Tensor]:
-        with self.open("model.safetensors") as tensors:
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118  # not a dict
-
-    @contextmanager
-    def open(self, name: str) -> Iterator[Any]:
-        """A safetensors file for reading single tensors. Raises UserError where it is not one."""
-        try:
-            with safe_open(self.path / name, framework="pt") as tensors:
-                yield tensors
-        except SafetensorError as error:
-            raise UserError(
-                f"{self.path / name} is damaged ({error}); delete {self.path} and resume from an earlier step"
-            ) from None
-
     def verify(self) -> None:
         """Compare sha256 of all files; raises UserError naming the first that differs."""
         for name, entry in self.meta["files"].items():
             if sha256_file(self.path / name) != entry["sha256"]:
                 raise UserError(
-                    f"{self.path / name} is damaged (sha256 differs); delete {self.path}, resume from an earlier step"
+                    f"{self.path / name} is damaged (sha256 differs); use another step: {other_steps(self.path)}"
                 )
 
 
@@ -114,16 +114,16 @@ def find_tag(source: str, model_tag: str | None) -> str:
     """The tag as given, or the one saved last. Raises UserError naming the command that makes one."""
     folder, script = STAGES[source]
     root = get_base_dir() / folder
-    if model_tag is not None:
-        if saved_steps(checkpoints_dir(source, model_tag)):
-            return model_tag
-        tags = [path.name for path in sorted(root.glob("*")) if saved_steps(path)]
-        hint = f"there is {', '.join(tags)}" if tags else f"make one with: python -m {script}"
-        raise UserError(f"no {source} checkpoint {model_tag} in {root}; {hint}")
-    newest = max(root.glob("*/step_*/meta.json"), key=lambda path: path.stat().st_mtime, default=None)
-    if newest is None:
+    tags = [path for path in sorted(root.glob("*")) if saved_steps(path) and not ASIDE.search(path.name)]
+    if not tags:
         raise UserError(f"no {source} checkpoint in {root}; make one with: python -m {script}")
-    return newest.parent.parent.name
+    if model_tag is None:
+        return max(tags, key=lambda tag: max(path.stat().st_mtime for path in tag.glob("step_*/meta.json"))).name
+    if not saved_steps(checkpoints_dir(source, model_tag)):
+        raise UserError(
+            f"no {source} checkpoint {model_tag} in {root}; there is {', '.join(path.name for path in tags)}"
+        )
+    return model_tag
 
 
 def find_checkpoint(source: str, model_tag: str | None = None, step: int | None = None) -> Checkpoint:
@@ -135,17 +135,21 @@ def find_checkpoint(source: str, model_tag: str | None = None, step: int | None 
     steps = saved_steps(directory)
     if step is not None and step not in steps:
         raise UserError(f"no step {step} in {directory}; there is {', '.join(map(str, steps))}")
-    return open_checkpoint(directory / f"step_{steps[-1] if step is None else step:06d}")
+    return open_checkpoint(step_dir(directory, steps[-1] if step is None else step))
+
+
+def step_dir(directory: Path, step: int) -> Path:
+    return directory / f"step_{step:06d}"
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Read meta.json and check the files' sizes."""
+    """Read meta.json and check the files' sizes; their bytes are checked by Checkpoint.verify()."""
     try:
-        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        meta = read_sealed(path / "meta.json")
         sizes = {name: entry["bytes"] for name, entry in meta["files"].items()}
         version = meta["format"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}/meta.json cannot be read ({error}); delete {path} and use an earlier step") from None
+        raise UserError(f"{path}/meta.json is damaged ({error}); use another step: {other_steps(path)}") from None
     if version != FORMAT:
         raise UserError(f"{path} has checkpoint format {version}, this version reads {FORMAT}")
     for name, size in sizes.items():
@@ -153,8 +157,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
         found = file.stat().st_size if file.is_file() else None
         if found != size:
             state = "missing" if found is None else f"{found:,} bytes, not {size:,}"
-            raise UserError(f"{file} is damaged ({state}); delete {path} and use an earlier step")
+            raise UserError(f"{file} is damaged ({state}); use another step: {other_steps(path)}")
     return Checkpoint(path, meta)
+
+
+def other_steps(path: Path) -> str:
+    """What a user whose checkpoint is damaged may load instead."""
+    others = [step for step in saved_steps(path.parent) if step_dir(path.parent, step) != path]
+    return " or ".join(f"--step={step}" for step in others[-3:]) or "there is none"
 
 
 def find_resume(
@@ -167,32 +177,97 @@ def find_resume(
     compute: Compute,
 ) -> Checkpoint | None:
     """
-    The checkpoint that a run asked to continue, verified, or None for a run from the start. Raises UserError where it
-    differs in anything of `identity`, and for a run from the start over existing checkpoints without `fresh`, which
-    sets them aside.
+    The checkpoint that a run asked to continue, verified, or None for a run from the start. Without a step it is the
+    newest one that is whole; damaged ones after it are named and moved aside. Takes the tag for this process, and
+    sweeps up what a killed save has left.
+
+    Raises UserError where the checkpoint differs in anything of `identity`, where no step is whole, where another
+    process is writing under the tag, and for a run from the start over existing checkpoints without `fresh`, which sets
+    them aside. Collective: rank 0 looks, the others take its word.
     """
+    if fresh and (resume or resume_from_step is not None):
+        raise UserError("--fresh and --resume exclude each other; drop one", everywhere=True)
     directory = checkpoints_dir(source, model_tag)
+    on_master(compute, lambda: take_directory(directory))
     steps = saved_steps(directory)
     if not resume and resume_from_step is None:
         if steps and not fresh:
             raise UserError(
                 f"{directory} already has step {steps[-1]}: continue with --resume, start over with --fresh, or choose "
-                "another --model-tag"
+                "another --model-tag",
+                everywhere=True,
             )
         set_aside(directory, steps, compute)
         return None
-    if fresh:
-        raise UserError("--fresh and --resume exclude each other; drop one")
-    checkpoint = find_checkpoint(source, model_tag, resume_from_step)
-    checkpoint.verify()
+    find_tag(source, model_tag)
+    if resume_from_step is not None and resume_from_step not in steps:
+        there = ", ".join(map(str, steps))
+        raise UserError(f"no step {resume_from_step} in {directory}; there is {there}", everywhere=True)
+    candidates = steps[::-1] if resume_from_step is None else [resume_from_step]
+    step = on_master(compute, lambda: newest_whole(directory, candidates))
+    checkpoint = open_checkpoint(step_dir(directory, step))
     for name, value in identity.items():
         if checkpoint.meta.get(name) != value:
             raise UserError(
                 f"{checkpoint.path} was made with {name} = {checkpoint.meta.get(name)}, this run has {value}; "
-                "give the same settings, or start over with --fresh"
+                "give the same settings, or start over with --fresh",
+                everywhere=True,
             )
-    set_aside(directory, [step for step in steps if step > checkpoint.step], compute)
+    set_aside(directory, [later for later in steps if later > step], compute)
     return checkpoint
+
+
+def on_master(compute: Compute, work: Callable[[], int | None]) -> int:
+    """
+    Do what only rank 0 may do, and give its number to every rank. A UserError of it ends all of them, told once.
+    """
+    result, error = 0, None
+    if compute.is_master:
+        try:
+            result = work() or 0
+        except UserError as problem:
+            error = problem
+            error.everywhere = True
+    if compute.any(error is not None):
+        raise error or UserError("rank 0 said why", everywhere=True)
+    return int(compute.sum(torch.tensor(result, dtype=torch.float64)))
+
+
+def newest_whole(directory: Path, candidates: Sequence[int]) -> int:
+    """The first of the steps that verifies; says what is wrong with those passed over. UserError where none does."""
+    for step in candidates:
+        try:
+            open_checkpoint(step_dir(directory, step)).verify()
+            return step
+        except UserError as error:
+            print0(f"warning: {error}")
+    raise UserError(f"no checkpoint in {directory} is whole; start over with --fresh")
+
+
+TAKEN: dict[Path, int] = {}  # directories this process has a lock on; the end of the process gives them back
+
+
+def take_directory(directory: Path) -> None:
+    """
+    Make this process the only one that writes there, and sweep up what killed ones have left. Raises UserError where
+    another one lives. Not held on Windows, nor on file systems without locks.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    if directory not in TAKEN and sys.platform != "win32":
+        import fcntl
+
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another run is writing to {directory}; wait for it, or choose another --model-tag"
+            ) from None
+        except OSError as error:
+            print0(f"warning: {directory} cannot be locked ({error.strerror}); start one run at a time with this tag")
+        TAKEN[directory] = handle
+    for stray in directory.glob(".step_*.tmp"):
+        shutil.rmtree(stray)
 
 
 def set_aside(directory: Path, steps: list[int], compute: Compute) -> None:
@@ -202,9 +277,9 @@ def set_aside(directory: Path, steps: list[int], compute: Compute) -> None:
     """
     if steps and compute.is_master:
         aside = directory.with_name(f"{directory.name}-before-{time.strftime('%Y%m%d-%H%M%S')}")
-        aside.mkdir()
+        aside.mkdir(exist_ok=True)
         for step in steps:
-            os.replace(directory / f"step_{step:06d}", aside / f"step_{step:06d}")
+            os.replace(step_dir(directory, step), step_dir(aside, step))
         print0(
             f"set aside: checkpoint{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps))} of {directory.name} "
             f"moved to {aside}"
@@ -225,22 +300,35 @@ def save_checkpoint(
     tokenizer: Tokenizer,
     meta: dict[str, Any],
     compute: Compute,
+    keep_last: int = -1,
 ) -> Path:
     """
-    Write a checkpoint and return its directory. Collective: every rank calls it, rank 0 writes. A verified checkpoint
-    already in the place is kept as it is. Raises UserError when the disk is too small, before anything is written.
+    Write a checkpoint, say so, and return its directory; then, unless keep_last is -1, delete all but the last
+    keep_last steps and the best one. Collective: every rank calls it, rank 0 writes. A verified checkpoint already in
+    the place is kept as it is.
+
+    Raises UserError when the disk is too small, NotFinite when weights or optimizer state are not: the checkpoints that
+    were there stay as they are.
     """
-    path = checkpoints_dir(source, model_tag) / f"step_{step:06d}"
+    started = time.perf_counter()
+    path = step_dir(checkpoints_dir(source, model_tag), step)
     optim_state = {}
     for optimizer in optimizers:
         for name, tensor in optimizer.full_state():
             if compute.is_master:  # the others only take part in gathering
                 optim_state[name] = tensor.detach().cpu().clone()
-    if compute.is_master and not is_verified(path):
-        model_state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        check_space(path.parent, [model_state, optim_state])
-        write_step_directory(path, model_state, optim_state, tokenizer, {"step": step, **meta})
-    compute.barrier()
+
+    def write() -> None:
+        if not is_verified(path):
+            model_state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+            check_finite(step, model_state, optim_state)
+            write_step_directory(path, model_state, optim_state, tokenizer, {"step": step, **meta, "rng": rng_state()})
+            size = sum(tensor.nbytes for state in (model_state, optim_state) for tensor in state.values())
+            print0(f"saved {path} ({size / 1e6:,.1f} MB in {time.perf_counter() - started:.2f} s)")
+        if keep_last > 0:
+            delete_old(path.parent, keep_last)
+
+    on_master(compute, write)
     return path
 
 
@@ -252,14 +340,11 @@ def is_verified(path: Path) -> bool:
         return False
 
 
-def check_space(directory: Path, states: list[dict[str, Tensor]]) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    need = sum(tensor.nbytes for state in states for tensor in state.values()) + 2**20
-    free = shutil.disk_usage(directory).free
-    if free < need:
-        raise UserError(
-            f"a checkpoint needs {need:,} bytes and {directory} has {free:,} free; make room or set NANOCHAT_BASE_DIR"
-        )
+def check_finite(step: int, *states: dict[str, Tensor]) -> None:
+    """A checkpoint that cannot be trained on must not become the newest one."""
+    for name, tensor in ((name, tensor) for state in states for name, tensor in state.items()):
+        if not tensor.isfinite().all():
+            raise NotFinite(f"{name} has values that are not finite: step {step} is not saved, earlier ones stay")
 
 
 def write_step_directory(
@@ -269,12 +354,16 @@ def write_step_directory(
     tokenizer: Tokenizer,
     meta: dict[str, Any],
 ) -> None:
+    """Write the four files beside `path`, flush them to the disk, and rename the whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    need = sum(tensor.nbytes for state in (model_state, optim_state) for tensor in state.values()) + 2**20
     try:
-        save_file(model_state, temporary / "model.safetensors")
-        save_file(optim_state, temporary / "optim.safetensors")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(path.parent).free < need:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        temporary.mkdir()
+        save_tensors(temporary / "model.safetensors", model_state)
+        save_tensors(temporary / "optim.safetensors", optim_state)
         tokenizer.save(temporary)
         files = {}
         for file in sorted(temporary.iterdir()):
@@ -282,12 +371,73 @@ def write_step_directory(
                 os.fsync(handle.fileno())
             files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
         meta = {"format": FORMAT, **meta, "files": files, "provenance": provenance()}
-        write_atomic(temporary / "meta.json", json.dumps(meta, indent=1))
-        shutil.rmtree(path, ignore_errors=True)  # only reached when what stands there is damaged
+        write_atomic(temporary / "meta.json", seal(json.dumps(meta, indent=1)))
+        if path.exists():  # only reached when what stands there is damaged
+            os.replace(path, path.with_name(f"{path.name}-damaged-{time.strftime('%Y%m%d-%H%M%S')}"))
         os.replace(temporary, path)
         fsync_dir(path.parent)
+    except (OSError, UserError) as error:  # save_tensors raises UserError
+        why, free = getattr(error, "strerror", None) or error, shutil.disk_usage(path.parent).free
+        raise UserError(
+            f"step {path.name[5:]} could not be saved ({why}): a checkpoint needs {need:,} bytes and {path.parent} has "
+            f"{free:,} free; make room (--keep-last=2 keeps it), then go on with --resume"
+        ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def delete_old(directory: Path, keep_last: int) -> None:
+    """Delete all steps but the last ones and the best one. The newest was verified as it was written."""
+    best = read_best(directory)
+    for step in saved_steps(directory)[:-keep_last]:
+        if best is None or step != best[0]:
+            doomed = directory / f".step_{step:06d}.{os.getpid()}.tmp"  # gone at once, also when killed half way
+            os.replace(step_dir(directory, step), doomed)
+            shutil.rmtree(doomed)
+
+
+def is_best(source: str, model_tag: str, value: float) -> bool:
+    """Whether a validation is better, that is lower, than that of the step marked as best."""
+    best = read_best(checkpoints_dir(source, model_tag))
+    return best is None or value < best[1]
+
+
+def mark_best(source: str, model_tag: str, step: int, value: float, compute: Compute) -> None:
+    """Remember a saved step as the one with the best validation; keep_last spares it."""
+    if compute.is_master:
+        content = seal(json.dumps({"step": step, "value": value}))
+        write_atomic(checkpoints_dir(source, model_tag) / BEST, content)
+
+
+def read_best(directory: Path) -> tuple[int, float] | None:
+    """(step, value) of the step marked as best; None where there is none, or it is no longer there."""
+    try:
+        content = read_sealed(directory / BEST)
+    except (OSError, ValueError):
+        return None
+    step = int(content["step"])
+    return (step, float(content["value"])) if step in saved_steps(directory) else None
+
+
+def rng_state() -> dict[str, str]:
+    """
+    torch's default generators. No stage draws from them (all randomness comes from the seed and a step's number), but
+    an experiment that adds dropout does. The same on every rank, so rank 0's stand for all.
+    """
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {device: base64.b64encode(state.numpy().tobytes()).decode() for device, state in states.items()}
+
+
+def restore_rng(states: dict[str, str]) -> None:
+    """Take over the generators of a checkpoint, as far as this machine has them."""
+    for device, text in states.items():
+        state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+        if device == "cpu":
+            torch.set_rng_state(state)
+        elif torch.cuda.is_available():
+            torch.cuda.set_rng_state(state)
 
 
 # -----------------------------------------------------------------------------
@@ -295,20 +445,32 @@ def write_step_directory(
 
 
 def restore_model(model: GPT, checkpoint: Checkpoint) -> None:
-    """Load weights in place; names and shapes must match exactly. Raises UserError naming the first difference."""
-    state, expected = checkpoint.read_model_state(), model.state_dict()
-    for name in sorted(state.keys() | expected.keys()):
-        found, wanted = (tuple(s[name].shape) if name in s else None for s in (state, expected))
-        if found != wanted:
-            raise UserError(f"{checkpoint.path}: {name} has shape {found}, this model needs {wanted}; check --depth")
-    model.load_state_dict(state)
+    """
+    Load weights in place; names, shapes and dtypes must match exactly. Raises UserError naming the first difference,
+    before anything is read.
+    """
+    path, state = checkpoint.path / "model.safetensors", model.state_dict()
+    check_tensors(read_header(path), {name: (t.dtype, tuple(t.shape)) for name, t in state.items()}, path)
+    with open_tensors(path) as tensors:
+        for name, tensor in state.items():
+            tensor.copy_(tensors.get_tensor(name))
 
 
 def restore_optimizers(optimizers: Sequence[AdamW | Muon], checkpoint: Checkpoint) -> None:
-    """Load the optimizer state saved by any number of ranks."""
-    with checkpoint.open("optim.safetensors") as tensors:
+    """Load the optimizer state saved by any number of ranks. Raises UserError where one is missing."""
+    path = checkpoint.path / "optim.safetensors"
+    header = read_header(path)
+
+    def read(name: str) -> Tensor:
+        if name not in header:
+            raise UserError(
+                f"{path} has no tensor {name}; mid_train and chat_sft begin without with --warm-start=false"
+            )
+        return tensors.get_tensor(name)
+
+    with open_tensors(path) as tensors:
         for optimizer in optimizers:
-            optimizer.load_full_state(tensors.get_tensor)
+            optimizer.load_full_state(read)
 
 
 def load_model(
@@ -330,9 +492,23 @@ def load_model(
 
 
 def open_model(checkpoint: Checkpoint, device: torch.device, phase: str = "eval") -> tuple[GPT, Tokenizer]:
-    """The model and the tokenizer of a checkpoint, verified by sha256; `phase` is train or eval."""
+    """
+    The model and the tokenizer of a checkpoint, verified by sha256; `phase` is train or eval. What meta.json says of
+    the model is compared with the file of weights before memory is taken for it.
+    """
     checkpoint.verify()
-    model = build_model(GPTConfig(**checkpoint.meta["model_config"]), device)
+    path = checkpoint.path / "model.safetensors"
+    header = read_header(path)
+    try:
+        config = GPTConfig(**checkpoint.meta["model_config"])
+        if config.n_layer > len(header):
+            raise ValueError(f"{config.n_layer} layers in {len(header)} tensors")
+        with torch.device("meta"):
+            expected = {name: (t.dtype, tuple(t.shape)) for name, t in GPT(config).state_dict().items()}
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"{checkpoint.path}/meta.json: model_config is none of a model's ({error})") from None
+    check_tensors(header, expected, path)
+    model = build_model(config, device)
     restore_model(model, checkpoint)
     model.train(phase == "train")
     print0(f"model: {checkpoint.name}, {model.num_params():,} parameters")

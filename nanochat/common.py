@@ -18,9 +18,35 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
+EXIT_RANK_DIED = 4  # another rank of the run is dead; one of those that ended prints which
+
 
 class UserError(ValueError):
-    """A mistake that the user can mend: one line with the value, what is allowed, and the command that mends it."""
+    """
+    A mistake that the user can mend: one line with the value, what is allowed, and the command that mends it. One that
+    every rank raises alike (`everywhere`) is printed by rank 0 alone.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, everywhere: bool = False):
+        super().__init__(message)
+        self.everywhere = everywhere
+
+
+class StepFailed(UserError):
+    """
+    A step that could not be finished, on every rank: the weights are those of the step before. `seen` is what is known
+    of the step.
+    """
+
+    seen: Any = None
+
+
+class NotFinite(StepFailed):
+    """A step with a loss or a gradient that is NaN or infinite, or weights that are; ends the process with 3."""
+
+    exit_code = 3
 
 
 class Stopped(Exception):
@@ -33,17 +59,20 @@ class Stopped(Exception):
 
 def run_main(main: Callable[[], None]) -> None:
     """
-    Run a script's main() and turn its end into an exit code: 0 done, 2 the user's mistake (one line, no traceback),
-    130 Ctrl-C, 128 + n stopped by signal n after saving. Every other exception is ours and keeps its traceback.
+    Run a script's main() and turn its end into an exit code: 0 done, 2 the user's mistake (one line, no traceback), 3
+    numbers that are not finite, 130 Ctrl-C, 128 + n stopped by signal n after saving. Every other exception is ours and
+    keeps its traceback.
     """
     name = Path(sys.argv[0]).stem
     try:
         main()
     except UserError as error:
-        print(f"{name}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        if get_rank() == 0 or not error.everywhere:
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
     except Stopped as stop:
-        print(f"{name}: {stop}", file=sys.stderr, flush=True)
+        if get_rank() == 0:
+            print(f"{name}: {stop}", file=sys.stderr, flush=True)
         sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr, flush=True)
@@ -194,10 +223,15 @@ class Record:
         self.path = Path(file.name) if file else None
 
     def write(self, event: str, **values: Any) -> None:
-        """Append one event. Does nothing on ranks other than 0, which have no file."""
-        if self.file:
-            self.file.write(json.dumps({"event": event, "time": round(time.time(), 3), **values}) + "\n")
-            self.file.flush()
+        """
+        Append one event. Does nothing on ranks other than 0, which have no file. Raises UserError on a full disk.
+        """
+        try:
+            if self.file:
+                self.file.write(json.dumps({"event": event, "time": round(time.time(), 3), **values}) + "\n")
+                self.file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write to {self.path} ({error.strerror}); make room, then go on") from None
 
     def close(self) -> None:
         """The end of the run; writing afterwards is an error."""

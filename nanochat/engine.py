@@ -11,7 +11,7 @@ sequences share its batch (but for the last bits of a matmul).
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -291,11 +291,15 @@ class Engine:
         return self.model.logits(hidden[:, -1])
 
     def generate_batch(
-        self, prompts: Sequence[Sequence[int]], num_samples: int = 1, **options: object
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_samples: int = 1,
+        until: Callable[[], object] | None = None,
+        **options: object,
     ) -> tuple[list[list[int]], list[list[int]]]:
         """
         The whole sequences of generate_many, without their prompts: tokens (the terminal one included) and masks, one
-        list for each.
+        list for each. `until` is asked after each step; once it is true the sequences stay as they are.
         """
         results: list[list[int]] = [[] for _ in range(len(prompts) * num_samples)]
         masks: list[list[int]] = [[] for _ in results]
@@ -304,4 +308,6 @@ class Engine:
                 if token is not None and sampled is not None:
                     results[i].append(token)
                     masks[i].append(sampled)
+            if until and until():
+                break
         return results, masks

@@ -15,15 +15,18 @@ from nanochat import train
 from nanochat.checkpoint_manager import (
     find_checkpoint,
     find_resume,
+    is_best,
+    mark_best,
     open_model,
     restore_model,
     restore_optimizers,
     save_checkpoint,
 )
-from nanochat.common import open_record, print0
+from nanochat.common import Stopped, open_record, print0
 from nanochat.compute import compute_cleanup, compute_init, peak_memory_bytes
 from nanochat.conversation import Conversations, fingerprint
 from nanochat.dataloader import ChatPosition, chat_stream
+from nanochat.guard import SaveClock, SignalWatch, Spikes
 from nanochat.loss_eval import evaluate_chats
 from nanochat.schedule import plan_batches
 
@@ -54,7 +57,8 @@ def fine_tune(
     print0(f"batch: {batch} (asked for {s.total_batch_size:,})")
     identity = {"model_config": model.config_dict(), "rows_per_step": batch.rows, "row_length": T, "seed": s.seed}
     identity |= {"conversations": fingerprint(conversations), "started_from": start.identity}
-    checkpoint = find_resume(stage, start.tag, identity, s.resume, s.resume_from_step, s.fresh, compute)
+    how = (s.resume, s.resume_from_step, s.fresh, compute)
+    checkpoint = None if s.dry_run else find_resume(stage, start.tag, identity, *how)
 
     # The horizon: a run that goes on keeps its own, unless it is given a new number of steps
     if checkpoint and s.num_iterations is None:
@@ -67,20 +71,19 @@ def fine_tune(
     # Weights, optimizers, position: from the start's checkpoint or from this run's own
     rates = [rate * s.init_lr_frac for rate in (s.matrix_lr, s.embedding_lr, s.unembedding_lr)]
     optimizers = model.setup_optimizers(rates[0], rates[1], rates[2], s.weight_decay, compute.dtype)
-    meter = train.Meter(model.estimate_flops(), num_steps, compute, batch.tokens)
-    first_step, position = 0, ChatPosition()
+    meter, spikes = train.Meter(model.estimate_flops(), num_steps, compute, batch.tokens), Spikes()
+    position = ChatPosition()
     if checkpoint or s.minutes is not None:  # trial steps have changed the weights
         restore_model(model, checkpoint or start)
     if checkpoint or s.warm_start:
         restore_optimizers(optimizers, checkpoint or start)
     if checkpoint:
-        meter.restore(checkpoint.meta["meter"])
-        first_step, position = checkpoint.step, ChatPosition.from_json(checkpoint.meta["position"])
-        print0(f"resumed from {checkpoint.path}")
-        if first_step >= num_steps:
+        position = ChatPosition.from_json(train.restore_loop(checkpoint, meter, spikes))
+        if meter.steps >= num_steps:
             print0(f"this run is finished; more steps: --resume --num-iterations={2 * num_steps}")
             compute_cleanup()
             return
+    first_step = meter.steps
     record = open_record(stage, start.tag, settings)
     record.write("data", name=s.mixture, conversations=len(conversations), started_from=start.identity)
     record.write(
@@ -92,33 +95,46 @@ def fine_tune(
         parameters=model.num_params(),
         flops_per_token=model.estimate_flops(),
     )
-    wandb_run = train.open_wandb(s.run, stage, settings)
+    wandb_run = train.open_wandb(s.run, stage, settings, checkpoint)
     stream = chat_stream(conversations, tokenizer, s.device_batch_size, T, compute, all_tokens, s.seed, position)
 
-    with train.SignalWatch() as watch, train.progress_bar(num_steps, first_step) as bar:
+    def save() -> None:
+        """The state after the last whole step, whatever has happened since."""
+        loop = train.loop_state(num_steps, position.to_json(), meter, spikes, wandb_run)
+        meta = {**identity, **loop, "settings": settings}
+        if not s.dry_run:
+            where = (stage, start.tag, meter.steps)
+            save_checkpoint(*where, model, optimizers, tokenizer, meta, compute, s.keep_last)
+
+    clock = SaveClock(s.save_every, s.save_minutes, compute)
+    with (
+        SignalWatch(compute) as watch,
+        train.whole_steps(f"{stage}-{start.tag}", meter, model, optimizers, record, compute, save),
+        train.progress_bar(num_steps, first_step) as bar,
+    ):
         for done in range(first_step + 1, num_steps + 1):
             meter.start()
-            totals, position = train.accumulate(model, stream, batch.grad_accum_steps, compute)
+            sums = train.accumulate(model, stream, position, batch.grad_accum_steps, compute)
             multipliers = train.rates_at(done - 1, num_steps, s.warmup_ratio, s.warmdown_ratio, s.final_lr_frac)
-            result = train.update(optimizers, totals, multipliers, compute, watch.received)
+            result = train.update(optimizers, sums, multipliers, compute, watch.received, spikes, s.skip_spikes)
+            position = sums.position
             logged = meter.tick(result)
             record.write("step", step=done - 1, lr=round(multipliers.lr, 6), **logged)
             train.show_progress(bar, meter, logged)
             if wandb_run:
                 wandb_run.log({"step": done - 1, "lr": multipliers.lr, **logged, **meter.summary()})
-            if not s.dry_run and (done == num_steps or result.stop_signal or train.every(s.save_every, done)):
-                state = {"num_steps": num_steps, "position": position.to_json(), "meter": meter.state()}
-                meta = {**identity, **state, "settings": settings}
-                path = save_checkpoint(stage, start.tag, done, model, optimizers, tokenizer, meta, compute)
-                print0(f"saved {path}")
             if result.stop_signal:
-                record.write("stopped", step=done, signal=result.stop_signal)
-                record.close()
-                train.leave(result.stop_signal)
+                raise Stopped(result.stop_signal)
+            if clock.due(done) or done == num_steps:
+                save()
             if train.every(s.eval_every, done) or done == num_steps:
-                val_loss = evaluate_chats(model, held_out, tokenizer, compute, s.device_batch_size, T, all_tokens)
+                options = (s.device_batch_size, T, all_tokens, watch.poll)
+                val_loss = evaluate_chats(model, held_out, tokenizer, compute, *options)
                 record.write("eval", step=done, val_loss=val_loss)
                 print0(f"step {done:,}: validation loss {val_loss:.4f}")
+                if s.save_best and not s.dry_run and is_best(stage, start.tag, val_loss):
+                    save()
+                    mark_best(stage, start.tag, done, val_loss, compute)
 
     train.show_chats(questions, model, tokenizer, compute, record, num_steps)
     memory = peak_memory_bytes(compute.device)

@@ -10,7 +10,7 @@ the windows do not overlap (quick, little context at their start); with stride T
 import itertools
 import lzma
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -59,11 +59,12 @@ def evaluate_bpb(
     rows: int,
     stride: int | None = None,
     max_tokens: int | None = None,
+    poll: Callable[[], None] | None = None,
 ) -> BitsPerByte:
     """
     Bits per byte of the documents in `texts`, in batches of `rows` windows of the model's sequence_len over all ranks.
-    Stops after the first batch that reaches max_tokens. Collective: all ranks pass the same texts and get the same
-    result.
+    Stops after the first batch that reaches max_tokens. `poll` is called between batches, on all ranks; what it
+    raises ends the evaluation. Collective: all ranks pass the same texts and get the same result.
     """
     T = model.config.sequence_len
     bos = tokenizer.get_bos_token_id()
@@ -73,6 +74,8 @@ def evaluate_bpb(
     encoded = map(tokenizer.encode_arrow, texts)
     every_window = (window for ids, offsets in encoded for window in windows(ids, offsets, bos, T, stride or T))
     for batch in batched(every_window, rows * compute.world_size):
+        if poll:
+            poll()
         tokens, counts = window_rows(batch[compute.rank * rows :][:rows], rows, T)
         inputs, counted = torch.from_numpy(tokens).to(compute.device), torch.from_numpy(counts).to(compute.device)
         targets = inputs[:, 1:].masked_fill(~counted, -1)
@@ -112,15 +115,19 @@ def evaluate_chats(
     rows_per_rank: int,
     sequence_len: int,
     all_tokens: bool,
+    poll: Callable[[], None] | None = None,
 ) -> float:
     """
     Nats per supervised token over all conversations, packed as in training, each once. The same on every rank, and for
-    any number of ranks. Rows are padded to whole batches, so that a compiled model sees one shape.
+    any number of ranks. Rows are padded to whole batches, so that a compiled model sees one shape. `poll` is called
+    between batches, as in evaluate_bpb.
     """
     totals = torch.zeros(2, dtype=torch.float64)
     blocks = chat_blocks(conversations, tokenizer, sequence_len, 0, all_tokens, ChatPosition(), epochs=1)
     for rows, _ in blocks:
         for start in range(0, len(rows), rows_per_rank * compute.world_size):
+            if poll:
+                poll()
             mine = rows[start + compute.rank * rows_per_rank :][:rows_per_rank]
             mine = np.pad(mine, ((0, rows_per_rank - len(mine)), (0, 0), (0, 0)), constant_values=-1)
             mine[:, 0] = np.maximum(mine[:, 0], 0)

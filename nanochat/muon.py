@@ -145,6 +145,13 @@ class Muon(torch.optim.Optimizer):
         self.zero_grad(set_to_none=True)
         return squares
 
+    def own_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, reduced gradient) of the matrices that this rank owns, between reduce_gradients() and step()."""
+        for stack in self.stacks:
+            own_names = stack.names[ranks()[0] * stack.per_rank :][: stack.per_rank]
+            if stack.grad is not None:
+                yield from zip(own_names, stack.grad, strict=False)  # the padding comes last
+
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # no closure: the gradients are already reduced
         """Update from the reduced gradients; every rank ends with the same parameters."""

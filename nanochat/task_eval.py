@@ -120,8 +120,8 @@ def write_answers(
     first: int,
 ) -> list[list[str]]:
     """num_samples texts for each prompt, without tool calls and their output."""
-    options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "seed": seed, "first": first}
-    sequences, _ = engine.generate_batch(prompts, num_samples, **options)
+    options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
+    sequences, _ = engine.generate_batch(prompts, num_samples, first=first, **options)
     texts = [parts_text(decode_parts(tokens, tokenizer)) for tokens in sequences]
     return [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]
 

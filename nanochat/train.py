@@ -1,36 +1,37 @@
 """
-Verbs of a training loop: accumulate gradients, update, meter, decide "every so often", stop when told to.
+Verbs of a training loop: accumulate gradients, update, meter, decide "every so often".
 
 Plain functions that take values. The loops themselves are written out in the scripts, because reading them is the
 point.
 """
 
-import os
+import math
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from nanochat.adamw import AdamW
-from nanochat.common import Record, Stopped, UserError, get_rank, print0
+from nanochat.checkpoint_manager import Checkpoint, restore_rng
+from nanochat.common import NotFinite, Record, StepFailed, Stopped, UserError, get_rank, print0
 from nanochat.compute import Compute, peak_flops, synchronize
 from nanochat.conversation import Conversations, decode_parts, parts_text, render_for_completion
-from nanochat.dataloader import ChatPosition, Position, chat_stream, rows_in_epoch
+from nanochat.dataloader import chat_stream, rows_in_epoch
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
+from nanochat.guard import Spikes, stop_votes, stopped_by, write_bundle
 from nanochat.muon import Muon
 from nanochat.schedule import BatchPlan, cosine_to_zero, muon_momentum, trapezoid
 from nanochat.tokenizer import Tokenizer
 
-AnyPosition = TypeVar("AnyPosition", Position, ChatPosition)
+AnyPosition = TypeVar("AnyPosition")  # Position, ChatPosition, or the step of a stage that needs no more
 Stream = Iterator[tuple[Tensor, Tensor, AnyPosition]]
 
 
@@ -60,57 +61,98 @@ class StepResult:
     tokens: int  # counted tokens
     grad_norm: float  # of the mean gradient, before the update
     stop_signal: int  # a signal number when any rank was asked to stop, else 0
+    spike: bool = False  # loss or gradient norm far above those of the steps before
+
+
+@dataclass
+class Sums(Generic[AnyPosition]):
+    """What the micro-batches of one step came to, on this rank."""
+
+    totals: Tensor  # (2,) loss sum and counted tokens, on the device
+    position: AnyPosition  # of the stream after them
+    batches: list[tuple[Tensor, Tensor]]  # inputs and targets (B, T) each, kept for a diagnosis
+    error: UserError | None = None  # why the step could not be finished; update() tells the other ranks
 
 
 def accumulate(
-    model: GPT, stream: Stream[AnyPosition], grad_accum_steps: int, compute: Compute
-) -> tuple[Tensor, AnyPosition]:
+    model: GPT, stream: Stream[AnyPosition], position: AnyPosition, grad_accum_steps: int, compute: Compute
+) -> Sums[AnyPosition]:
     """
-    Forward and backward over the micro-batches of one step. Gradients of the *sum* of the losses stay on the
-    parameters; the division happens once, in update(). Returns (loss sum, counted tokens) of this rank, still on the
-    device, and the new position.
+    Forward and backward over the micro-batches of one step that begins at `position`. Gradients of the *sum* of the
+    losses stay on the parameters; the division happens once, in update(). A UserError of the stream, such as a damaged
+    shard, is kept in the result.
     """
     totals = torch.zeros(
         2, dtype=torch.float64 if compute.device.type != "mps" else torch.float32, device=compute.device
     )
+    sums = Sums(totals, position, [])
     for _ in range(grad_accum_steps):
-        inputs, targets, position = next(stream)
+        try:
+            inputs, targets, sums.position = next(stream)
+        except UserError as error:
+            sums.error = error
+            return sums
         loss = model(inputs, targets, loss_reduction="sum", dtype=compute.dtype)
         loss.backward()
         totals += torch.stack([loss.detach(), (targets >= 0).sum()])
-    return totals, position
+        sums.batches.append((inputs, targets))
+    return sums
 
 
 def update(
-    optimizers: Sequence[AdamW | Muon], totals: Tensor, rates: Rates, compute: Compute, stop_signal: int = 0
+    optimizers: Sequence[AdamW | Muon],
+    sums: Sums[Any],
+    rates: Rates,
+    compute: Compute,
+    received: int = 0,
+    spikes: Spikes | None = None,
+    skip_spikes: bool = False,
 ) -> StepResult:
     """
-    Average the gradients over all counted tokens of all ranks, and step. One small all-reduce carries loss, tokens and
-    the wish to stop, so that all ranks agree on all three. A step without a counted token changes nothing.
+    Average the gradients over all counted tokens of all ranks, and step. One small all-reduce carries loss, tokens,
+    failures and the wish to stop (`received`, a signal), so that all ranks agree on all four. A step without a counted
+    token changes nothing, nor does with skip_spikes one whose loss or gradient is a spike.
 
-    Raises UserError, on every rank and before the update, when loss or gradient is not finite.
+    Raises StepFailed, on every rank and before the update, when a rank could not finish the step, and NotFinite when
+    loss or gradient is not finite on any.
     """
-    stop = torch.zeros_like(totals[:1]) + stop_signal
-    loss_sum, tokens, stop_sum = compute.sum(torch.cat([totals, stop])).tolist()
+    votes = torch.tensor([*stop_votes(received), float(sums.error is not None)], dtype=sums.totals.dtype)
+    summed = compute.sum(torch.cat([sums.totals, votes.to(sums.totals.device)])).tolist()
+    (loss_sum, tokens), stop_signal, failures = summed[:2], stopped_by(summed[2:-1]), summed[-1]
+    if failures:
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        why = str(sums.error or f"{failures:.0f} of {compute.world_size} ranks could not finish the step")
+        raise StepFailed(why, everywhere=failures == compute.world_size)
     squares = [optimizer.reduce_gradients(max(tokens, 1.0)) for optimizer in optimizers]
     grad_norm = compute.sum(torch.stack(squares).sum()).sqrt().item()
     loss = loss_sum / max(tokens, 1.0)
-    if not (torch.isfinite(torch.tensor([loss, grad_norm])).all()):
-        raise UserError(
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        why = (
             f"loss {loss}, gradient norm {grad_norm}: not finite, nothing was updated; resume with lower learning rates"
         )
-    if tokens:
+        failed = NotFinite(why, everywhere=True)
+        failed.seen = sums
+        raise failed
+    spike = bool(spikes and tokens and spikes.see(loss, grad_norm, skip_spikes))
+    if tokens and not (spike and skip_spikes):
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group.setdefault("initial_lr", group["lr"])
-                group.setdefault("initial_weight_decay", group["weight_decay"])
-                group["lr"] = group["initial_lr"] * rates.lr
-                group["weight_decay"] = group["initial_weight_decay"] * rates.weight_decay
-                if "momentum" in group:
-                    group["momentum"] = rates.momentum
+            set_rates(optimizer, rates)
             optimizer.step()
-    # Signals of several ranks may have added up; which of them it was does not matter, that it was one does.
-    return StepResult(loss, int(tokens), grad_norm, int(stop_sum) if stop_sum < signal.NSIG else int(signal.SIGTERM))
+    if spike:
+        print0(f"spike: loss {loss:.4f}, gradient norm {grad_norm:.3f}" + (", update skipped" if skip_spikes else ""))
+    return StepResult(loss, int(tokens), grad_norm, stop_signal, spike)
+
+
+def set_rates(optimizer: AdamW | Muon, rates: Rates) -> None:
+    """The rates of this step, from those that the optimizer was made with."""
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+        group.setdefault("initial_weight_decay", group["weight_decay"])
+        group["lr"] = group["initial_lr"] * rates.lr
+        group["weight_decay"] = group["initial_weight_decay"] * rates.weight_decay
+        if "momentum" in group:
+            group["momentum"] = rates.momentum
 
 
 # -----------------------------------------------------------------------------
@@ -248,42 +290,59 @@ def every(interval: int, step: int) -> bool:
     return interval > 0 and step > 0 and step % interval == 0
 
 
-class SignalWatch:
+# -----------------------------------------------------------------------------
+# What the next step depends on
+
+
+def loop_state(
+    num_steps: int, position: dict[str, Any], meter: Meter, spikes: Spikes, wandb_run: Any = None
+) -> dict[str, Any]:
+    """What a checkpoint must know of the loop besides weights and optimizer state."""
+    about = {"num_steps": num_steps, "position": position, "wandb": wandb_run.id if wandb_run else None}
+    return {**about, "meter": meter.state(), "spikes": spikes.state()}
+
+
+def restore_loop(checkpoint: Checkpoint, meter: Meter, spikes: Spikes) -> dict[str, Any]:
+    """Take the loop's state over from a checkpoint; returns the position."""
+    meter.restore(checkpoint.meta["meter"])
+    spikes.restore(checkpoint.meta["spikes"])
+    restore_rng(checkpoint.meta["rng"])
+    print0(f"resumed from {checkpoint.path}")
+    position: dict[str, Any] = checkpoint.meta["position"]
+    return position
+
+
+@contextmanager
+def whole_steps(
+    name: str,
+    meter: Meter,
+    model: GPT,
+    optimizers: Sequence[AdamW | Muon],
+    record: Record,
+    compute: Compute,
+    save: Callable[[], None],
+) -> Iterator[None]:
     """
-    Remembers the first SIGINT, SIGTERM or SIGUSR1 until the loop asks for it, so that a step is finished and saved. A
-    second SIGINT, a second or more later (a terminal and torchrun may both deliver the first), ends the process at
-    once. Use as a context manager: the old handlers come back.
+    Around a loop: what ends it early on every rank (a signal, a step that failed) leaves the weights as they were after
+    the last whole step, so these are saved if they are new. What a step saw whose numbers are not finite is written
+    down.
     """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-    def __init__(self) -> None:
-        self.received = 0
-        self.received_at = 0.0
-
-    def __enter__(self) -> Self:
-        self.previous: dict[int, Any] = {number: signal.signal(number, self.handle) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
-            if number == signal.SIGINT and time.monotonic() - self.received_at >= 1:
-                raise KeyboardInterrupt
-            return
-        self.received, self.received_at = number, time.monotonic()
-        if get_rank() == 0:  # not by print(): the signal may have come in the middle of one, which Python refuses
-            name = signal.Signals(number).name
-            line = f"\n{name}: finishing this step, then saving (Ctrl-C again: stop at once, unsaved)\n"
-            os.write(sys.__stdout__.fileno() if sys.__stdout__ else 1, line.encode())
-
-
-def leave(stop_signal: int) -> NoReturn:
-    """End the run after its save; run_main turns this into exit code 128 + signal."""
-    raise Stopped(stop_signal)
+    first_step = meter.steps
+    try:
+        yield
+    except (Stopped, UserError) as end:
+        everywhere = isinstance(end, Stopped | StepFailed) or end.everywhere
+        if compute.world_size > 1 and not everywhere:
+            raise  # the other ranks are elsewhere, and a save takes all of them
+        if isinstance(end, NotFinite) and end.seen:
+            seen = (end.seen.batches, end.seen.position)
+            folder = write_bundle(name, meter.steps, *seen, model, optimizers, compute)
+            print0(f"{end}\nbatches, position and norms of the step: {folder}")
+        record.write("stopped", step=meter.steps, reason=str(end))
+        if meter.steps > first_step:
+            save()
+        record.close()
+        raise
 
 
 # -----------------------------------------------------------------------------
@@ -317,8 +376,8 @@ def steps_for_minutes(
     optimizers = model.setup_optimizers(dtype=compute.dtype)
 
     def trial_step() -> None:
-        totals, _ = accumulate(model, stream, batch.grad_accum_steps, compute)
-        update(optimizers, totals, Rates(lr=0.1, momentum=0.9, weight_decay=0.0), compute)
+        sums = accumulate(model, stream, None, batch.grad_accum_steps, compute)
+        update(optimizers, sums, Rates(lr=0.1, momentum=0.9, weight_decay=0.0), compute)
 
     num_steps = steps_in(minutes, trial_step, compute)
     return num_steps, f"{minutes:g} minutes at the pace of a few trial steps, which are undone"
@@ -381,12 +440,22 @@ def show_chats(
         print0(f"  {question!r} -> {text!r}")
 
 
-def open_wandb(run: str, stage: str, settings: dict[str, Any]) -> Any:
-    """A wandb run, or None for --run=dummy and on other ranks. WANDB_MODE=offline is respected by wandb itself."""
+def open_wandb(run: str, stage: str, settings: dict[str, Any], checkpoint: Checkpoint | None) -> Any:
+    """
+    A wandb run, continued where the checkpoint knows its id, or None for --run=dummy and on other ranks. wandb itself
+    respects WANDB_MODE=offline.
+    """
     if run == "dummy" or get_rank() != 0:
         return None
     try:
         import wandb
     except ImportError:
         raise UserError(f"--run={run} needs wandb: pip install wandb, or --run=dummy to do without") from None
-    return wandb.init(project="nanochat" if stage == "base" else f"nanochat-{stage}", name=run, config=settings)
+    run_id = checkpoint.meta["wandb"] if checkpoint else None
+    return wandb.init(
+        project="nanochat" if stage == "base" else f"nanochat-{stage}",
+        name=run,
+        config=settings,
+        id=run_id,
+        resume="allow",
+    )

@@ -7,7 +7,7 @@ Pretrain a base model on a corpus.
 One dial: --depth decides width, heads and parameters. The run is a function of its settings, the corpus and the
 tokenizer: any number of ranks sees the same rows in the same order, and a run that was stopped continues with --resume
 as if it had not been (bit for bit on CPU). Ends with exit code 130 or 143 when Ctrl-C or SIGTERM stopped it, after
-saving.
+saving; with 3 when a loss or gradient is not finite, without having updated anything with it.
 """
 
 from typing import Literal
@@ -50,6 +50,7 @@ weight_decay = 0.0  # Muon's cautious weight decay; falls to 0 along a cosine
 warmup_ratio = 0.0  # share of the run in which learning rates rise from 0
 warmdown_ratio = 0.4  # share of the run in which they fall to final_lr_frac
 final_lr_frac = 0.0  # where they end
+skip_spikes = False  # no update by a step whose loss or gradient norm is 6 standard deviations too high
 # Evaluation
 eval_every = 250  # steps between quick validations (-1 = never)
 eval_tokens = 20 * 524288  # tokens of each validation, quick or final; a smaller validation set is scored whole
@@ -57,26 +58,33 @@ sample_every = 2000  # steps between samples (-1 = never)
 # Checkpoints
 model_tag: str | None = None  # name of the checkpoint directory (None = d<depth>)
 save_every = -1  # steps between checkpoints (-1 = only at the end)
-resume = False  # continue from the newest checkpoint of this tag
+save_minutes = -1.0  # minutes between checkpoints (-1 = by steps alone); both may be given
+save_best = False  # save after each quick validation that is the best so far, and never delete that one
+keep_last = -1  # checkpoints to keep, older ones are deleted (-1 = all)
+resume = False  # continue from the newest whole checkpoint of this tag
 resume_from_step: int | None = None  # continue from this step
 fresh = False  # start over although this tag has checkpoints; they are kept under another name
 settings = configure(__name__)
 
+from collections.abc import Callable
 from typing import Any
 
 from nanochat import train
 from nanochat.checkpoint_manager import (
     find_resume,
+    is_best,
+    mark_best,
     restore_model,
     restore_optimizers,
     save_checkpoint,
 )
-from nanochat.common import Record, UserError, open_record, print0, run_main
+from nanochat.common import Record, Stopped, UserError, open_record, print0, run_main
 from nanochat.compute import Compute, compute_cleanup, compute_init, peak_memory_bytes
 from nanochat.dataloader import Position, training_stream
 from nanochat.dataset import Corpus, iter_text, load_corpus
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, build_model, config_from_depth
+from nanochat.guard import SaveClock, SignalWatch, Spikes
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.schedule import BatchPlan, plan_batches, plan_horizon
 from nanochat.tokenizer import Tokenizer, get_tokenizer
@@ -125,17 +133,19 @@ def main() -> None:
 
     # Weights, optimizers, position: new or restored
     optimizers = model.setup_optimizers(matrix_lr, embedding_lr, unembedding_lr, weight_decay, compute.dtype)
-    meter, first_step, position = train.Meter(flops, num_steps, compute), 0, Position()
+    meter, spikes, position = train.Meter(flops, num_steps, compute), Spikes(), Position()
     if checkpoint:
         restore_model(model, checkpoint)
         restore_optimizers(optimizers, checkpoint)
-        meter.restore(checkpoint.meta["meter"])
-        first_step, position = checkpoint.step, Position.from_json(checkpoint.meta["position"])
-        print0(f"resumed from {checkpoint.path}")
-        if first_step >= num_steps:
-            print0(f"this run is finished; more steps: --resume --num-iterations={2 * num_steps}")
+        position = Position.from_json(train.restore_loop(checkpoint, meter, spikes))
+        if meter.steps >= num_steps:
+            print0(
+                f"this run is finished; its score: python -m scripts.base_loss --model-tag={tag}; more steps: --resume "
+                f"--num-iterations={2 * num_steps}"
+            )
             compute_cleanup()
             return
+    first_step = meter.steps
     record = open_record("base", tag, settings)
     record.write("corpus", name=text.name, fingerprint=text.fingerprint)
     record.write(
@@ -149,36 +159,46 @@ def main() -> None:
         flops_per_token=flops,
         optimizer_state_bytes=sum(optimizer.state_bytes() for optimizer in optimizers),
     )
-    wandb_run = train.open_wandb(run, "base", settings)
+    wandb_run = train.open_wandb(run, "base", settings, checkpoint)
     stream = open_stream(text, tokenizer, compute, position)
 
-    with train.SignalWatch() as watch, train.progress_bar(num_steps, first_step) as bar:
+    def save() -> None:
+        """The state after the last whole step, whatever has happened since."""
+        loop = train.loop_state(num_steps, position.to_json(), meter, spikes, wandb_run)
+        meta = {**identity, **loop, "settings": settings}
+        save_checkpoint("base", tag, meter.steps, model, optimizers, tokenizer, meta, compute, keep_last)
+
+    clock = SaveClock(save_every, save_minutes, compute)
+    with (
+        SignalWatch(compute) as watch,
+        train.whole_steps(f"base-{tag}", meter, model, optimizers, record, compute, save),
+        train.progress_bar(num_steps, first_step) as bar,
+    ):
         for step in range(first_step, num_steps):
             meter.start()
-            totals, position = train.accumulate(model, stream, batch.grad_accum_steps, compute)
+            sums = train.accumulate(model, stream, position, batch.grad_accum_steps, compute)
             rates = train.rates_at(step, num_steps, warmup_ratio, warmdown_ratio, final_lr_frac)
-            result = train.update(optimizers, totals, rates, compute, watch.received)
+            result = train.update(optimizers, sums, rates, compute, watch.received, spikes, skip_spikes)
+            position = sums.position
             logged = meter.tick(result)
             record.write("step", step=step, lr=round(rates.lr, 6), **logged)
             train.show_progress(bar, meter, logged)
             if wandb_run:
                 wandb_run.log({"step": step, "lr": rates.lr, **logged, **meter.summary()})
+            if result.stop_signal:
+                raise Stopped(result.stop_signal)
 
             # Saves come before everything that may fail or take long.
             done = step + 1
-            if done == num_steps or result.stop_signal or train.every(save_every, done):
-                state = {"num_steps": num_steps, "position": position.to_json(), "meter": meter.state()}
-                meta = {**identity, **state, "settings": settings}
-                path = save_checkpoint("base", tag, done, model, optimizers, tokenizer, meta, compute)
-                print0(f"saved {path}")
-            if result.stop_signal:
-                record.write("stopped", step=done, signal=result.stop_signal)
-                record.close()
-                train.leave(result.stop_signal)
+            if clock.due(done) or done == num_steps:
+                save()
             if train.every(eval_every, done) and done < num_steps:
-                quick = validate(model, text, tokenizer, compute, stride=max_seq_len)
+                quick = validate(model, text, tokenizer, compute, max_seq_len, watch.poll)
                 record.write("eval", step=done, val_bpb_quick=quick)
                 print0(f"step {done:,}: quick val bpb {quick:.4f}")
+                if save_best and is_best("base", tag, quick):
+                    save()
+                    mark_best("base", tag, done, quick, compute)
             if train.every(sample_every, done) or (sample_every > 0 and done == num_steps):
                 show_samples(model, tokenizer, compute, record, done)
 
@@ -201,8 +221,8 @@ def main() -> None:
 
 def open_stream(text: Corpus, tokenizer: Tokenizer, compute: Compute, start: Position) -> train.Stream[Position]:
     """The training rows of this rank, from a position on."""
-    files = text.train_files
-    return training_stream(files, tokenizer, device_batch_size, max_seq_len, compute, packing, seed, start)
+    where = (text.train_files, tokenizer, device_batch_size, max_seq_len, compute, packing, seed, start)
+    return training_stream(*where, hashes=text.hashes)
 
 
 def plan_steps(model: GPT, text: Corpus, tokenizer: Tokenizer, batch: BatchPlan, compute: Compute) -> tuple[int, str]:
@@ -228,10 +248,20 @@ def plan_steps(model: GPT, text: Corpus, tokenizer: Tokenizer, batch: BatchPlan,
     return num_steps, formula
 
 
-def validate(model: GPT, text: Corpus, tokenizer: Tokenizer, compute: Compute, stride: int) -> float:
-    """Bits per byte of the first eval_tokens of validation: stride max_seq_len is quick, half of it the honest one."""
-    texts = iter_text(text.val_files)
-    return evaluate_bpb(model, tokenizer, texts, compute, device_batch_size, stride, eval_tokens).bpb
+def validate(
+    model: GPT,
+    text: Corpus,
+    tokenizer: Tokenizer,
+    compute: Compute,
+    stride: int,
+    poll: Callable[[], None] | None = None,
+) -> float:
+    """
+    Bits per byte of the first eval_tokens of validation: stride max_seq_len is quick, half of it the honest one. `poll`
+    is called between batches and may end it.
+    """
+    texts = iter_text(text.val_files, text.hashes)
+    return evaluate_bpb(model, tokenizer, texts, compute, device_batch_size, stride, eval_tokens, poll).bpb
 
 
 def show_samples(model: GPT, tokenizer: Tokenizer, compute: Compute, record: Record, step: int) -> None:

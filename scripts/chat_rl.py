@@ -40,6 +40,7 @@ embedding_lr = 0.2  # AdamW, for the embedding; scales with (width / 768)^-0.5
 unembedding_lr = 0.004  # AdamW, for the head; scales likewise
 init_lr_frac = 0.05  # share of these rates to begin with; they fall to 0 along a line
 weight_decay = 0.0  # Muon's cautious weight decay; falls to 0 along a cosine
+skip_spikes = False  # no update by a step whose loss or gradient norm is 6 standard deviations too high
 # Evaluation, on held-out problems
 eval_every = 60  # steps between evaluations (-1 = only at the start and at the end)
 eval_examples = 400  # problems of an evaluation
@@ -47,32 +48,38 @@ eval_samples = 8  # answers to each: pass@k for k = 1, 2, 4, ... up to this many
 max_dead_steps = 5  # give up after so many steps in a row in which no prompt taught anything
 # Checkpoints
 save_every = 60  # steps between checkpoints (-1 = only at the end)
-resume = False  # continue from the newest checkpoint of this tag
+save_minutes = -1.0  # minutes between checkpoints (-1 = by steps alone); both may be given
+save_best = False  # save after each evaluation with the best pass@1 so far, and never delete that one
+keep_last = -1  # checkpoints to keep, older ones are deleted (-1 = all)
+resume = False  # continue from the newest whole checkpoint of this tag
 resume_from_step: int | None = None  # continue from this step
 fresh = False  # start over although this tag has checkpoints; they are kept under another name
 settings = configure(__name__)
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nanochat import train
 from nanochat.checkpoint_manager import (
     find_checkpoint,
     find_resume,
+    is_best,
+    mark_best,
     open_model,
     restore_model,
     restore_optimizers,
     save_checkpoint,
 )
-from nanochat.common import UserError, open_record, print0, run_main
+from nanochat.common import Stopped, UserError, open_record, print0, run_main
 from nanochat.compute import Compute, compute_cleanup, compute_init, peak_memory_bytes
 from nanochat.conversation import decode_parts, fingerprint, parts_text, render_for_completion
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
+from nanochat.guard import SaveClock, SignalWatch, Spikes
 from nanochat.tokenizer import Tokenizer
 from tasks.common import Task
 from tasks.gsm8k import extract_answer
@@ -111,58 +118,66 @@ def main() -> None:
     print0(f"horizon: {num_steps:,} steps")
     rates = [rate * init_lr_frac for rate in (matrix_lr, embedding_lr, unembedding_lr)]
     optimizers = model.setup_optimizers(rates[0], rates[1], rates[2], weight_decay, compute.dtype)
-    meter, first_step = train.Meter(model.estimate_flops(), num_steps, compute), 0
+    meter, spikes, dead_steps = train.Meter(model.estimate_flops(), num_steps, compute), Spikes(), 0
     if checkpoint:
         restore_model(model, checkpoint)
         restore_optimizers(optimizers, checkpoint)
-        meter.restore(checkpoint.meta["meter"])
-        first_step = checkpoint.step
-        print0(f"resumed from {checkpoint.path}")
-        if first_step >= num_steps:
+        dead_steps = train.restore_loop(checkpoint, meter, spikes)["dead_steps"]
+        if meter.steps >= num_steps:
             print0(f"this run is finished; more steps: --resume --num-iterations={2 * num_steps}")
             compute_cleanup()
             return
+    first_step = meter.steps
     record = open_record("rl", start.tag, settings)
     record.write("plan", first_step=first_step, num_steps=num_steps, task=task, started_from=start.identity)
-    wandb_run = train.open_wandb(run, "rl", settings)
+    wandb_run = train.open_wandb(run, "rl", settings, checkpoint)
 
-    def evaluate(done: int) -> None:
-        pass_at = evaluate_pass_at_k(model, tokenizer, held_out, compute)
+    def save() -> None:
+        """The state after the last whole step, whatever has happened since."""
+        loop = train.loop_state(num_steps, {"dead_steps": dead_steps}, meter, spikes, wandb_run)
+        meta = {**identity, **loop, "settings": settings}
+        save_checkpoint("rl", start.tag, meter.steps, model, optimizers, tokenizer, meta, compute, keep_last)
+
+    def evaluate(done: int, watch: SignalWatch) -> None:
+        pass_at = evaluate_pass_at_k(model, tokenizer, held_out, compute, watch)
         record.write("eval", step=done, problems=min(eval_examples, len(held_out)), pass_at=pass_at)
         print0(f"step {done:,}: " + ", ".join(f"pass@{k} {value:.1%}" for k, value in pass_at.items()))
+        if save_best and done and is_best("rl", start.tag, -pass_at["1"]):
+            save()
+            mark_best("rl", start.tag, done, -pass_at["1"], compute)
 
-    if first_step == 0:
-        evaluate(0)
-    dead_steps = 0
-    with train.SignalWatch() as watch, train.progress_bar(num_steps, first_step) as bar:
+    clock = SaveClock(save_every, save_minutes, compute)
+    with (
+        SignalWatch(compute) as watch,
+        train.whole_steps(f"rl-{start.tag}", meter, model, optimizers, record, compute, save),
+        train.progress_bar(num_steps, first_step) as bar,
+    ):
+        if first_step == 0:
+            evaluate(0, watch)
         for done in range(first_step + 1, num_steps + 1):
             meter.start()
             numbers = [(i + (done - 1) * examples_per_step) % len(problems) for i in range(examples_per_step)]
-            rollouts = roll_out(model, tokenizer, problems, numbers, compute, num_samples, seed=seed * 2**24 + done)
+            draws = seed * 2**24 + done
+            rollouts = roll_out(model, tokenizer, problems, numbers, compute, num_samples, draws, watch)
             vitals = measure(rollouts, compute)
-            totals = policy_gradient(model, rollouts, compute)
+            sums = policy_gradient(model, rollouts, compute)
             multipliers = train.Rates(lr=1 - (done - 1) / num_steps, momentum=0.95, weight_decay=1.0)
-            result = train.update(optimizers, totals, multipliers, compute, watch.received)
+            result = train.update(optimizers, sums, multipliers, compute, watch.received, spikes, skip_spikes)
+            dead_steps = 0 if vitals["groups_with_signal"] else dead_steps + 1
             logged = {**meter.tick(result), **vitals}
             record.write("step", step=done - 1, lr=round(multipliers.lr, 6), **logged)
             bar.update()
             print0(f"step {done:,}/{num_steps:,}: " + describe(logged))
             if wandb_run:
                 wandb_run.log({"step": done - 1, "lr": multipliers.lr, **logged})
-            if done == num_steps or result.stop_signal or train.every(save_every, done):
-                meta = {**identity, "num_steps": num_steps, "meter": meter.state(), "settings": settings}
-                path = save_checkpoint("rl", start.tag, done, model, optimizers, tokenizer, meta, compute)
-                print0(f"saved {path}")
             if result.stop_signal:
-                record.write("stopped", step=done, signal=result.stop_signal)
-                record.close()
-                train.leave(result.stop_signal)
-            dead_steps = 0 if vitals["groups_with_signal"] else dead_steps + 1
+                raise Stopped(result.stop_signal)
+            if clock.due(done) or done == num_steps:
+                save()
             if dead_steps == max_dead_steps:
-                record.close()
-                raise UserError(diagnose(vitals, dead_steps))
+                raise UserError(diagnose(vitals, dead_steps), everywhere=True)
             if train.every(eval_every, done) or done == num_steps:
-                evaluate(done)
+                evaluate(done, watch)
 
     questions = [str(held_out[i]["messages"][0]["content"]) for i in range(min(3, len(held_out)))]
     train.show_chats(questions, model, tokenizer, compute, record, num_steps)
@@ -192,18 +207,46 @@ class Rollout:
 
 
 def roll_out(
-    model: GPT, tokenizer: Tokenizer, problems: Task, numbers: list[int], compute: Compute, samples: int, seed: int
+    model: GPT,
+    tokenizer: Tokenizer,
+    problems: Task,
+    numbers: list[int],
+    compute: Compute,
+    samples: int,
+    seed: int,
+    watch: SignalWatch,
 ) -> list[list[Rollout]]:
-    """This rank's share of the prompts, `samples` answers to each from one decode batch, with rewards: a group each."""
+    """
+    This rank's share of the prompts, `samples` answers to each from one decode batch, with rewards: a group each.
+    Raises Stopped, on every rank, when a signal came to any meanwhile: the step is not begun, and tried again by the
+    run that resumes.
+    """
+    groups = list(try_answers(model, tokenizer, problems, numbers, compute, samples, seed, watch))
+    watch.poll()
+    return groups
+
+
+def try_answers(
+    model: GPT,
+    tokenizer: Tokenizer,
+    problems: Task,
+    numbers: list[int],
+    compute: Compute,
+    samples: int,
+    seed: int,
+    watch: SignalWatch,
+) -> Iterator[list[Rollout]]:
+    """The groups of roll_out, of which none is whole after a signal."""
     low, high = (len(numbers) * (compute.rank + i) // compute.world_size for i in (0, 1))
     if low == high:
-        return []
+        return
     conversations = [problems[number] for number in numbers[low:high]]
     prompts = [render_for_completion(conversation["messages"], tokenizer) for conversation in conversations]
     engine = Engine(model, tokenizer, compute.dtype)
     options = {"max_tokens": max_new_tokens, "temperature": 1.0, "seed": seed, "first": low * samples}
-    sequences, masks = engine.generate_batch(prompts, samples, **options)
-    groups = []
+    sequences, masks = engine.generate_batch(prompts, samples, until=lambda: watch.received, **options)
+    if watch.received:
+        return
     for i, conversation in enumerate(conversations):
         group = []
         for tokens, mask in zip(sequences[i * samples :][:samples], masks[i * samples :][:samples], strict=True):
@@ -213,16 +256,15 @@ def roll_out(
         mean = sum(rollout.reward for rollout in group) / samples
         for rollout in group:
             rollout.advantage = rollout.reward - mean
-        groups.append(group)
-    return groups
+        yield group
 
 
-def policy_gradient(model: GPT, groups: list[list[Rollout]], compute: Compute) -> Tensor:
+def policy_gradient(model: GPT, groups: list[list[Rollout]], compute: Compute) -> train.Sums[dict[str, int]]:
     """
     Gradients of -sum(advantage * log p) over the sampled tokens of the groups with signal, left on the parameters.
-    Returns (that sum, number of those tokens) of this rank, for train.update to divide by.
+    Returns that sum and the number of those tokens, on this rank, for train.update to divide by.
     """
-    totals = torch.zeros(2, dtype=torch.float64)
+    sums: train.Sums[dict[str, int]] = train.Sums(torch.zeros(2, dtype=torch.float64), {}, [])
     rollouts = [rollout for group in groups for rollout in group if rollout.advantage]
     rollouts.sort(key=lambda rollout: len(rollout.prompt) + len(rollout.tokens))  # little padding
     for start in range(0, len(rollouts), device_batch_size):
@@ -240,8 +282,10 @@ def policy_gradient(model: GPT, groups: list[list[Rollout]], compute: Compute) -
         weights = advantages[:, None].expand(-1, T)
         loss = model(inputs, targets, weights, loss_reduction="sum", dtype=compute.dtype)
         loss.backward()
-        totals += torch.stack([loss.detach(), (targets >= 0).sum()]).cpu()
-    return totals.to(compute.device) if compute.device.type != "mps" else totals.float().to(compute.device)
+        sums.totals += torch.stack([loss.detach(), (targets >= 0).sum()]).cpu()
+        sums.batches.append((inputs, targets))
+    sums.totals = sums.totals.to(compute.device, torch.float32 if compute.device.type == "mps" else torch.float64)
+    return sums
 
 
 # -----------------------------------------------------------------------------
@@ -296,13 +340,15 @@ def diagnose(vitals: dict[str, float], dead_steps: int) -> str:
     return f"no prompt taught anything for {dead_steps} steps; {why}"
 
 
-def evaluate_pass_at_k(model: GPT, tokenizer: Tokenizer, problems: Task, compute: Compute) -> dict[str, float]:
+def evaluate_pass_at_k(
+    model: GPT, tokenizer: Tokenizer, problems: Task, compute: Compute, watch: SignalWatch
+) -> dict[str, float]:
     """
     pass@k on the first eval_examples problems: the chance that at least one of k answers is right, from the number c
     right among n: 1 - C(n - c, k) / C(n, k) (Codex, arXiv 2107.03374). The same on every rank.
     """
     numbers = list(range(min(eval_examples, len(problems))))
-    groups = roll_out(model, tokenizer, problems, numbers, compute, eval_samples, seed)
+    groups = roll_out(model, tokenizer, problems, numbers, compute, eval_samples, seed, watch)
     ks = [2**i for i in range(eval_samples.bit_length()) if 2**i <= eval_samples]
     right = [int(sum(rollout.reward for rollout in group)) for group in groups]
     n = eval_samples

@@ -46,11 +46,15 @@ weight_decay = 0.0  # Muon's cautious weight decay; falls to 0 along a cosine
 warmup_ratio = 0.0  # share of the run in which learning rates rise from 0
 warmdown_ratio = 1.0  # share of the run in which they fall to final_lr_frac
 final_lr_frac = 0.0  # where they end
+skip_spikes = False  # no update by a step whose loss or gradient norm is 6 standard deviations too high
 # Evaluation
 eval_every = 100  # steps between validations on held-out conversations (-1 = only at the end)
 # Checkpoints
 save_every = -1  # steps between checkpoints (-1 = only at the end)
-resume = False  # continue from the newest checkpoint of this tag
+save_minutes = -1.0  # minutes between checkpoints (-1 = by steps alone); both may be given
+save_best = False  # save after each validation that is the best so far, and never delete that one
+keep_last = -1  # checkpoints to keep, older ones are deleted (-1 = all)
+resume = False  # continue from the newest whole checkpoint of this tag
 resume_from_step: int | None = None  # continue from this step
 fresh = False  # start over although this tag has checkpoints; they are kept under another name
 settings = configure(__name__)

@@ -11,6 +11,7 @@ import torch
 from nanochat import train
 from nanochat.common import Stopped, UserError
 from nanochat.compute import Compute
+from nanochat.guard import SignalWatch
 from scripts import chat_rl, chat_sft, mid_train
 from tests import tiny
 from tests.rewarded_rl import even_length
@@ -105,11 +106,11 @@ def test_a_stopped_run_continues_bit_for_bit(home, stage, rewarded, monkeypatch,
         calls.append(1)
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return update(*values[:4], watch[-1].received if watch else 0)
+        return update(*values[:4], watch[-1].received if watch else 0, *values[5:])
 
     watch: list = []
-    enter = train.SignalWatch.__enter__
-    monkeypatch.setattr(train.SignalWatch, "__enter__", lambda self: watch.append(self) or enter(self))
+    enter = SignalWatch.__enter__
+    monkeypatch.setattr(SignalWatch, "__enter__", lambda self: watch.append(self) or enter(self))
     monkeypatch.setattr(train, "update", killed)
     with pytest.raises(Stopped):
         stage(name, f"stopped_{name}", save_every=-1)
@@ -137,6 +138,16 @@ def test_a_resumed_rl_run_keeps_its_number_of_steps(stage, home, rewarded):
     assert [event["num_steps"] for event in tiny.events(home, "rl", "planned", "plan")] == [4, 4]
 
 
+def test_one_changed_word_in_the_conversations_is_refused_on_resume(stage, home, tmp_path):
+    """Only every fourth of 300 conversations is looked at to tell data sets apart; the file's bytes are as well."""
+    file = tmp_path / "mine.jsonl"
+    file.write_bytes((home / "chats.jsonl").read_bytes())
+    stage("sft", "changed", num_iterations=2, mixture=str(file))
+    file.write_bytes(file.read_bytes().replace(b"add 1 to 42.", b"add 1 to 43.", 1))
+    with pytest.raises(UserError, match="was made with conversations = .*, this run has"):
+        stage("sft", "changed", num_iterations=3, mixture=str(file), resume=True)
+
+
 def test_rl_prints_its_vital_signs(stage, home, rewarded, capsys):
     stage("rl", "vital")
     steps = tiny.events(home, "rl", "vital", "step")
@@ -153,8 +164,8 @@ def test_a_batch_without_a_supervised_token_changes_no_weight(home):
     optimizers = model.setup_optimizers(dtype=torch.float32)
     compute = Compute(torch.device("cpu"), torch.float32, 0, 1)
     stream = iter([(torch.zeros(2, 8, dtype=torch.long), torch.full((2, 8), -1), None)])
-    totals, _ = train.accumulate(model, stream, 1, compute)
-    result = train.update(optimizers, totals, train.Rates(1.0, 0.9, 1.0), compute)
+    sums = train.accumulate(model, stream, None, 1, compute)
+    result = train.update(optimizers, sums, train.Rates(1.0, 0.9, 1.0), compute)
     assert result.tokens == 0 and result.loss == 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

@@ -5,19 +5,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    "calculator common configurator execution report_page schedule",
-    "adamw compute dataset docs_corpus folder_corpus muon shards tokenizer",
+    "calculator common configurator download eval_bundle execution report_page schedule task_data",
+    "adamw compute dataset docs_corpus folder_corpus muon peers shards tensors tokenizer",
     "conversation dataloader gpt",
-    "checkpoint_manager engine loss_eval task_eval",
+    "checkpoint_manager engine guard loss_eval task_eval",
     "finetune report server train",
 ]
 SIBLINGS = {
     "configurator": {"common"},
+    "download": {"common"},
+    "eval_bundle": {"common", "download"},
+    "task_data": {"common", "download"},
     "schedule": {"common"},
     "dataloader": {"conversation"},
     "task_eval": {"engine"},
     "finetune": {"train"},
     "adamw": {"compute"},
+    "compute": {"peers"},
     "muon": {"compute"},
     "dataset": {"docs_corpus", "folder_corpus", "shards"},
     "folder_corpus": {"shards"},

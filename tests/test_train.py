@@ -1,7 +1,5 @@
 """The verbs of a loop: averaging, metering, stopping."""
 
-import os
-import signal
 import subprocess
 import sys
 
@@ -9,7 +7,7 @@ import pytest
 import torch
 
 from nanochat import train
-from nanochat.common import Stopped, UserError
+from nanochat.common import NotFinite
 from nanochat.compute import Compute
 from nanochat.dataloader import Position
 from nanochat.gpt import GPTConfig, build_model
@@ -27,9 +25,9 @@ def stream(*targets: torch.Tensor):
 
 def a_step(model, *targets):
     optimizers = model.setup_optimizers()
-    totals, position = train.accumulate(model, stream(*targets), len(targets), CPU)
-    assert position.rows_used == len(targets)
-    return train.update(optimizers, totals, FLAT, CPU)
+    sums = train.accumulate(model, stream(*targets), Position(), len(targets), CPU)
+    assert sums.position.rows_used == len(targets)
+    return train.update(optimizers, sums, FLAT, CPU)
 
 
 def test_tokens_weigh_the_same_in_full_and_in_sparse_batches():
@@ -66,11 +64,11 @@ def test_a_step_without_any_target_changes_no_weight():
 def test_a_gradient_that_is_not_finite_stops_before_the_update(value):
     model = build_model(CONFIG, CPU.device, 0)
     optimizers = model.setup_optimizers()
-    totals, _ = train.accumulate(model, stream(torch.randint(0, 50, (2, 8))), 1, CPU)
+    sums = train.accumulate(model, stream(torch.randint(0, 50, (2, 8))), Position(), 1, CPU)
     model.wte.weight.grad[0, 0] = value
     before = [p.clone() for p in model.parameters()]
-    with pytest.raises(UserError, match="not finite"):
-        train.update(optimizers, totals, FLAT, CPU)
+    with pytest.raises(NotFinite, match="nothing was updated"):
+        train.update(optimizers, sums, FLAT, CPU)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -136,40 +134,6 @@ def test_a_busy_start_does_not_shorten_a_budget_in_minutes(monkeypatch):
 def test_every():
     assert [step for step in range(7) if train.every(3, step)] == [3, 6]
     assert not any(train.every(interval, step) for interval in (-1, 0) for step in range(7))
-
-
-def test_a_signal_is_remembered_and_the_handlers_come_back():
-    before = signal.getsignal(signal.SIGTERM)
-    with train.SignalWatch() as watch:
-        assert watch.received == 0
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)
-        assert watch.received == signal.SIGTERM  # the first one decides the exit code
-    assert signal.getsignal(signal.SIGTERM) == before
-    with pytest.raises(Stopped):
-        train.leave(signal.SIGTERM)
-
-
-def test_a_signal_in_the_middle_of_a_print_is_no_traceback(monkeypatch, capfd):
-    """RuntimeError: reentrant call inside <stdout>, and exit code 1 without a checkpoint."""
-
-    def busy(*_: object, **__: object) -> None:
-        raise RuntimeError("reentrant call")
-
-    monkeypatch.setattr("builtins.print", busy)
-    with train.SignalWatch() as watch:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert watch.received == signal.SIGTERM
-    assert "SIGTERM: finishing this step, then saving" in capfd.readouterr().out
-
-
-def test_a_second_ctrl_c_ends_at_once():
-    with train.SignalWatch() as watch:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)  # the same key press, delivered by terminal and torchrun
-        watch.received_at -= 1
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_library_modules_import_without_side_effects():
