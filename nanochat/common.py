@@ -5,6 +5,7 @@ Promises: a file written here exists whole or not at all; one line per mistake. 
 `--help` and every mistake answer at once. Torch lives one layer up, in compute.py.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -60,23 +61,29 @@ class Stopped(Exception):
 def run_main(main: Callable[[], None]) -> None:
     """
     Run a script's main() and turn its end into an exit code: 0 done, 2 the user's mistake (one line, no traceback), 3
-    numbers that are not finite, 130 Ctrl-C, 128 + n stopped by signal n after saving. Every other exception is ours and
-    keeps its traceback.
+    numbers that are not finite, 130 Ctrl-C, 128 + n stopped by signal n after saving (and 4 another rank died, see
+    peers.py). Every other exception is ours and keeps its traceback.
     """
-    name = Path(sys.argv[0]).stem
     try:
         main()
     except UserError as error:
-        if get_rank() == 0 or not error.everywhere:
-            print(f"{name}: {error}", file=sys.stderr, flush=True)
+        say_why(str(error), error.everywhere)
         sys.exit(error.exit_code)
     except Stopped as stop:
-        if get_rank() == 0:
-            print(f"{name}: {stop}", file=sys.stderr, flush=True)
+        say_why(str(stop), everywhere=True)
         sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr, flush=True)
+        say_why("interrupted", everywhere=False)
         sys.exit(130)
+
+
+def say_why(reason: str, everywhere: bool) -> None:
+    """The last line of a process, on stderr; of rank 0 alone where all ranks have the same to say."""
+    if everywhere and get_rank() != 0:
+        time.sleep(1)  # torchrun ends all when the first one ends; let rank 0 speak
+        return
+    with contextlib.suppress(OSError):  # a closed terminal
+        print(f"{Path(sys.argv[0]).stem}: {reason}", file=sys.stderr, flush=True)
 
 
 # -----------------------------------------------------------------------------
@@ -89,9 +96,17 @@ def get_rank() -> int:
 
 
 def print0(*values: object, **options: Any) -> None:
-    """print() on rank 0 only."""
+    """
+    print() on rank 0 only. A terminal that was closed or a reader that has gone (| head, a tee that was killed) does
+    not end a run: from then on it prints into nothing.
+    """
     if get_rank() == 0:
-        print(*values, **options, flush=True)
+        try:
+            print(*values, **options, flush=True)
+        except OSError:
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, sys.stdout.fileno())
+            os.close(nothing)
 
 
 # -----------------------------------------------------------------------------

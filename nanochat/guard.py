@@ -5,6 +5,7 @@ A step is finished whole or not at all. What ends a run early is an exception th
 `Stopped` or `StepFailed`, while the weights are those of the last whole step: the loop saves them and lets it pass.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -25,14 +26,14 @@ from nanochat.common import Stopped, get_base_dir, get_rank, write_atomic
 from nanochat.compute import Compute
 from nanochat.gpt import GPT
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class SignalWatch:
     """
-    Remembers the first SIGTERM, SIGINT or SIGUSR1 until the loop asks for it, so that a step is finished and saved. A
-    second SIGINT, a second or more later (a terminal and torchrun may both deliver the first), ends the process at
-    once. Use as a context manager: the old handlers come back.
+    Remembers the first SIGTERM, SIGINT, SIGUSR1 or SIGHUP (a closed terminal; not under nohup) until the loop asks for
+    it, so that a step is finished and saved. A second SIGINT, a second or more later (a terminal and torchrun may both
+    deliver the first), ends the process at once. Use as a context manager: the old handlers come back.
     """
 
     def __init__(self, compute: Compute) -> None:
@@ -41,7 +42,8 @@ class SignalWatch:
         self.received_at = 0.0
 
     def __enter__(self) -> Self:
-        self.previous: dict[int, Any] = {number: signal.signal(number, self.handle) for number in SIGNALS}
+        wanted = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self.previous: dict[int, Any] = {number: signal.signal(number, self.handle) for number in wanted}
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -57,7 +59,8 @@ class SignalWatch:
         if get_rank() == 0:  # not by print(): the signal may have come in the middle of one, which Python refuses
             name = signal.Signals(number).name
             line = f"\n{name}: finishing this step, then saving (Ctrl-C again: stop at once, unsaved)\n"
-            os.write(sys.__stdout__.fileno() if sys.__stdout__ else 1, line.encode())
+            with contextlib.suppress(OSError):  # the terminal may be what has gone
+                os.write(sys.__stdout__.fileno() if sys.__stdout__ else 1, line.encode())
 
     def poll(self) -> None:
         """

@@ -66,6 +66,40 @@ def test_a_stopped_run_continues_bit_for_bit(home, signum, code):
     assert losses(home, tag) == losses(home, "whole")
 
 
+def test_a_closed_terminal_stops_a_run_after_saving(home):
+    """It ended in an OSError from the progress bar, or by SIGHUP at once."""
+    terminal, inner = os.openpty()
+    command = [sys.executable, "-m", "scripts.base_train", *RUN, *EAGER, "--model-tag=hungup", "--num-iterations=4000"]
+    options = {"env": tiny.environment(home), "cwd": tiny.ROOT, "start_new_session": True}
+    # The pseudo-terminal becomes the controlling one, so that its end is SIGHUP and every write an error.
+    take = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    whole = [sys.executable, "-c", take, *command]
+    with subprocess.Popen(whole, stdin=inner, stdout=inner, stderr=inner, **options) as process:
+        os.close(inner)
+        seen = b""
+        while b"quick val bpb" not in seen:  # a terminal of no width shows no bar
+            seen += os.read(terminal, 4096)
+        os.close(terminal)
+        assert process.wait(timeout=120) == 128 + signal.SIGHUP
+    steps = [path.name for path in (home / "base_checkpoints" / "hungup").iterdir()]
+    assert len(steps) == 1 and steps[0].startswith("step_")
+
+
+def test_a_reader_that_has_gone_does_not_end_a_run(home):
+    """`| head -1`, or a tee that was killed: BrokenPipeError in the middle of a step, and no checkpoint."""
+    words = " ".join([sys.executable, "-m", "scripts.base_train", *RUN, *EAGER, "--model-tag=unheard"])
+    result = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {words} | head -1"],
+        env=tiny.environment(home),
+        cwd=tiny.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert tiny.weights(home, "unheard", 20) == tiny.weights(home, "whole", 20)
+
+
 def test_compiled_bf16_continues_bit_for_bit(home):
     """The fast path, on the CPU that is here: compiled blocks, bf16 matmuls, an intermediate checkpoint."""
     flags = [*RUN, "--dtype=bfloat16"]

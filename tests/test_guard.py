@@ -52,7 +52,7 @@ def test_two_ranks_that_both_got_sigterm_do_not_end_with_sigpwr():
     """Signal numbers were added up over ranks: 15 + 15 = 30, exit code 158."""
     votes = [sum(pair) for pair in zip(stop_votes(signal.SIGTERM), stop_votes(signal.SIGTERM), strict=True)]
     assert stopped_by(votes) == signal.SIGTERM
-    assert stopped_by([0.0, 1.0, 3.0]) == signal.SIGINT and stopped_by([0.0, 0.0, 0.0]) == 0
+    assert stopped_by([0.0, 1.0, 3.0, 0.0]) == signal.SIGINT and stopped_by([0.0] * 4) == 0
 
 
 def test_poll_raises_after_a_signal_and_not_before():
@@ -113,3 +113,14 @@ def test_a_bundle_tells_what_the_step_saw(base_dir):
     assert content["not_finite"] == ["lm_head.weight"] and content["position_after"] == {"row": 5}
     assert content["batches"][0]["inputs"] == inputs.tolist()
     assert content["gradient_norms"].keys() == content["parameter_norms"].keys()
+
+
+def test_nohup_is_respected():
+    """A run started with nohup goes on when its terminal is closed."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with SignalWatch(CPU) as watch:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert watch.received == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
