@@ -57,7 +57,6 @@ fresh = False  # start over although this tag has checkpoints; they are kept und
 settings = configure(__name__)
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,32 +220,16 @@ def roll_out(
     Raises Stopped, on every rank, when a signal came to any meanwhile: the step is not begun, and tried again by the
     run that resumes.
     """
-    groups = list(try_answers(model, tokenizer, problems, numbers, compute, samples, seed, watch))
-    watch.poll()
-    return groups
-
-
-def try_answers(
-    model: GPT,
-    tokenizer: Tokenizer,
-    problems: Task,
-    numbers: list[int],
-    compute: Compute,
-    samples: int,
-    seed: int,
-    watch: SignalWatch,
-) -> Iterator[list[Rollout]]:
-    """The groups of roll_out, of which none is whole after a signal."""
     low, high = (len(numbers) * (compute.rank + i) // compute.world_size for i in (0, 1))
-    if low == high:
-        return
     conversations = [problems[number] for number in numbers[low:high]]
     prompts = [render_for_completion(conversation["messages"], tokenizer) for conversation in conversations]
     engine = Engine(model, tokenizer, compute.dtype)
     options = {"max_tokens": max_new_tokens, "temperature": 1.0, "seed": seed, "first": low * samples}
-    sequences, masks = engine.generate_batch(prompts, samples, until=lambda: watch.received, **options)
-    if watch.received:
-        return
+    sequences, masks = [], []
+    if prompts:
+        sequences, masks = engine.generate_batch(prompts, samples, until=lambda: watch.received, **options)
+    watch.poll()
+    groups = []
     for i, conversation in enumerate(conversations):
         group = []
         for tokens, mask in zip(sequences[i * samples :][:samples], masks[i * samples :][:samples], strict=True):
@@ -256,7 +239,8 @@ def try_answers(
         mean = sum(rollout.reward for rollout in group) / samples
         for rollout in group:
             rollout.advantage = rollout.reward - mean
-        yield group
+        groups.append(group)
+    return groups
 
 
 def policy_gradient(model: GPT, groups: list[list[Rollout]], compute: Compute) -> train.Sums[dict[str, int]]:
