@@ -39,7 +39,7 @@ stage task_data python -m nanochat.dataset --prefetch=tasks # for the chat stage
 #   horizon: 20 x 561 M / 524,288 = 21,400 steps
 # A run that was stopped goes on from its last checkpoint; a finished one has nothing to do.
 stage base_train torchrun --standalone --nproc_per_node="$NPROC" -m scripts.base_train -- \
-  --depth=20 --target-param-data-ratio=20 --device-batch-size=32 --save-every=2000 \
+  --depth=20 --target-param-data-ratio=20 --device-batch-size=32 --save-every=2000 --keep-last=2 \
   --run="$WANDB_RUN" $(resume base d20)
 stage base_loss torchrun --standalone --nproc_per_node="$NPROC" -m scripts.base_loss -- --model-tag=d20 --no-baselines
 

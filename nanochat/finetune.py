@@ -138,7 +138,7 @@ def fine_tune(
 
     train.show_chats(questions, model, tokenizer, compute, record, num_steps)
     memory = peak_memory_bytes(compute.device)
-    record.write("end", **meter.summary(), peak_memory_bytes=memory, text=position.describe())
+    record.write("end", **meter.summary(), **spikes.summary(), peak_memory_bytes=memory, text=position.describe())
     print0(f"conversations: {position.describe()}")
     print0(f"speed: {train.describe_rates(meter)}, {meter.train_seconds:,.0f} s, {memory / 1e9:.1f} GB at most")
     if wandb_run:

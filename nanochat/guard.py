@@ -134,6 +134,9 @@ class Spikes:
         deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in before) / len(before))
         return value > mean + self.SIGMAS * deviation
 
+    def summary(self) -> dict[str, int]:
+        return {"spikes": self.count, "spikes_skipped": self.skipped}
+
     def state(self) -> dict[str, Any]:
         return {"losses": [*self.losses], "norms": [*self.norms], "count": self.count, "skipped": self.skipped}
 

@@ -207,6 +207,7 @@ class Meter:
             "grad_norm": round(result.grad_norm, 6),
             "tokens": result.tokens,
             "seconds": round(seconds, 4),
+            **({"spike": True} if result.spike else {}),
         }
 
     @property

@@ -206,7 +206,7 @@ def main() -> None:
     val_bpb = validate(model, text, tokenizer, compute, stride=max(1, max_seq_len // 2))
     record.write("eval", step=num_steps, val_bpb=val_bpb)
     memory = peak_memory_bytes(compute.device)
-    record.write("end", **meter.summary(), peak_memory_bytes=memory, text=position.describe())
+    record.write("end", **meter.summary(), **spikes.summary(), peak_memory_bytes=memory, text=position.describe())
     print0(f"text: {position.describe()}")
     print0(
         f"speed: {train.describe_rates(meter)}, {meter.train_seconds:,.0f} s of training, {memory / 1e9:.1f} GB at most"

@@ -180,7 +180,7 @@ def main() -> None:
 
     questions = [str(held_out[i]["messages"][0]["content"]) for i in range(min(3, len(held_out)))]
     train.show_chats(questions, model, tokenizer, compute, record, num_steps)
-    record.write("end", **meter.summary(), peak_memory_bytes=peak_memory_bytes(compute.device))
+    record.write("end", **meter.summary(), **spikes.summary(), peak_memory_bytes=peak_memory_bytes(compute.device))
     print0(f"{meter.train_seconds:,.0f} s of training, {peak_memory_bytes(compute.device) / 1e9:.1f} GB at most")
     if wandb_run:
         wandb_run.finish()

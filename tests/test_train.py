@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from nanochat import train
-from nanochat.common import NotFinite
+from nanochat.common import NotFinite, StepFailed, UserError
 from nanochat.compute import Compute
 from nanochat.dataloader import Position
 from nanochat.gpt import GPTConfig, build_model
+from nanochat.guard import Spikes
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 CONFIG = GPTConfig(sequence_len=8, vocab_size=50, n_layer=1, n_head=1, n_kv_head=1, n_embd=16)
@@ -142,3 +143,31 @@ def test_library_modules_import_without_side_effects():
     code += "assert not torch.cuda.is_initialized() and threading.active_count() == 1"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_a_skipped_spike_leaves_the_weights_alone():
+    model = build_model(CONFIG, CPU.device, 0)
+    optimizers, spikes, targets = model.setup_optimizers(), Spikes(), torch.randint(0, 50, (2, 8))
+    for _ in range(Spikes.ENOUGH):
+        spikes.see(1.0, 0.1)  # what the steps before were like
+    before = [p.clone() for p in model.parameters()]
+    sums = train.accumulate(model, stream(targets), Position(), 1, CPU)
+    result = train.update(optimizers, sums, FLAT, CPU, spikes=spikes, skip_spikes=True)
+    assert result.spike and (spikes.count, spikes.skipped) == (1, 1) and optimizers[0].steps == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_damaged_shard_ends_the_step_and_not_the_others():
+    """The rank that meets it still takes part in the all-reduce, which tells the others."""
+
+    def damaged():
+        yield next(stream(torch.randint(0, 50, (2, 8))))
+        raise UserError("shard_00003.parquet: damaged")
+
+    model = build_model(CONFIG, CPU.device, 0)
+    before = [p.clone() for p in model.parameters()]
+    sums = train.accumulate(model, damaged(), Position(), 2, CPU)
+    with pytest.raises(StepFailed, match="shard_00003"):
+        train.update(model.setup_optimizers(), sums, FLAT, CPU)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(p.grad is None for p in model.parameters())
