@@ -1,179 +1,240 @@
 """
-Run a Python program that a model wrote: a fresh interpreter with limits on time, memory and output.
+Run Python programs that a model wrote, in a jail, and judge them by tests that they cannot see.
 
-Promises: the caller gets an answer within about `timeout` seconds and holds at most MAX_OUTPUT bytes of each stream;
-the program runs in a process, session and empty temporary directory of its own, with an empty stdin and none of the
-caller's environment; whatever is left of its process group is killed at the end; ending early, as with sys.exit(0),
-is no success. Works in any thread.
+Covered, on Linux (x86_64, aarch64) with Landlock and seccomp: a program gets the standard library, an empty directory
+of its own for a few small files, an empty stdin, none of the caller's environment, and limits on time, memory, files
+and output. It reaches no other file, no network and no other process, and starts none, nor a thread. For root it runs
+as nobody and without capabilities. It is killed at the end, and the caller keeps at most MAX_OUTPUT bytes of each
+stream, whatever it writes. `check_program` runs the tests in a second jail, which hands it arguments and gets values
+back as text: nothing that a program does to itself (patched builtins, objects that equal everything, sys.exit) reaches
+the verdict. `active_layers` says what this machine gives. Works in any thread.
 
-Does not, yet: this is no security boundary. The program can read and write the user's files and use the network; a
-child that starts a session of its own survives; a program that looks for the pipes it is judged by can declare itself
-right. As root nothing stops it from starting processes (RLIMIT_NPROC does not hold for root), and limits that a system
-lacks do not apply. Run models that you do not trust in a container or a virtual machine.
+Without seccomp it refuses, unless told `unsafe`. Without Landlock (Linux before 5.13, some containers) the filter
+refuses all writing to files, but what this user may read can be read, such as the tests if they lie on the disk.
+
+Not covered: errors in the kernel and in the interpreter; timing and other side channels; names, sizes and times of
+files outside (stat). `execute_code` has no tests: a program that looks for the pipe it reports on can say that it
+reached its end. Who runs programs of strangers adds a virtual machine. docs/explanation/sandbox.md says why it is so.
 """
 
 import contextlib
+import json
 import math
 import os
-import secrets
 import selectors
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import IO
 
+from nanochat import jail_stub
+from nanochat.common import UserError
+
 MAX_OUTPUT = 1 << 20  # bytes of stdout, and of stderr; a program that writes more is ended
-MAX_FILE_BYTES = 10 << 20
-MAX_OPEN_FILES = 64
-POLL_SECONDS = 0.05  # how late we see the end of a program whose children keep its pipes open
-
-# What the child runs: it limits itself, runs program.py as __main__, and hands back the secret when that has ended
-# normally. A child process without preexec_fn is safe to start from a threaded parent.
-CHILD = """
-import os, resource, sys
-
-def run():
-    secret, verdict = int(sys.argv[1]), int(sys.argv[2])
-    for word in sys.argv[3:]:
-        name, _, value = word.partition("=")
-        kind = getattr(resource, name, None)
-        if kind is not None:
-            hard = resource.getrlimit(kind)[1]
-            limit = int(value) if hard == resource.RLIM_INFINITY else min(int(value), hard)
-            try:
-                resource.setrlimit(kind, (limit, limit))
-            except (OSError, ValueError):  # macOS knows RLIMIT_AS and refuses it
-                pass
-    with open("program.py", "rb") as file:
-        source = file.read()
-    sys.argv[:] = ["program.py"]
-    main = sys.modules["__main__"] = type(sys)("__main__")
-    exec(compile(source, "program.py", "exec"), main.__dict__)
-    os.write(verdict, os.read(secret, 64))
-
-run()
-"""
+MAX_FILE_BYTES = 1 << 20
+MAX_FILES = 64  # open at once, and in the directory; a program that makes more is ended
+POLL_SECONDS = 0.05  # how often the directory is looked at
+START_SECONDS = 30  # for a jail to be ready, about 15 ms on an idle machine; the program's time begins then
 
 
 @dataclass(frozen=True)
 class ExecutionResult:
-    """What became of a program. `success`: it ran to its end without an exception, within the limits."""
+    """What became of a program. `success`: it ran to its end, or passed its tests, within the limits."""
 
     success: bool
     stdout: str
-    stderr: str
-    exit_code: int  # negative: the signal that ended it
+    stderr: str  # with tests: the program's, then what the tests say
     timed_out: bool
-    output_exceeded: bool
+    output_exceeded: bool  # or too many files
 
 
-def execute_code(code: str, timeout: float = 5.0, memory_bytes: int = 512 << 20) -> ExecutionResult:
+@dataclass(frozen=True)
+class Jail:
+    """A running program, its streams (stdout, stderr, the stub's report), and what was read from each."""
+
+    process: subprocess.Popen[bytes]
+    folder: str
+    streams: tuple[IO[bytes], ...]
+    outputs: tuple[bytearray, bytearray, bytearray] = field(
+        default_factory=lambda: (bytearray(), bytearray(), bytearray())
+    )
+
+    def exceeds(self) -> bool:
+        return max(map(len, self.outputs)) > MAX_OUTPUT or len(os.listdir(self.folder)) > MAX_FILES
+
+    def report(self) -> list[bytes]:
+        """The lines of the report that are whole."""
+        return bytes(self.outputs[2]).split(b"\n")[:-1]
+
+
+def execute_code(
+    code: str, timeout: float = 5.0, memory_bytes: int = 512 << 20, unsafe: bool = False
+) -> ExecutionResult:
     """
-    Run `code` for at most `timeout` seconds of wall clock and with at most `memory_bytes` of address space. Put the
-    tests at its end: success means that the last line was passed. It can start neither processes nor threads, unless
-    this is root. Starting costs about 20 ms.
+    Run `code` for at most `timeout` seconds of wall clock and with at most `memory_bytes` of address space.
+    UserError where the machine gives too little to lock it in and `unsafe` does not say that this is all right.
     """
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nanochat-", ignore_cleanup_errors=True))
-        Path(folder, "program.py").write_bytes(code.encode("utf-8", "surrogatepass"))
-        secret_reader, secret_writer = open_pipe(stack)
-        verdict_reader, verdict_writer = open_pipe(stack)
-        secret = secrets.token_bytes(32)
-        secret_writer.write(secret)
-        command = [sys.executable, "-I", "-X", "utf8", "-c", CHILD]
-        command += [str(secret_reader.fileno()), str(verdict_writer.fileno()), *limits(timeout, memory_bytes)]
-        deadline = time.monotonic() + timeout
+        return follow([start(stack, code, "program.py", resource_limits(timeout, memory_bytes), unsafe)], timeout)
+
+
+def check_program(
+    program: str,
+    tests: str,
+    entry_point: str,
+    timeout: float = 5.0,
+    memory_bytes: int = 512 << 20,
+    unsafe: bool = False,
+) -> ExecutionResult:
+    """
+    Whether `tests` (trusted) reach their end, where the function `entry_point` is the one that `program` (not trusted)
+    defines. Arguments and values are copied: numbers, strings, bytes, bools, None and lists, tuples, sets and dicts of
+    them. A value of another type, such as a generator or a Fraction, is a TypeError, a change to an argument is not
+    seen by the tests, and of an exception they see the type, if it is a built-in one. Integers: 4,300 digits at most.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as ends:  # closed here once both have theirs: each sees when the other is gone
+            (call_reader, call_writer), (answer_reader, answer_writer) = open_pipe(ends), open_pipe(ends)
+            limits = resource_limits(timeout, memory_bytes)
+            asking = {"call": (entry_point, call_writer, answer_reader)}
+            answering = {"serve": (entry_point, call_reader, answer_writer)}
+            checker = start(stack, tests, "tests.py", limits, unsafe, asking)
+            runner = start(stack, program, "program.py", limits, unsafe, answering)
+        return follow([checker, runner], timeout)
+
+
+def active_layers(unsafe: bool = False) -> list[str]:
+    """What keeps programs in on this machine, in words. UserError where that is too little."""
+    with contextlib.ExitStack() as stack:
+        jail = start(stack, "", "program.py", resource_limits(5.0, 512 << 20), unsafe)
+        follow([jail], 5.0)
+        layers: list[str] = json.loads(jail.report()[0])[0]
+        return layers
+
+
+def start(
+    stack: contextlib.ExitStack,
+    code: str,
+    name: str,
+    limits: dict[str, int],
+    unsafe: bool,
+    link: dict[str, tuple[str, int, int]] | None = None,
+) -> Jail:
+    """A jail in which `code` runs; it ends with the stack, and so does its directory. `link`: see jail_stub."""
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nanochat-", ignore_cleanup_errors=True))
+    report, report_writer = os.pipe()
+    report_stream = stack.enter_context(os.fdopen(report, "rb", 0))
+    with os.fdopen(report_writer, "wb", 0), tempfile.TemporaryFile() as job:
+        settings = {"code": code, "name": name, "limits": limits, "unsafe": unsafe, "report": report_writer}
+        job.write(json.dumps(settings | (link or {})).encode())
+        job.seek(0)
         process = subprocess.Popen(
-            command,
+            # what -I does, but with the environment below: with hashes that are the same in every run, so are verdicts;
+            # -u: what a program wrote before it is killed is not lost
+            [sys.executable, "-s", "-P", "-S", "-B", "-u", "-X", "utf8", jail_stub.__file__],
             cwd=folder,
             env=environment(folder),
-            stdin=subprocess.DEVNULL,
+            stdin=job,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            pass_fds=(secret_reader.fileno(), verdict_writer.fileno()),
+            pass_fds=[report_writer, *(fd for _, *pair in (link or {}).values() for fd in pair)],
             start_new_session=True,
         )
-        verdict_writer.close()  # the child's is now the only one: when it ends, so does the pipe
-        with process:
-            outputs, timed_out = follow(process, verdict_reader, deadline)
-    stdout, stderr, verdict = outputs
-    exceeded = max(map(len, outputs)) > MAX_OUTPUT
+    stack.callback(end, process)
+    assert process.stdout and process.stderr
+    return Jail(process, folder, (process.stdout, process.stderr, report_stream))
+
+
+def open_pipe(stack: contextlib.ExitStack) -> tuple[int, int]:
+    """(reading end, writing end) of a pipe, closed with the stack."""
+    reader, writer = os.pipe()
+    stack.callback(os.close, reader)
+    stack.callback(os.close, writer)
+    return reader, writer
+
+
+def resource_limits(timeout: float, memory_bytes: int) -> dict[str, int]:
+    """By their names in the module `resource`. No processes and no threads: 0 more of them than the user has."""
+    return {
+        "RLIMIT_AS": memory_bytes,
+        "RLIMIT_CPU": math.ceil(timeout) + 1,
+        "RLIMIT_FSIZE": MAX_FILE_BYTES,
+        "RLIMIT_NOFILE": MAX_FILES,
+        "RLIMIT_NPROC": 0,
+        "RLIMIT_CORE": 0,
+    }
+
+
+def environment(folder: str) -> dict[str, str]:
+    """All that the program sees of an environment; some installations of Python do not start without the last one."""
+    ours = {"HOME": folder, "TMPDIR": folder, "PYTHONHASHSEED": "0"}
+    return ours | {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+
+
+def follow(jails: Sequence[Jail], timeout: float) -> ExecutionResult:
+    """
+    Read what the programs write until the first of them, the judge, has ended, one has written too much, or time is up:
+    `timeout` seconds from when all jails are ready. RuntimeError where one does not get ready.
+    """
+    judge, runner = jails[0], jails[-1]
+    ready = exceeded = False
+    deadline = time.monotonic() + START_SECONDS
+    with selectors.DefaultSelector() as selector:
+        for jail in jails:
+            for stream, output in zip(jail.streams, jail.outputs, strict=True):
+                selector.register(stream, selectors.EVENT_READ, output)
+        while not exceeded and (remaining := deadline - time.monotonic()) > 0:
+            ended = judge.streams[2] not in selector.get_map()  # all that it wrote is in the pipes by then
+            if not read_some(selector, 0 if ended else min(POLL_SECONDS, remaining)) and ended:
+                break
+            exceeded = any(jail.exceeds() for jail in jails)
+            if not ready and all(jail.report() for jail in jails):
+                require_locked_in(jails)
+                ready, deadline = True, time.monotonic() + timeout
+    if not ready and not exceeded:
+        raise RuntimeError(f"the jail for programs did not start: {runner.outputs[1].decode('utf-8', 'replace')}")
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        judge.process.wait(0 if exceeded else max(0, deadline - time.monotonic()))
+    stdout, stderr = runner.outputs[0][:MAX_OUTPUT], runner.outputs[1][:MAX_OUTPUT]
+    if judge is not runner:
+        stderr += judge.outputs[1][:MAX_OUTPUT]
     return ExecutionResult(
-        success=verdict == secret and process.returncode == 0 and not timed_out and not exceeded,
-        stdout=stdout[:MAX_OUTPUT].decode("utf-8", "replace"),
-        stderr=stderr[:MAX_OUTPUT].decode("utf-8", "replace"),
-        exit_code=process.returncode,
-        timed_out=timed_out,
+        success=judge.report()[1:] == [b"passed"] and judge.process.returncode == 0 and not exceeded,
+        stdout=stdout.decode("utf-8", "replace"),
+        stderr=stderr.decode("utf-8", "replace"),
+        timed_out=judge.process.returncode is None and not exceeded,
         output_exceeded=exceeded,
     )
 
 
-def open_pipe(stack: contextlib.ExitStack) -> tuple[IO[bytes], IO[bytes]]:
-    """(reading end, writing end) of a pipe, unbuffered."""
-    reader, writer = os.pipe()
-    return stack.enter_context(open(reader, "rb", 0)), stack.enter_context(open(writer, "wb", 0))
+def read_some(selector: selectors.BaseSelector, seconds: float) -> bool:
+    """Add to each output what its stream has, after at most `seconds`; whether any had something, or its end."""
+    ready = selector.select(seconds)
+    for key, _ in ready:
+        data = os.read(key.fd, 1 << 16)
+        key.data.extend(data)
+        if not data:
+            selector.unregister(key.fileobj)
+    return bool(ready)
 
 
-def limits(timeout: float, memory_bytes: int) -> list[str]:
-    """The child's resource limits. No processes and no threads: 0 more of them than the user has."""
-    values = {
-        "RLIMIT_AS": memory_bytes,
-        "RLIMIT_CPU": math.ceil(timeout) + 1,
-        "RLIMIT_FSIZE": MAX_FILE_BYTES,
-        "RLIMIT_NOFILE": MAX_OPEN_FILES,
-        "RLIMIT_NPROC": 0,
-        "RLIMIT_CORE": 0,
-    }
-    return [f"{name}={value}" for name, value in values.items()]
+def require_locked_in(jails: Sequence[Jail]) -> None:
+    """UserError where a stub refused to run its program."""
+    for jail in jails:
+        missing = json.loads(jail.report()[0])[1]
+        if missing:
+            raise UserError(
+                f"this machine cannot lock in the programs that a model writes ({missing}); --unsafe-exec runs them "
+                "with all the rights of this user"
+            )
 
 
-def environment(folder: str) -> dict[str, str]:
-    """All that the program sees of an environment. One thread, because numerical libraries start more on import."""
-    return {
-        "PATH": "/usr/bin:/bin",
-        "HOME": folder,
-        "TMPDIR": folder,
-        "LANG": "C.UTF-8",
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-    }
-
-
-def follow(
-    process: subprocess.Popen[bytes], verdict: IO[bytes], deadline: float
-) -> tuple[tuple[bytearray, bytearray, bytearray], bool]:
-    """
-    Read what a program writes until it has ended, written too much, or run out of time; then end all of its group.
-    Returns ((stdout, stderr, verdict), whether time ran out); one that has more than MAX_OUTPUT bytes ended it.
-    """
-    assert process.stdout and process.stderr
-    outputs = (bytearray(), bytearray(), bytearray())
-    timed_out = False
-    try:
-        with selectors.DefaultSelector() as selector:
-            for stream, output in zip((process.stdout, process.stderr, verdict), outputs, strict=True):
-                selector.register(stream, selectors.EVENT_READ, output)
-            while selector.get_map() and max(map(len, outputs)) <= MAX_OUTPUT:
-                ended = process.poll() is not None  # asked first: then all that it wrote is in the pipes already
-                remaining = deadline - time.monotonic()
-                ready = selector.select(0 if ended else max(0, min(POLL_SECONDS, remaining)))
-                if (ended and not ready) or remaining <= 0:
-                    break
-                for key, _ in ready:
-                    data = os.read(key.fd, 1 << 16)
-                    key.data.extend(data)
-                    if not data:
-                        selector.unregister(key.fileobj)
-        if max(map(len, outputs)) <= MAX_OUTPUT:
-            process.wait(max(0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        timed_out = True
-    finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS refuses where only a zombie is left
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    return outputs, timed_out
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a program and whatever is left of its group."""
+    with process, contextlib.suppress(ProcessLookupError, PermissionError):  # macOS refuses where only a zombie is left
+        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
