@@ -1,13 +1,17 @@
 """
-The report card of everything that ran under this base directory, from its records alone.
+The report card of everything that ran under this base directory, and comparisons of runs, from their records alone.
 
-    python -m nanochat.report generate      # print it; write $NANOCHAT_BASE_DIR/report/report.md and report.html
-    python -m nanochat.report reset         # begin a new one: earlier records move to records/before-<time>/
+    python -m nanochat.report generate                   # print it; write report/report.md and report/report.html
+    python -m nanochat.report compare --runs="d12 d16"   # or: compare d12 d16; base runs side by side, baseline first
+    python -m nanochat.report reset                      # a new one: earlier records move to records/before-<time>/
 
 The newest run of each stage counts; a run that was stopped and resumed is one run. What has not run shows as "-".
-Stages it does not know appear among runs and settings only. How it all looks is the business of report_page.py.
+Stages it does not know appear among runs and settings only. A comparison (report_compare.py) takes tags, or the files
+of records, and writes report/compare.md and report/compare.html. How it all looks is the business of report_page.py.
 """
 
+import shlex
+import sys
 from typing import Literal
 
 from nanochat.configurator import configure
@@ -15,24 +19,55 @@ from nanochat.configurator import configure
 SHORT = {"": "action"}
 
 # Action
-action: Literal["generate", "reset"] = "generate"  # generate: print and write the report; reset: put the records aside
+action: Literal["generate", "compare", "reset"] = "generate"  # generate, compare: print and write; reset: put aside
+runs = ""  # what to compare: tags of base runs or record files, the baseline first; the words after `compare`
+# Cost
+dollars_per_hour: float | None = None  # of one GPU, or of a machine without (None = known for H100, A100 and V100)
+
+
+def join_runs(words: list[str]) -> list[str]:
+    """The command line with the words that follow `compare` as one setting: compare a b -> compare '--runs=a b'."""
+    first = words.index("compare") + 1 if "compare" in words else len(words)
+    end = next((i for i in range(first, len(words)) if words[i].startswith("-")), len(words))
+    return [*words[:first], *(["--runs=" + shlex.join(words[first:end])] if end > first else []), *words[end:]]
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = join_runs(sys.argv[1:])
 settings = configure(__name__)
 
-import math
-import shlex
 import textwrap
 import time
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from nanochat import report_page as page
-from nanochat.common import UserError, get_base_dir, read_record, run_main, write_atomic
+from nanochat.common import UserError, get_base_dir, run_main, write_atomic
+from nanochat.report_compare import compare
+from nanochat.report_runs import (
+    STAGES,
+    Event,
+    Events,
+    Grades,
+    command,
+    cost,
+    counted,
+    duration,
+    grades,
+    hardware,
+    is_mean,
+    last,
+    newest,
+    number,
+    outcome,
+    points,
+    read_runs,
+    rounded,
+    score,
+    seconds_of,
+    share,
+    val_bpb,
+)
 
-Event = dict[str, Any]
-Events = list[Event]
-Grades = dict[str, dict[str, Event]]  # task, then source
-STAGES = {"base": "base", "mid": "mid", "sft": "SFT", "rl": "RL"}  # the columns, and what they are called
 GRADED = 2  # answers shown of each task
 STALE = "†"
 
@@ -47,155 +82,60 @@ def main() -> None:
             path.rename(aside / path.name)
         print(f"{len(paths)} records are now in {aside}" if paths else f"no records in {records}: nothing to put aside")
         return
-    report = build(read_runs(records))
-    text = page.to_markdown(*report)
+    if dollars_per_hour is not None and dollars_per_hour < 0:
+        raise UserError(f"--dollars-per-hour={dollars_per_hour}: expected a price of 0 or more")
+    if action == "compare":
+        try:
+            names = shlex.split(runs)
+        except ValueError as error:
+            raise UserError(
+                f"--runs={runs}: {error}; expected names with spaces between, quoted as for a shell"
+            ) from None
+        write("compare", *compare(names, records, dollars_per_hour))
+    else:
+        write("report", *build(read_runs(records), dollars_per_hour))
+
+
+def write(name: str, title: str, subtitle: str, sections: list[page.Section]) -> None:
+    """Print a report, and write it as name.md and name.html."""
+    text = page.to_markdown(title, subtitle, sections)
     folder = get_base_dir() / "report"
-    write_atomic(folder / "report.md", text)
-    write_atomic(folder / "report.html", page.to_html(*report))
+    write_atomic(folder / f"{name}.md", text)
+    write_atomic(folder / f"{name}.html", page.to_html(title, subtitle, sections))
     print(text)
-    print(f"written to {folder / 'report.md'} and {folder / 'report.html'}")
+    print(f"written to {folder / name}.md and {folder / name}.html")
 
 
-def build(runs: Sequence[Events]) -> tuple[str, str, list[page.Section]]:
+def build(runs: Sequence[Events], dollars: float | None = None) -> tuple[str, str, list[page.Section]]:
     """Title, subtitle and sections of the report on runs, which are in the order of their starts."""
     found = {stage: newest(runs, stage) for stage in STAGES}
     graded = grades(runs)
     tags = ", ".join(dict.fromkeys(events[0]["tag"] for events in found.values() if events))
     day = time.strftime("%Y-%m-%d", time.localtime(runs[-1][0]["time"]))
     sections: list[page.Section] = [
-        ("", [summary(runs, found, graded)]),
+        ("", [summary(runs, found, graded, dollars)]),
         ("Results", results(runs, found, graded)),
         ("Learning", curves(found)),
         ("Samples", samples(found, graded)),
         ("Training", training(found)),
+        ("CORE, task by task", core_tasks(runs)),
         ("Text and tokenizer", [text_facts(runs, found["base"])]),
         ("Runs", [runs_table(runs)]),
-        ("Machine", [machine(runs)]),
+        ("Machine", [machine(runs, dollars)]),
         ("Settings", all_settings(runs)),
     ]
     return "Report", f"model {tags or '-'} · {day} · commit {runs[-1][0].get('git', '-')}", sections
 
 
 # -----------------------------------------------------------------------------
-# Records
-
-
-def read_runs(records: Path) -> list[Events]:
-    """All runs, in the order of their starts. Raises UserError where there are none, and for a damaged record."""
-    runs = []
-    for path in sorted(records.glob("*.jsonl")):
-        try:
-            events = read_record(path)
-            if any(not isinstance(event, dict) or not {"event", "time"} <= event.keys() for event in events):
-                raise ValueError("an event without a name or a time")
-            if events and not {"stage", "tag", "settings", "argv"} <= events[0].keys():
-                raise ValueError("it does not begin with a start event")
-        except ValueError as error:
-            reason = str(error).removeprefix(f"{path}:")
-            raise UserError(f"damaged record {path}: {reason}; to do without it: mv {path} {path}.bad") from None
-        if events:
-            runs.append(events)
-        else:
-            print(f"{path} is empty: left out")
-    if not runs:
-        raise UserError(f"no records in {records}; run a stage first, such as: bash dev/runcpu.sh")
-    return sorted(runs, key=lambda run: run[0]["time"])
-
-
-def newest(runs: Iterable[Events], stage: str, tag: str | None = None) -> Events:
-    """The events of a stage's newest run (of a tag, if one is given), after those of the runs that it resumed."""
-    of_stage = [run for run in runs if run[0]["stage"] == stage and tag in (None, run[0]["tag"])]
-    if not of_stage:
-        return []
-    events = of_stage[-1]
-    for earlier in reversed([run for run in of_stage[:-1] if run[0]["tag"] == events[0]["tag"]]):
-        first_step = next((event["first_step"] for event in events if event["event"] == "plan"), 0)
-        if first_step == 0:
-            break
-        # Step events are numbered from 0; evaluations and samples say how many steps were done before them.
-        kept = [event for event in earlier if event.get("step", 0) < first_step + (event["event"] != "step")]
-        events = [event for event in kept if event["event"] not in ("end", "stopped")] + events
-    return events
-
-
-def grades(runs: Iterable[Events]) -> Grades:
-    """
-    {task or "ChatCORE": {stage: event}}, each event with the tag of its run and its samples. The newest one counts; of
-    a stage's models only the one that was evaluated last.
-    """
-    evals = [run for run in runs if run[0]["stage"] == "chat_eval"]
-    tags = {event["source"]: run[0]["tag"] for run in evals for event in run if "source" in event}
-    found: Grades = {}
-    for run in evals:
-        for event in run:
-            if event["event"] in ("task", "chatcore") and run[0]["tag"] == tags[event["source"]]:
-                key = (event["source"], event.get("task", "ChatCORE"))
-                shown = [e for e in run if e["event"] == "sample" and (e["source"], e["task"]) == key]
-                found.setdefault(key[1], {})[key[0]] = {**event, "tag": run[0]["tag"], "samples": shown}
-    return {name: {stage: events[stage] for stage in STAGES if stage in events} for name, events in found.items()}
-
-
-def last(events: Events, kind: str, key: str, default: Any = None) -> Any:
-    """The newest value of a key in events of a kind."""
-    return next((event[key] for event in reversed(events) if event["event"] == kind and key in event), default)
-
-
-def val_bpb(runs: Sequence[Events], base: Events) -> float | None:
-    """Bits per byte of validation text: from base_loss if that ran after training began, or else from the training."""
-    loss = newest(runs, "base_loss")
-    scored = [event["bpb"] for event in loss if event["event"] == "bpb" and event["split"] == "val"]
-    is_newer = bool(scored) and loss[0]["time"] >= last(base, "start", "time", 0)
-    value: float | None = scored[-1] if is_newer else last(base, "eval", "val_bpb")
-    return value
-
-
-def seconds_of(run: Events) -> float:
-    """How long a run took: as it says itself, or from its first event to its last."""
-    return float(run[-1].get("seconds_in_all", run[-1]["time"] - run[0]["time"]))
-
-
-# -----------------------------------------------------------------------------
-# Words
-
-
-def number(value: Any, form: str = ",") -> str:
-    """A figure, or "-" where there is none."""
-    return "-" if value is None else format(value, form)
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as a person would say them: 8.2 s, 5 min 12 s, 3 h 51 min."""
-    if seconds is None:
-        return "-"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
-    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def rounded(count: int | None) -> str:
-    """A large count as a person would say it: 3.34 M, 561 M, 1.88 B."""
-    if count is None or count < 1e6:
-        return number(count)
-    return f"{count / 1e6:.3g} M" if count < 1e9 else f"{count / 1e9:.3g} B"
-
-
-def score(event: Event) -> str:
-    """ChatCORE, or an accuracy in percent with its standard error."""
-    if "value" in event:
-        return f"{event['value']:.4f}"
-    return f"{100 * event['accuracy']:.1f} ± {100 * event['stderr']:.1f}"
-
-
-# -----------------------------------------------------------------------------
 # Sections
 
 
-def summary(runs: Sequence[Events], found: dict[str, Events], graded: Grades) -> page.Figures:
-    """What a reader looks for first: val bpb, ChatCORE, the task that RL trains (or else the first), time and size."""
-    rows = [("val bpb", number(val_bpb(runs, found["base"]), ".4f"), "bits per byte, base")]
-    goal, tasks = last(found["rl"], "plan", "task"), [name for name in graded if name != "ChatCORE"]
-    for name in ["ChatCORE", goal if goal in graded else (tasks or [""])[0]]:
+def summary(runs: Sequence[Events], found: dict[str, Events], graded: Grades, dollars: float | None) -> page.Figures:
+    """What a reader looks for first: bpb, CORE, ChatCORE, the task of RL or else the first one, time, cost, size."""
+    rows = [("val bpb", number(val_bpb(runs, found["base"]).get("value"), ".4f"), "bits per byte, base")]
+    goal, tasks = last(found["rl"], "plan", "task"), [name for name in graded if not is_mean(name)]
+    for name in ["CORE", "ChatCORE", goal if goal in graded else (tasks or [""])[0]]:
         told = [
             (STAGES[stage], f"{event['value']:.3f}" if "value" in event else f"{event['accuracy']:.1%}")
             for stage, event in graded.get(name, {}).items()
@@ -205,6 +145,8 @@ def summary(runs: Sequence[Events], found: dict[str, Events], graded: Grades) ->
             rows.append((f"{name} after {told[-1][0]}", told[-1][1], before))
     parameters = [last(events, "plan", "parameters") for events in found.values()]
     rows.append(("total time", duration(sum(map(seconds_of, runs))), f"{len(runs)} run{'s' if runs[1:] else ''}"))
+    spent, _ = cost(runs, dollars)
+    rows += [("cost", spent, "of the runs' time")] if spent != "-" else []
     rows.append(("parameters", rounded(next(filter(None, parameters), None)), ""))
     return page.Figures(rows)
 
@@ -219,37 +161,49 @@ def results(runs: Sequence[Events], found: dict[str, Events], graded: Grades) ->
         return f" {STALE}" if event["time"] < last(found[stage], "start", "time", 0) else ""
 
     bpb, losses = val_bpb(runs, found["base"]), {stage: last(found[stage], "eval", "val_loss") for stage in STAGES}
+    documents = f"{bpb['documents']:,} documents" if "documents" in bpb else "-"
+    held_out = cells({stage: number(loss, ".4f") for stage, loss in losses.items()})
     rows = [
-        ["bits per byte, validation", *cells({"base": number(bpb, ".4f")}), "-", "-"],
-        [
-            "nats per token trained on, held-out chats",
-            *cells({k: number(v, ".4f") for k, v in losses.items()}),
-            "-",
-            "-",
-        ],
+        ["bits per byte, validation", *cells({"base": score(bpb)}), "-", documents],
+        ["nats per token trained on, held-out chats", *held_out, "-", "-"],
     ]
-    for name, events in sorted(graded.items(), key=lambda item: item[0] == "ChatCORE"):
+    for name, events in sorted(graded.items(), key=lambda item: is_mean(item[0])):
         told = {stage: score(event) + old(stage, event) for stage, event in events.items()}
-        counts = [f"{event['n']:,}" if "n" in event else f"{len(event['tasks'])} tasks" for event in events.values()]
         chance = next((e["baseline"] for e in events.values() if e.get("baseline") is not None), None)
-        label = name if name == "ChatCORE" else f"{name}, %"
-        n = counts[0] if len(set(counts)) == 1 else " / ".join(counts)
+        label = name if is_mean(name) else f"{name}, %"
+        n = " / ".join(dict.fromkeys(map(counted, events.values())))
         rows.append([label, *cells(told), number(chance and 100 * chance, ".1f"), n])
+        for k in dict.fromkeys(k for event in events.values() for k in event.get("pass_at", {})):
+            at = {stage: share(event["pass_at"][k]) for stage, event in events.items() if k in event.get("pass_at", {})}
+            rows.append([f"{name} pass@{k}, %", *cells(at), "-", n])
     task, problems = last(found["rl"], "plan", "task", "RL"), number(last(found["rl"], "eval", "problems"))
-    for k, share in sorted(last(found["rl"], "eval", "pass_at", {}).items(), key=lambda item: int(item[0])):
-        rows.append([f"{task} pass@{k}, %", *cells({"rl": f"{100 * share:.1f}"}), "-", problems])
+    for k, value in sorted(last(found["rl"], "eval", "pass_at", {}).items(), key=lambda item: int(item[0])):
+        rows.append([f"{task} pass@{k} in training, %", *cells({"rl": share(value)}), "-", problems])
     head = ["", *STAGES.values(), "chance", "n"]
-    return [page.Table(head, rows, "lrrrrrr"), *result_notes(runs, graded, rows)]
+    return [page.Table(head, rows, "lrrrrrr"), *result_notes(runs, graded, rows), *parts(graded)]
+
+
+def parts(graded: Grades) -> list[page.Block]:
+    """The parts of tasks that have some, such as the subjects of MMLU, folded; of the last stage that was graded."""
+    blocks: list[page.Block] = []
+    for name, events in graded.items():
+        stage = [stage for stage in events if events[stage].get("parts")][-1:]
+        for event in [events[stage] for stage in stage]:
+            lines = [f"{part}: {score(about)} % of {about['n']:,}" for part, about in event["parts"].items()]
+            blocks.append(page.Folded(f"{name} after {STAGES[stage[0]]}, its parts", "\n".join(lines)))
+    return blocks
 
 
 def result_notes(runs: Sequence[Events], graded: Grades, rows: list[list[str]]) -> list[page.Block]:
-    """What to know beside the table: opponents, scores older than the model, models left out."""
+    """What to know beside the table: opponents, standard errors, older scores, models left out."""
     notes = []
     loss = newest(runs, "base_loss")
     opponents = {"byte frequencies": last(loss, "baselines", "byte_unigram"), "xz -9": last(loss, "baselines", "xz")}
     told = [f"{name} {value:.4f}" for name, value in opponents.items() if value is not None]
     if told:
         notes.append(f"To beat, in bits per byte of the same text: {', '.join(told)}.")
+    if graded:
+        notes.append("± is one standard error over the items; CORE and ChatCORE are 0 for guessing and 1 at best.")
     if any(STALE in cell for row in rows for cell in row):
         notes.append(f"{STALE} measured before the newest training of that stage began.")
     cut = {
@@ -261,16 +215,20 @@ def result_notes(runs: Sequence[Events], graded: Grades, rows: list[list[str]]) 
     if cut:
         notes.append(f"Prompts longer than the context, counted as wrong: {', '.join(sorted(cut))}.")
     used = {event["tag"] for events in graded.values() for event in events.values()}
-    others = sorted({run[0]["tag"] for run in runs if run[0]["stage"] == "chat_eval"} - used)
+    others = sorted({run[0]["tag"] for run in runs if run[0]["stage"] in ("chat_eval", "base_eval")} - used)
     if others:
-        notes.append(f"Evaluated earlier and not shown: {', '.join(others)}.")
+        notes.append(f"Evaluated too, but not the newest or not trained here: {', '.join(others)}.")
     return list(notes)
 
 
-def points(events: Events, kind: str, key: str) -> list[tuple[float, float]]:
-    """(steps done, value) of the events of a kind that hold a finite number under this key."""
-    having = [event for event in events if event["event"] == kind and isinstance(event.get(key), int | float)]
-    return [(e["step"] + (kind == "step"), e[key]) for e in having if math.isfinite(e[key])]
+def core_tasks(runs: Sequence[Events]) -> list[page.Block]:
+    """The tasks of the newest run that has some of CORE."""
+    found = [events for run in runs if (events := [event for event in run if event["event"] == "core_task"])]
+    rows = [
+        [event["task"], score(event), number(event.get("centered"), ".4f"), f"{event['n']:,}"]
+        for event in (found[-1] if found else [])
+    ]
+    return [page.Table(["", "right, %", "centred", "n"], rows, "lrrr")] if rows else []
 
 
 def smoothed(values: Sequence[tuple[float, float]], beta: float = 0.9) -> list[tuple[float, float]]:
@@ -282,12 +240,20 @@ def smoothed(values: Sequence[tuple[float, float]], beta: float = 0.9) -> list[t
     return result
 
 
+def resumes(events: Events) -> list[int]:
+    """The steps at which a run took up an earlier one."""
+    return [event["first_step"] for event in events if event["event"] == "plan" and event["first_step"] > 0]
+
+
 def loss_series(events: Events) -> list[page.Series]:
-    """Loss of every step, and validation where it is in the same unit."""
+    """Loss of every step, validation where it is in the same unit, spikes and resumptions."""
+    smooth = points(events, "step", "smooth_loss")
     return [
-        page.Series("smoothed", "line", points(events, "step", "smooth_loss")),
+        page.Series("smoothed", "line", smooth),
         page.Series("each step", "faint", points(events, "step", "loss")),
         page.Series("validation", "mark", points(events, "eval", "val_loss")),
+        page.Series("spike", "cross", points([event for event in events if event.get("spike")], "step", "loss")),
+        page.Series("resumed", "flag", [(step, smooth[0][1]) for step in resumes(events) if smooth]),
     ]
 
 
@@ -299,7 +265,7 @@ def bpb_series(base: Events) -> list[page.Series]:
 
 
 def reward_series(rl: Events) -> list[page.Series]:
-    """Reward of every step; evaluations at the smallest and at the largest k."""
+    """Reward of every step; evaluations at the smallest and at the largest k; resumptions."""
     reward = points(rl, "step", "reward")
     series = [page.Series("smoothed", "line", smoothed(reward)), page.Series("each step", "faint", reward)]
     evals = [event for event in rl if event["event"] == "eval" and "pass_at" in event]
@@ -307,7 +273,8 @@ def reward_series(rl: Events) -> list[page.Series]:
     for k in dict.fromkeys([*ks[:1], *ks[-1:]]):
         at = [(event["step"], event["pass_at"][k]) for event in evals if k in event["pass_at"]]
         series.append(page.Series(f"pass@{k}", "mark" if k == ks[0] else "ring", at))
-    return series
+    flags = [(step, reward[0][1]) for step in resumes(rl) if reward]
+    return [*series, page.Series("resumed", "flag", flags)] if flags else series
 
 
 def curves(found: dict[str, Events]) -> list[page.Block]:
@@ -361,6 +328,8 @@ def training(found: dict[str, Events]) -> list[page.Block]:
         row("peak memory, GB", "end", "peak_memory_bytes", ",.2f", 1e-9),
         ["training time", *(duration(last(events, "end", "train_seconds")) for events in found.values())],
         [*row("loss at the end, smoothed", "step", "smooth_loss", ".4f")[:4], "-"],  # RL's is no likelihood
+        ["spikes", *(number(sum(bool(event.get("spike")) for event in events) or None) for events in found.values())],
+        ["resumed at step", *(", ".join(f"{at:,}" for at in resumes(events)) or "-" for events in found.values())],
     ]
     facts = []
     for stage, name in STAGES.items():
@@ -389,32 +358,33 @@ def text_facts(runs: Sequence[Events], base: Events) -> page.Facts:
 
 
 def runs_table(runs: Sequence[Events]) -> page.Table:
-    """Every run: its command as typed, time, memory and how it ended."""
+    """Every run: the command that made it, time, memory, where it began and how it ended if not with its end."""
     rows = []
     for run in runs:
-        start, kinds = run[0], {event["event"] for event in run}
-        module = ".".join(Path(start["argv"][0]).with_suffix("").parts[-2:])
-        unfinished = "plan" in kinds and "end" not in kinds  # stages without a plan do not all say that they end
-        ended = "stopped" if "stopped" in kinds else "not finished" if unfinished else ""
         memory = last(run, "end", "peak_memory_bytes")
-        command = shlex.join([module, *start["argv"][1:]])
-        figures = [duration(seconds_of(run)), number(memory and memory / 1e9, ".2f"), ended]
-        rows.append([start["stage"], start["tag"], command, *figures])
+        figures = [duration(seconds_of(run)), number(memory and memory / 1e9, ".2f"), outcome(run)]
+        rows.append([run[0]["stage"], run[0]["tag"], command(run), *figures])
     # Some write their record when the work is done, so a run's start is reckoned from its end.
     span = max(run[-1]["time"] for run in runs) - min(run[-1]["time"] - seconds_of(run) for run in runs)
     rows.append(["all", "", "", duration(sum(map(seconds_of, runs))), "", f"{duration(span)} from start to end"])
     return page.Table(["stage", "tag", "command", "time", "peak GB", ""], rows, "llcrrl")
 
 
-def machine(runs: Sequence[Events]) -> page.Facts:
-    """Where it ran, with what; several where they differ between runs."""
+def machine(runs: Sequence[Events], dollars: float | None) -> page.Facts:
+    """Where it ran, with what and for how much; several where they differ between runs."""
     starts = [run[0] for run in runs]
+    spent, how = cost(runs, dollars)
     told = {
-        "machine": [f"{start['cpu']}, {start['cpu_count']} cores, {start['platform']}" for start in starts],
+        "hardware": [hardware(start) for start in starts],
+        "processor": [f"{start['cpu']}, {start['cpu_count']} cores" for start in starts],
+        "system": [start["platform"] for start in starts],
         "Python": [start["python"] for start in starts],
         "versions": [", ".join(f"{name} {version}" for name, version in start["versions"].items()) for start in starts],
         "commit": [start["git"] for start in starts],
+        "cost": [f"{spent}: {how}" if spent != "-" else how],
     }
+    if told["hardware"] == told["processor"]:
+        del told["hardware"]
     return page.Facts([(name, "; ".join(dict.fromkeys(values))) for name, values in told.items()])
 
 

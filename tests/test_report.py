@@ -1,15 +1,19 @@
 """The report reads records and nothing else; what has not run shows as "-"; nothing it shows is interpreted."""
 
+import base64
 import json
 import re
+import shlex
 from html.parser import HTMLParser
 
 import pytest
 
 from nanochat import report, report_page
 from nanochat.common import UserError
-from nanochat.report import build, duration, grades, newest, read_runs, rounded
+from nanochat.report import build
 from nanochat.report_page import Curve, Curves, Samples, Series, round_ticks, sparkline, to_html, to_markdown
+from nanochat.report_runs import command, cost, duration, grades, last, newest, read_runs, rounded
+from tests.test_ui import CHROMIUM, Chromium
 
 START = {"event": "start", "settings": {}, "git": "abc", "python": "3.12", "platform": "Linux", "cpu": "a CPU"}
 START |= {"argv": ["/x/scripts/base_train.py", "--depth=4"], "cpu_count": 2, "versions": {"torch": "2.13"}}
@@ -65,7 +69,7 @@ def full_set():
     ]
     solved = {"event": "eval", "step": 2, "problems": 64, "pass_at": {"8": 0.625, "1": 0.3125}}
     graded = [task("sft", "GSM8K", 0.045, baseline=0.0), answer("sft", "GSM8K", "2 + 2?", "5", False)]
-    core = {"event": "chatcore", "source": "sft", "value": 0.0884, "tasks": ["ARC-Easy", "GSM8K"]}
+    core = {"event": "chatcore", "source": "sft", "value": 0.0884, "stderr": 0.0125, "tasks": ["ARC-Easy", "GSM8K"]}
     return [
         run("dataset", {"event": "corpus", "totals": {"train": {"documents": 11, "text_bytes": 99}}}, tag="docs"),
         run("tok_train", {"event": "end", "vocab_size": 320, "bytes_per_token": 2.0}),
@@ -87,10 +91,12 @@ def test_a_full_set_shows_every_stage():
     assert "- **GSM8K after RL**: 7.5% (4.5% after SFT)" in text and "- **parameters**: 3.34 M" in text
     assert "| ARC-Easy, % | - | - | 31.2 ± 1.0 | - | 25.0 | 1,000 |" in text
     assert "| GSM8K, % | - | - | 4.5 ± 1.0 | 7.5 ± 1.0 | 0.0 | 1,000 |" in text
-    assert "| ChatCORE | - | - | 0.0884 | - | - | 2 tasks |" in text
+    assert "| ChatCORE | - | - | 0.0884 ± 0.0125 | - | - | 2 tasks |" in text
     assert "| nats per token trained on, held-out chats | - | 2.1250 | 2.1250 | - | - | - |" in text
     rows = [line for line in text.splitlines() if "pass@" in line and line.startswith("|")]
-    assert rows == [f"| GSM8K pass@{k}, % | - | - | - | {share} | - | 64 |" for k, share in ((1, 31.2), (8, 62.5))]
+    assert rows == [
+        f"| GSM8K pass@{k} in training, % | - | - | - | {share} | - | 64 |" for k, share in ((1, 31.2), (8, 62.5))
+    ]
     assert "    [The] small model" in text and "    > Who are you?\n    A model." in text
     assert "    > 2 + 2?\n    5\n    (GSM8K after SFT: wrong)" in text
     assert "To beat, in bits per byte of the same text: xz -9 3.5000." in text
@@ -102,7 +108,7 @@ def test_a_full_set_shows_every_stage():
 def test_stages_that_have_not_run_show_as_dashes():
     text = to_markdown(*build([run("base", plan(num_steps=7))]))
     assert "| steps | 7 | - | - | - |" in text and "- train: - documents" in text and "- **val bpb**: -" in text
-    assert "| tokens per second | - | - | - | - |" in text and "`scripts.base_train --depth=4`" in text
+    assert "| tokens per second | - | - | - | - |" in text and "`python -m scripts.base_train --depth=4`" in text
     assert "not finished" in text and "## Learning" not in text and "## Samples" not in text
 
 
@@ -132,7 +138,7 @@ def test_a_fresh_run_forgets_the_earlier_one():
 def test_figures_of_an_ended_run_are_not_those_of_the_run_that_continues_it():
     ended = run("base", plan(), step(0, 5.0), {"event": "end", "tokens_per_second": 1})
     going_on = run("base", plan(first_step=1), step(1, 4.0), time=9.0)
-    assert report.last(newest([ended, going_on], "base"), "end", "tokens_per_second") is None
+    assert last(newest([ended, going_on], "base"), "end", "tokens_per_second") is None
 
 
 def test_the_newest_grade_counts_and_others_are_named():
@@ -147,7 +153,7 @@ def test_the_newest_grade_counts_and_others_are_named():
     text = to_markdown(*build(runs))
     assert "20.0 ± 1.0 †" in text and "† measured before" in text and "30.0 ± 1.0 |" in text
     assert "counted as wrong: MMLU after SFT 7." in text
-    assert "not shown: sft-d6" in text and "90.0" not in text
+    assert "not the newest or not trained here: sft-d6." in text and "90.0" not in text
 
 
 def test_a_score_of_an_earlier_model_is_not_the_new_ones():
@@ -224,7 +230,7 @@ def test_hostile_text_is_shown_and_not_interpreted():
     )
     assert "\x1b" not in text and "\x00" not in text
     outside = [line for line in text.splitlines() if not line.startswith(("    ", "<details>", "</details>"))]
-    outside = [line for line in outside if "`` " not in line and "`scripts." not in line]  # code
+    outside = [line for line in outside if "`` " not in line and "`python -m " not in line]  # code
     assert not [line for line in outside if line.startswith("# not") or re.search(r"(?<!\\)[\[<`]", line)]
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {6, 7, 8}
@@ -239,7 +245,7 @@ def curve_of(values, **more):
 def test_a_curve_has_as_many_points_as_are_drawn(count, drawn):
     values = [8.0 / i for i in range(1, count + 1)]
     svg = report_page.svg(curve_of(values))
-    points = re.search('<polyline class="line" points="([^"]*)"', svg)[1].split()
+    points = re.search('<polyline class="line hue0" points="([^"]*)"', svg)[1].split()
     assert len(points) == drawn and svg.count("<circle") == 2
     for point in points:
         x, y = map(float, point.split(","))
@@ -299,6 +305,142 @@ def test_times_and_sizes_read_well():
         "-",
     ]
     assert [rounded(n) for n in (None, 4096, 3342336, 561e6, 1879e6)] == ["-", "4,096", "3.34 M", "561 M", "1.88 B"]
+
+
+def test_a_card_costs_what_is_known_or_given_and_nothing_is_guessed():
+    hour = [{"event": "end", "seconds_in_all": 3600}]
+    h100 = run("base", plan(), *hour, device="NVIDIA H100 80GB HBM3", ranks=8)
+    other, cpu = run("base", plan(), *hour, device="Radeon X", ranks=2), run("dataset", *hour)
+    assert cost([h100, cpu], None) == (
+        "$24.00",
+        "1 h 0 min of runs at $24.00 an hour; 1 of the runs is without a known card and not in it",
+    )
+    assert cost([h100, other], 1.5) == ("$15.00", "2 h 0 min of runs at $12.00 or $3.00 an hour")
+    assert cost([cpu], 0.25)[0] == "$0.25" and cost([other, cpu], None)[0] == "-"
+    assert "no price is known for this machine; --dollars-per-hour=PRICE sets one" in to_markdown(*build([cpu]))
+    text = to_markdown(*build([h100]))
+    assert "- **cost**: $24.00" in text and "- hardware: 8 x NVIDIA H100 80GB HBM3" in text
+    monthly = {name: run("base", *hour, device=f"NVIDIA {name}-SXM4-40GB", ranks=1) for name in ("A100", "V100")}
+    assert [cost([events], None)[0] for events in monthly.values()] == ["$1.79", "$0.55"]
+
+
+def core(tag="base-d4-000002", settings=None, **values):
+    tasks = [
+        {"event": "core_task", "task": "squad", "n": 100, "accuracy": 0.5, "stderr": 0.03, "centered": 0.5},
+        {"event": "core_task", "task": "piqa", "n": 200, "accuracy": 0.75, "stderr": 0.02, "centered": 0.5},
+    ]
+    mean = {"event": "core", "tasks": ["squad", "piqa"], **values}
+    return run("base_eval", *tasks, mean, time=30.0, tag=tag, settings=settings or {})
+
+
+def test_core_stands_with_its_standard_error_and_its_tasks():
+    text = to_markdown(*build([run("base", plan()), core(value=0.5, partial=False)]))
+    assert "- **CORE after base**: 0.500" in text
+    # 0.03 of a task without guessing, 0.02 of one with half: sqrt(0.03^2 + 0.04^2) / 2
+    assert "| CORE | 0.5000 ± 0.0250 | - | - | - | - | 2 tasks |" in text
+    assert "## CORE, task by task" in text and "| piqa | 75.0 ± 2.0 | 0.5000 | 200 |" in text
+
+
+def test_answers_of_a_base_model_do_not_hide_its_core():
+    answers = run("chat_eval", task("base", "GSM8K", 0.1), tag="base-d4")
+    assert set(grades([core(value=0.5), answers])) == {"CORE", "GSM8K"}
+
+
+def test_core_of_another_stage_or_of_another_model_is_not_that_of_base():
+    runs = [core(value=0.25, settings={"source": "sft"}, max_per_task=50)]
+    runs += [core(value=0.5, tag="gpt2", settings={"source": "base", "hf_path": "/models/gpt2"})]
+    text = to_markdown(*build(runs))
+    assert "| CORE | - | - | 0.2500 ± 0.0250 | - | - | 2 tasks of 50 items at most |" in text
+    assert "not the newest or not trained here: gpt2." in text and "| CORE | 0.5" not in text
+
+
+def test_a_part_of_core_is_not_called_core():
+    text = to_markdown(*build([run("base", plan()), core(value=0.5, partial=True)]))
+    assert "CORE after base" not in text and "| partial CORE | 0.5000 ± 0.0250 |" in text
+
+
+def test_means_of_part_of_the_problems_are_called_partial_and_their_counts_say_of_how_many():
+    means = [{"event": kind, "source": "sft", "value": 0.25, "stderr": 0.01} for kind in ("chatcore", "chatcore_cat")]
+    means = [{**event, "tasks": ["ARC-Easy"], "partial": True} for event in means]
+    text = to_markdown(*build([chat_eval("sft", task("sft", "ARC-Easy", 0.5, of=2376, partial=True), *means)]))
+    assert "| ARC-Easy, % | - | - | 50.0 ± 1.0 | - | 25.0 | 1,000 of 2,376 |" in text
+    for name in ("partial ChatCORE", "partial ChatCORE-cat"):
+        assert f"| {name} | - | - | 0.2500 ± 0.0100 | - | - | 1 tasks |" in text
+    assert "ChatCORE after SFT" not in text
+
+
+def test_bits_per_byte_pass_at_k_and_parts_of_tasks_have_their_errors():
+    loss = run("base_loss", {"event": "bpb", "split": "val", "bpb": 1.5, "stderr": 0.02, "documents": 135})
+    loss += [{**loss[-1], "event": "bpb_quick", "bpb_quick": 1.75}]
+    parts = {"STEM": {"accuracy": 0.25, "stderr": 0.02, "n": 400}, "law": {"accuracy": 0.5, "stderr": 0.1, "n": 25}}
+    graded = task("sft", "MMLU", 0.5, parts=parts, pass_at={"4": {"value": 0.75, "stderr": 0.03}})
+    text = to_markdown(*build([loss, chat_eval("sft", graded)]))
+    assert "| bits per byte, validation | 1.5000 ± 0.0200 | - | - | - | - | 135 documents |" in text
+    assert "| MMLU pass@4, % | - | - | 75.0 ± 3.0 | - | - | 1,000 |" in text
+    assert "    STEM: 25.0 ± 2.0 % of 400\n    law: 50.0 ± 10.0 % of 25" in text
+
+
+def test_stops_resumptions_and_spikes_can_be_seen():
+    stop = {"event": "stopped", "step": 2, "reason": "stopped by SIGTERM"}
+    first = run("base", plan(num_steps=4), step(0, 5.0), step(1, 4.0), stop)
+    second = run("base", plan(first_step=2, num_steps=4), step(2, 9.0, spike=True), step(3, 3.0), time=100.0)
+    parts = build([first, second])
+    series = {one.name: one.points for one in dict(parts[2])["Learning"][0].items[0].series}
+    assert series["spike"] == [(3, 9.1)] and series["resumed"] == [(2, 5.0)]
+    text, html = to_markdown(*parts), to_html(*parts)
+    assert "after step 2: stopped by SIGTERM" in text and "resumed at step 2; not finished, 4 steps done" in text
+    assert "| spikes | 1 | - | - | - |" in text and "| resumed at step | 2 | - | - | - |" in text
+    assert "resumed: step 2\n" in text and "spike: 9.1 at step 3\n" in text
+    assert 'class="cross hue0"' in html and 'class="flag hue0"' in html
+
+
+def test_commands_can_be_pasted_into_a_shell():
+    words = ["/x y/scripts/chat_cli.py", "-p", "it's $HOME; rm -rf `x`"]
+    assert shlex.split(command([{"argv": words}])) == ["python", "-m", "scripts.chat_cli", *words[1:]]
+
+
+def test_marks_that_turn_text_around_show_as_numbers():
+    assert report_page.visible("a\u202eb\u2066c\u2028d") == "a<U+202E>b<U+2066>c<U+2028>d"
+    assert "&lt;U+202E&gt;" in report_page.shown("\u202e") and "\u202e" not in to_html("\u202e", "", [])
+
+
+def test_of_a_long_answer_the_beginning_is_shown_and_its_length_said():
+    long = run("sft", plan(), {"event": "sample", "step": 1, "prompt": "x", "text": "A" * 10_000_000})
+    html, text = to_html(*build([long])), to_markdown(*build([long]))
+    for face in (html, text):
+        assert len(face) < 40_000 and "AAA … [8,000 of 10,000,000 characters]" in face
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium on PATH")
+def test_in_a_browser_nothing_runs_and_nothing_is_wider_than_the_window(tmp_path):
+    """Leaves screenshots in tmp_path."""
+    long = {"event": "sample", "step": 1, "prompt": HOSTILE, "text": "A" * 20_000 + "\n" * 999 + "שלום" + HOSTILE}
+    (tmp_path / "report.html").write_text(to_html(*build([*full_set(), *hostile_set(), run("rl", plan(), long)])))
+    browser = Chromium(tmp_path / "profile")
+    try:
+        target = browser.call("Target.createTarget", url="about:blank")["targetId"]
+        tab = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Log", "Network"):
+            browser.call(f"{domain}.enable", tab)
+        browser.call("Page.navigate", tab, url=f"file://{tmp_path}/report.html")
+        wait = "new Promise(done => { const look = () => document.querySelector('main > section:last-child details') "
+        wait += "&& document.readyState === 'complete' ? done(1) : setTimeout(look, 20); look(); })"
+        browser.call("Runtime.evaluate", tab, expression=wait, awaitPromise=True)
+        for width, scheme in ((360, "dark"), (1200, "light")):
+            size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+            browser.call("Emulation.setDeviceMetricsOverride", tab, **size)
+            features = [{"name": "prefers-color-scheme", "value": scheme}]
+            browser.call("Emulation.setEmulatedMedia", tab, features=features)
+            wide = "document.documentElement.scrollWidth"
+            found = browser.call("Runtime.evaluate", tab, expression=wide)["result"]["value"]
+            assert found <= width
+            picture = browser.call("Page.captureScreenshot", tab, format="png", captureBeyondViewport=True)["data"]
+            (tmp_path / f"report-{width}-{scheme}.png").write_bytes(base64.b64decode(picture))
+        asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
+        assert asked == [f"file://{tmp_path}/report.html"]
+        assert not [event for event in browser.events if event["method"] == "Log.entryAdded"]
+    finally:
+        browser.close()
 
 
 def write(base_dir, name, runs):

@@ -1,0 +1,206 @@
+"""Runs side by side: the multiplier is the ratio it says, bounds are called bounds, and what differs is listed."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from nanochat import report
+from nanochat.common import UserError
+from nanochat.report import join_runs
+from nanochat.report_compare import compare, needed
+from nanochat.report_page import HUES, Curves, Table, to_html, to_markdown
+from tests.test_report import HOSTILE, Page, plan, run, write
+
+FLOPS = 1000  # per token
+TOKENS = 100  # per step
+
+
+def trained(tag, bpbs, *, time=0.0, every=10, cost=1, first=0, ends=True, settings=None, **start):
+    """A run with quick validations of these values, one after each `every` steps, on tokens that cost `cost` times."""
+    events = [{"event": "corpus", "name": "docs", "fingerprint": "a" * 64}]
+    events.append(plan(first, flops_per_token=FLOPS * cost, num_steps=every * len(bpbs), parameters=10**6))
+    for number, bpb in enumerate(bpbs):
+        for at in range(first + number * every, first + (number + 1) * every):
+            events.append(
+                {"event": "step", "step": at, "loss": bpb, "smooth_loss": bpb, "tokens": TOKENS, "seconds": 2.0}
+            )
+        events.append({"event": "eval", "step": first + (number + 1) * every, "val_bpb_quick": bpb})
+    if ends:
+        events.append({"event": "eval", "step": first + every * len(bpbs), "val_bpb": bpbs[-1] - 0.1})
+        events.append({"event": "end", "tokens_per_second": 50, "flops_per_second": 5e4, "peak_memory_bytes": 1e9})
+    given = {"depth": 4, "matrix_lr": 0.02, "eval_tokens": 99, "model_tag": tag, **(settings or {})}
+    return run("base", *events, tag=tag, time=time, settings=given, **start)
+
+
+def of(base_dir: Path, *runs, names=None, dollars=None):
+    for number, events in enumerate(runs):
+        write(base_dir, f"base-{events[0]['tag']}-{number}.jsonl", events)
+    tags = list(dict.fromkeys(events[0]["tag"] for events in runs))
+    return compare(tags if names is None else names, base_dir / "records", dollars)
+
+
+def cells(sections, title, row):
+    """The cells of a row of the first table of a section."""
+    table = next(block for block in dict(sections)[title] if isinstance(block, Table))
+    return next(list(cells[1:]) for cells in table.rows if cells[0] == row)
+
+
+def test_the_baseline_needs_as_much_as_its_curve_says():
+    curve = [(10.0, 3.0), (1000.0, 2.0), (4000.0, 2.0), (8000.0, 1.0)]
+    assert needed(curve, 2.5) == ("", pytest.approx(100.0))  # halfway in bpb is halfway in log FLOPs
+    assert needed(curve, 3.0) == ("", 10.0) and needed(curve, 2.0) == ("", pytest.approx(1000.0))
+    assert needed(curve, 1.5) == ("", pytest.approx(math.sqrt(4000 * 8000)))
+    assert needed(curve, 3.5) == ("less than ", 10.0)
+    assert needed(curve, 0.5) == ("more than ", 8000.0)
+    assert needed([(10.0, 2.0), (20.0, 3.0), (40.0, 1.0)], 2.0) == ("", 10.0)  # the first time counts
+
+
+def test_the_compute_multiplier_is_the_baselines_flops_over_the_others(base_dir):
+    # Baseline: 3.0, 2.5, 2.0 bpb at 1, 2 and 4 times 1e6 FLOPs; the other is at 2.25 after 1.5e6, at 3.0 before.
+    baseline = trained("a", [3.0, 2.5, 2.25, 2.0])
+    sections = of(base_dir, baseline, trained("b", [3.0, 2.25], cost=0.75))[2]
+    assert cells(sections, "Results", "compute multiplier *") == ["1", "2"]  # 3e6 / 1.5e6
+    assert cells(sections, "Results", "training time multiplier *") == ["1", "1.5"]  # 60 s / 40 s
+    assert cells(sections, "Results", "FLOPs") == ["4e6", "1.5e6"]
+    # and at the baseline's last bpb: the other never gets to 2.0, so what it needs is more than what it spent
+    assert cells(sections, "Results", "compute multiplier at the baseline's bpb") == ["1", "less than 2.67"]
+
+
+def test_a_baseline_that_never_gets_there_is_a_bound(base_dir):
+    sections = of(base_dir, trained("a", [3.0, 2.5]), trained("b", [2.75, 2.0]))[2]
+    assert cells(sections, "Results", "compute multiplier *") == ["1", "more than 1"]
+    at_its_own = cells(sections, "Results", "compute multiplier at the baseline's bpb")[1]
+    assert float(at_its_own) == pytest.approx(2 / 2 ** (1 / 3), rel=1e-2)  # 2.5 is a third of the way in log FLOPs
+    sections = of(base_dir, trained("a", [2.0, 1.5]), trained("b", [3.0, 2.5]))[2]
+    assert cells(sections, "Results", "compute multiplier *") == ["1", "less than 0.5"]
+
+
+def test_runs_with_a_price_have_a_cost(base_dir):
+    runs = trained("a", [3.0], device="NVIDIA H100", ranks=8), trained("b", [2.0])
+    begin, *_, end = runs[0]
+    end["time"] = begin["time"] + 1800
+    assert cells(of(base_dir, *runs)[2], "Results", "cost") == ["$12.00", "-"]
+    assert cells(of(base_dir, *runs, dollars=1.0)[2], "Results", "cost")[0] == "$4.00"
+
+
+def test_runs_without_quick_validations_have_no_multiplier(base_dir):
+    bare = [event for event in trained("b", [2.0]) if "val_bpb_quick" not in event]
+    text = to_markdown(*of(base_dir, trained("a", [3.0]), bare))
+    assert "| compute multiplier \\* | 1 | - |" in text
+    assert "without a multiplier: b (--eval-every)" in text
+
+
+def test_only_what_differs_is_listed(base_dir):
+    other = trained("b", [2.0], settings={"matrix_lr": 0.04, "new": True}, git="def")
+    sections = of(base_dir, trained("a", [3.0]), other)[2]
+    table, same = dict(sections)["Settings that differ"]
+    assert table.rows == [["matrix_lr", "0.02", "0.04"], ["commit", "abc", "def"], ["new", "-", "True"]]
+    assert same == "7 others are the same in all."
+
+
+def test_other_text_makes_bits_per_byte_incomparable(base_dir):
+    other = trained("b", [2.0])
+    other[1]["fingerprint"] = "b" * 64
+    assert "validated on different corpora" in to_markdown(*of(base_dir, trained("a", [3.0]), other))
+    less = trained("b", [2.0], settings={"eval_tokens": 1})
+    assert "different amounts of validation text" in to_markdown(*of(base_dir, trained("a", [3.0]), less))
+    assert "not of the same text" not in to_markdown(*of(base_dir, trained("a", [3.0]), trained("b", [2.0])))
+
+
+def test_a_resumed_run_is_compared_as_one(base_dir):
+    begun = [
+        *trained("b", [3.0, 2.5], ends=False),
+        {"event": "stopped", "time": 60.0, "step": 20, "reason": "a signal"},
+    ]
+    resumed = trained("b", [2.25], first=10, time=100.0)  # from the checkpoint before the last ten steps
+    title, subtitle, sections = of(base_dir, trained("a", [3.0, 2.0]), begun, resumed)
+    assert subtitle == "a · b; the baseline is a"
+    assert cells(sections, "Results", "steps") == ["20", "20"]
+    assert cells(sections, "Results", "training time") == ["40 s", "40 s"]  # steps that were done again count once
+    text = to_markdown(title, subtitle, sections)
+    assert "after step 20: a signal" in text and "resumed at step 10" in text
+    (base_dir / "records" / "base-b-1.jsonl").unlink()
+    with pytest.raises(UserError, match=r"^b begins at step 10: .*records/before-<time>/: move them back$"):
+        compare(["a", "b"], base_dir / "records")
+
+
+def test_records_of_the_same_tag_are_told_apart_by_their_files(base_dir):
+    old, new = trained("a", [3.0]), trained("a", [2.0], time=100.0)
+    names = [str(base_dir / "records" / "base-a-0.jsonl"), "base-a-1.jsonl"]  # as a path, and as a name among them
+    assert of(base_dir, old, new, names=names)[1] == "base-a-0 · base-a-1; the baseline is base-a-0"
+
+
+def test_runs_lie_over_each_other_and_every_line_is_its_own(base_dir):
+    sections = of(base_dir, trained("a", [3.0, 2.5]), trained("b", [2.0]))[2]
+    drawn = next(block for block in dict(sections)["Curves"] if isinstance(block, Curves)).items
+    assert [curve.x for curve in drawn] == ["tokens", "tokens", "FLOPs", "seconds"]
+    by_flops = [series for series in drawn[2].series if series.look == "line"]
+    assert [(series.name, series.points) for series in by_flops] == [
+        ("a", [(1e6, 3.0), (2e6, 2.5)]),
+        ("b", [(1e6, 2.0)]),
+    ]
+    html = to_html("Comparison", "", sections)
+    assert 'class="line hue1"' in html and ">2 M</text>" in html
+    text = to_markdown("Comparison", "", sections)
+    assert "    a: 3 → 2.5\n    █▁" in text and "    b: 2\n    ▁" in text
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ([], "0 given to compare: expected 2 to 6 tags"),
+        (["a"], "1 given to compare"),
+        (["a"] * (HUES + 1), "7 given to compare"),
+        (["a", "x"], "no base run of tag x in .*records; there are: a$"),
+        (["a", "x.jsonl"], "no record x.jsonl; expected tags of base runs"),
+        (["a", "sft.jsonl"], "is a record of sft; expected one of base training"),
+        (["a", "none.jsonl"], "none has no step in its record"),
+    ],
+)
+def test_names_of_no_runs_are_one_line(base_dir, names, said):
+    write(base_dir, "sft.jsonl", run("sft", plan()))
+    write(base_dir, "none.jsonl", run("base", plan(), tag="a", time=-9.0))
+    with pytest.raises(UserError, match=said) as caught:
+        of(base_dir, trained("a", [3.0]), names=names)
+    assert "\n" not in str(caught.value)
+
+
+def test_hostile_tags_and_settings_are_shown_and_not_interpreted(base_dir):
+    hostile = trained(HOSTILE, [2.0], settings={"note": HOSTILE, HOSTILE: 1}, git=HOSTILE)
+    hostile[1]["name"] = HOSTILE
+    write(base_dir, "b.jsonl", hostile)
+    parts = of(
+        base_dir,
+        trained("a", [3.0]),
+        names=["a", HOSTILE.encode("utf-8", "surrogatepass").decode("utf-8", "surrogatepass")],
+    )
+    page = Page(to_html(*parts))
+    assert not {name for name, _ in page.tags} & {"script", "img", "a", "link", "iframe"}
+    text = to_markdown(*parts)
+    assert "\x1b" not in text and not re.search(r"^# not", text, re.MULTILINE)
+
+
+def test_the_words_after_compare_are_the_runs():
+    assert join_runs(["compare", "a", "b c"]) == ["compare", "--runs=a 'b c'"]
+    assert join_runs(["compare", "a", "b", "--dollars-per-hour", "3"]) == [
+        "compare",
+        "--runs=a b",
+        "--dollars-per-hour",
+        "3",
+    ]
+    assert join_runs(["compare"]) == ["compare"] and join_runs(["generate", "x"]) == ["generate", "x"]
+
+
+def test_compare_writes_both_faces(base_dir, capsys, monkeypatch):
+    write(base_dir, "a.jsonl", trained("a", [3.0]))
+    write(base_dir, "b.jsonl", trained("b c", [2.0]))
+    monkeypatch.setattr(report, "action", "compare")
+    monkeypatch.setattr(report, "runs", "a 'b c'")
+    report.main()
+    assert (base_dir / "report" / "compare.md").read_text(encoding="utf-8") in capsys.readouterr().out
+    assert (base_dir / "report" / "compare.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    monkeypatch.setattr(report, "runs", "a 'b")
+    with pytest.raises(UserError, match="No closing quotation"):
+        report.main()
