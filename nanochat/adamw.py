@@ -2,8 +2,8 @@
 AdamW (arXiv 1711.05101) for embedding and head. One class for any number of ranks and any tensor size, moments in fp32.
 
 Ranks: each parameter is seen flat, padded to a multiple of the ranks; gradients are summed by reduce-scatter, each rank
-updates its slice, and parameters come back by all-gather (ZeRO-2). With one rank the same loop sends nothing. State is
-1/N per rank.
+updates its slice, and parameters come back by all-gather (ZeRO-2), while the next one is prepared or updated. With one
+rank the same loop sends nothing. State is 1/N per rank.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.compute import all_gather, ranks, reduce_scatter
+from nanochat.compute import UnderWay, all_gather, ranks, reduce_scatter
 
 
 def adamw_update(
@@ -57,9 +57,9 @@ class Slice:
         per_rank = self.exp_avg.numel()
         return self.padded(tensor)[ranks()[0] * per_rank :][:per_rank].clone()
 
-    def whole(self, own: Tensor) -> Tensor:
-        """The whole tensor, from every rank's slice."""
-        return all_gather(own)[: self.param.numel()].view_as(self.param)
+    def whole(self, slices: Tensor) -> Tensor:
+        """The whole tensor, from the slices of all ranks."""
+        return slices[: self.param.numel()].view_as(self.param)
 
 
 class AdamW(torch.optim.Optimizer):
@@ -90,11 +90,14 @@ class AdamW(torch.optim.Optimizer):
         zeros. Returns the share's sum of squares (0-d fp32), as Muon.reduce_gradients does.
         """
         squares = torch.zeros((), device=self.slices[0][0].param.device)
-        for part in (part for group in self.slices for part in group):
+        parts, under_way = [part for group in self.slices for part in group], []
+        for part in parts:
             grad = part.param.grad if part.param.grad is not None else torch.zeros_like(part.param)
-            part.grad = reduce_scatter(part.padded(grad.float())).div_(divisor)
+            under_way.append(reduce_scatter(part.padded(grad.float())))
+        for part, sent in zip(parts, under_way, strict=True):
+            part.grad = sent.wait().div_(divisor)
             squares += part.grad.square().sum()
-        self.zero_grad(set_to_none=True)
+        self.zero_grad(set_to_none=True)  # not before: a gradient may be what is sent
         return squares
 
     def own_gradients(self) -> Iterator[tuple[str, Tensor]]:
@@ -107,14 +110,17 @@ class AdamW(torch.optim.Optimizer):
     def step(self) -> None:  # type: ignore[override]  # no closure: the gradients are already reduced
         """Update from the reduced gradients; every rank ends with the same parameters."""
         self.steps += 1
+        under_way: list[tuple[Slice, UnderWay]] = []
         for group, parts in zip(self.param_groups, self.slices, strict=True):
             options = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
             for part in parts:
                 assert part.grad is not None, "call reduce_gradients() first"
                 own = part.own(part.param.data).float()
                 adamw_update(own, part.grad, part.exp_avg, part.exp_avg_sq, self.steps, **options)
-                part.param.copy_(part.whole(own))
                 part.grad = None
+                under_way.append((part, all_gather(own)))
+        for part, sent in under_way:
+            part.param.copy_(part.whole(sent.wait()))
 
     def state_bytes(self) -> int:
         """Memory of this rank's share of the state."""
@@ -124,8 +130,8 @@ class AdamW(torch.optim.Optimizer):
         """(name, whole tensor) of all state, one at a time. Collective: every rank must run through it."""
         yield "adamw.steps", torch.tensor(self.steps)
         for part in (part for group in self.slices for part in group):
-            yield f"{part.name}.exp_avg", part.whole(part.exp_avg)
-            yield f"{part.name}.exp_avg_sq", part.whole(part.exp_avg_sq)
+            yield f"{part.name}.exp_avg", part.whole(all_gather(part.exp_avg).wait())
+            yield f"{part.name}.exp_avg_sq", part.whole(all_gather(part.exp_avg_sq).wait())
 
     def load_full_state(self, read: Callable[[str], Tensor]) -> None:
         """Take over a state saved by any number of ranks; `read` returns the whole tensor of a name."""

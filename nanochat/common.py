@@ -254,8 +254,11 @@ class Record:
             self.file.close()
 
 
-def open_record(stage: str, tag: str, settings: dict[str, Any]) -> Record:
-    """Start a record for one run of one stage (rank 0 writes; other ranks get a silent one)."""
+def open_record(stage: str, tag: str, settings: dict[str, Any], **about: Any) -> Record:
+    """
+    Start a record for one run of one stage (rank 0 writes; other ranks get a silent one). Its first event says the
+    settings, where it comes from, and what else is known `about` the run, such as Compute.about().
+    """
     if get_rank() != 0:
         return Record(None)
     folder = get_base_dir() / "records"
@@ -267,7 +270,7 @@ def open_record(stage: str, tag: str, settings: dict[str, Any]) -> Record:
         attempt += 1
         path = folder / f"{stage}-{tag}-{stamp}-{attempt}.jsonl"
     record = Record(open(path, "x", encoding="utf-8"))  # noqa: SIM115  # lives as long as the run
-    record.write("start", stage=stage, tag=tag, settings=settings, **provenance())
+    record.write("start", stage=stage, tag=tag, settings=settings, **provenance(), **about)
     return record
 
 

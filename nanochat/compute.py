@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,6 +55,10 @@ class Compute:
     @property
     def is_master(self) -> bool:
         return self.rank == 0
+
+    def about(self) -> dict[str, Any]:
+        """What a record says of the machine: the device's name, and how many of them."""
+        return {"device": "cpu" if self.device.type == "cpu" else device_name(self.device), "ranks": self.world_size}
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over ranks, on every rank; values may live on any device and come back to theirs."""
@@ -270,25 +275,37 @@ def ranks() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def reduce_scatter(rows: Tensor) -> Tensor:
-    """This rank's rows of the sum over ranks."""
+@dataclass
+class UnderWay:
+    """A collective that has begun: wait() gives the tensor that it fills. Its input must not change until then."""
+
+    result: Tensor
+    work: Any = None  # torch's handle; None where there is nothing to wait for
+
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            with collective():
+                self.work.wait()
+        return self.result
+
+
+def reduce_scatter(rows: Tensor) -> UnderWay:
+    """Begin to sum over ranks; this rank gets its rows."""
     world_size = ranks()[1]
     if world_size == 1:
-        return rows
+        return UnderWay(rows)
     own = torch.empty((rows.size(0) // world_size, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
     with collective():
-        reduce_scatter_rows = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        reduce_scatter_rows(own, rows.contiguous())
-    return own
+        begin = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        return UnderWay(own, begin(own, rows.contiguous(), async_op=True))
 
 
-def all_gather(own: Tensor) -> Tensor:
-    """All ranks' rows, in rank order."""
+def all_gather(own: Tensor) -> UnderWay:
+    """Begin to collect all ranks' rows, in rank order."""
     world_size = ranks()[1]
     if world_size == 1:
-        return own
+        return UnderWay(own)
     rows = torch.empty((own.size(0) * world_size, *own.shape[1:]), dtype=own.dtype, device=own.device)
     with collective():
-        all_gather_rows = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        all_gather_rows(rows, own.contiguous())
-    return rows
+        begin = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        return UnderWay(rows, begin(rows, own.contiguous(), async_op=True))

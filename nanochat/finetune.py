@@ -84,7 +84,7 @@ def fine_tune(
             compute_cleanup()
             return
     first_step = meter.steps
-    record = open_record(stage, start.tag, settings)
+    record = open_record(stage, start.tag, settings, **compute.about())
     record.write("data", name=s.mixture, conversations=len(conversations), started_from=start.identity)
     record.write(
         "plan",

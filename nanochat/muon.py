@@ -7,8 +7,8 @@ Express (arXiv 2505.16932) instead of Newton-Schulz, NorMuon's row-wise variance
 cautious weight decay (arXiv 2510.12402).
 
 Ranks: matrices of one shape are stacked, gradients are summed by reduce-scatter, each rank updates the whole matrices
-it owns, and parameters come back by all-gather (ZeRO-2). With one rank the same loop sends nothing. State is about 1/N
-per rank.
+it owns, and parameters come back by all-gather (ZeRO-2). What one stack sends travels while the next one is prepared
+or updated. With one rank the same loop sends nothing. State is about 1/N per rank.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanochat.compute import all_gather, ranks, reduce_scatter
+from nanochat.compute import UnderWay, all_gather, ranks, reduce_scatter
 
 # Five quintic steps x <- a x + b x^3 + c x^5 on the singular values, optimal in sequence for values in [1e-3, 1] (Polar
 # Express, with its safety factor of 1.01 and 2 % of cushion). The later ones converge fastest near 1.
@@ -91,6 +91,11 @@ class Stack:
         """This rank's rows of the stack of whole tensors."""
         return self.gather_rows(tensors)[ranks()[0] * self.per_rank :][: self.per_rank].clone()
 
+    def take(self, rows: Tensor) -> None:
+        """Set the parameters to the rows of all ranks."""
+        for p, new in zip(self.params, rows, strict=False):  # the padding comes last
+            p.copy_(new)
+
 
 class Muon(torch.optim.Optimizer):
     """
@@ -138,11 +143,15 @@ class Muon(torch.optim.Optimizer):
         squared gradient norm.
         """
         squares = torch.zeros((), device=self.stacks[0].params[0].device)
+        under_way = []
         for stack in self.stacks:
             grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in stack.params]
-            stack.grad = reduce_scatter(stack.gather_rows(grads)).div_(divisor)
+            under_way.append(reduce_scatter(stack.gather_rows(grads)))
+            for p in stack.params:
+                p.grad = None  # there is a copy now
+        for stack, sent in zip(self.stacks, under_way, strict=True):
+            stack.grad = sent.wait().div_(divisor)
             squares += stack.grad.square().sum()
-        self.zero_grad(set_to_none=True)
         return squares
 
     def own_gradients(self) -> Iterator[tuple[str, Tensor]]:
@@ -156,6 +165,7 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:  # type: ignore[override]  # no closure: the gradients are already reduced
         """Update from the reduced gradients; every rank ends with the same parameters."""
         group = self.param_groups[0]
+        under_way: tuple[Stack, UnderWay] | None = None  # one at a time: the whole parameters of a stack are in it
         for stack in self.stacks:
             assert stack.grad is not None, "call reduce_gradients() first"
             rows, columns = stack.params[0].shape
@@ -166,9 +176,13 @@ class Muon(torch.optim.Optimizer):
             if group["weight_decay"]:  # cautious: only weights that the update is already shrinking
                 own -= own * (update * own >= 0) * (lr * group["weight_decay"])
             own -= lr * update
-            for p, new in zip(stack.params, all_gather(own), strict=False):  # the padding comes last
-                p.copy_(new)
             stack.grad = None
+            sent = all_gather(own)
+            if under_way:
+                under_way[0].take(under_way[1].wait())
+            under_way = (stack, sent)
+        if under_way:
+            under_way[0].take(under_way[1].wait())
 
     def state_bytes(self) -> int:
         """Memory of this rank's share of the state."""
@@ -178,7 +192,7 @@ class Muon(torch.optim.Optimizer):
         """(name, whole tensor) of all state, one at a time. Collective: every rank must run through it."""
         for stack in self.stacks:
             for kind in ("momentum_buffer", "second_moment"):
-                for name, tensor in zip(stack.names, all_gather(getattr(stack, kind)), strict=False):
+                for name, tensor in zip(stack.names, all_gather(getattr(stack, kind)).wait(), strict=False):
                     yield f"{name}.{kind}", tensor
 
     def load_full_state(self, read: Callable[[str], Tensor]) -> None:

@@ -146,7 +146,7 @@ def main() -> None:
             compute_cleanup()
             return
     first_step = meter.steps
-    record = open_record("base", tag, settings)
+    record = open_record("base", tag, settings, **compute.about())
     record.write("corpus", name=text.name, fingerprint=text.fingerprint)
     record.write(
         "plan",
@@ -192,7 +192,7 @@ def main() -> None:
             done = step + 1
             if clock.due(done) or done == num_steps:
                 save()
-            if train.every(eval_every, done) and done < num_steps:
+            if train.every(eval_every, done) or (eval_every > 0 and done == num_steps):
                 quick = validate(model, text, tokenizer, compute, max_seq_len, watch.poll)
                 record.write("eval", step=done, val_bpb_quick=quick)
                 print0(f"step {done:,}: quick val bpb {quick:.4f}")

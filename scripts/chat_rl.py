@@ -127,7 +127,7 @@ def main() -> None:
             compute_cleanup()
             return
     first_step = meter.steps
-    record = open_record("rl", start.tag, settings)
+    record = open_record("rl", start.tag, settings, **compute.about())
     record.write("plan", first_step=first_step, num_steps=num_steps, task=task, started_from=start.identity)
     wandb_run = train.open_wandb(run, "rl", settings, checkpoint)
 

@@ -94,8 +94,8 @@ def compute_together(fault: str) -> None:
             ready_for(fault)
         if fault == "wrong_shape":
             module.reduce_scatter(torch.ones(n + 1, 3))  # not a multiple of the ranks: torch refuses it
-        assert module.reduce_scatter(torch.ones(n, 3)).tolist() == [[n] * 3]
-        assert module.all_gather(torch.tensor([[compute.rank]])).flatten().tolist() == list(range(n))
+        assert module.reduce_scatter(torch.ones(n, 3)).wait().tolist() == [[n] * 3]
+        assert module.all_gather(torch.tensor([[compute.rank]])).wait().flatten().tolist() == list(range(n))
         assert compute.any(compute.rank == n - 1) and not compute.any(False)
     compute.barrier()
     module.compute_cleanup()
