@@ -32,7 +32,7 @@ settings = configure(__name__)
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.common import rows_path, write_rows
+from tasks.common import PUBLISHED_ROWS, rows_path, write_rows
 
 Row = dict[str, Any]
 STRINGS = pa.list_(pa.string())
@@ -200,23 +200,6 @@ KINDS = (
         "words_alpha.{txt,zip}", r"words_alpha\.(?:txt|zip)", lambda match: Place("words", "default", "all"), read_words
     ),
 )
-# Rows as published: fewer means that files are missing.
-PUBLISHED = {
-    Place("openai/gsm8k", "main", "train"): 7473,
-    Place("openai/gsm8k", "main", "test"): 1319,
-    Place("cais/mmlu", "auxiliary_train", "train"): 99842,
-    Place("cais/mmlu", "all", "dev"): 285,
-    Place("cais/mmlu", "all", "validation"): 1531,
-    Place("cais/mmlu", "all", "test"): 14042,
-    Place("allenai/ai2_arc", "ARC-Easy", "train"): 2251,
-    Place("allenai/ai2_arc", "ARC-Easy", "validation"): 570,
-    Place("allenai/ai2_arc", "ARC-Easy", "test"): 2376,
-    Place("allenai/ai2_arc", "ARC-Challenge", "train"): 1119,
-    Place("allenai/ai2_arc", "ARC-Challenge", "validation"): 299,
-    Place("allenai/ai2_arc", "ARC-Challenge", "test"): 1172,
-    Place("openai/openai_humaneval", "openai_humaneval", "test"): 164,
-    Place("HuggingFaceTB/smol-smoltalk", "default", "train"): 460341,
-}
 
 
 def recognise(path: str) -> tuple[Kind, Place] | None:
@@ -277,7 +260,7 @@ def import_split(place: Place, files: list[tuple[Kind, Path]]) -> bool:
         return False
     table = pa.concat_tables(tables)
     write_rows(*place, table, "original files " + " ".join(path.name for path in used))
-    published = PUBLISHED.get(place, 0)
+    published = PUBLISHED_ROWS.get(place, 0)
     missing = f", {published - len(table):,} fewer than published" if len(table) < published else ""
     origin = str(used[0]) if len(used) == 1 else f"{len(used)} files such as {used[0]}"
     print0(f"{target}: {len(table):,} rows{missing}, from {origin}")

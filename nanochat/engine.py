@@ -13,6 +13,7 @@ sequences share its batch (but for the last bits of a matmul).
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,15 +79,15 @@ class KVCache:
         self.lengths = [length + tokens for length in self.lengths]
         return self.step_positions
 
-    def expand(self, copies: int, capacity: int) -> "KVCache":
-        """A cache with room for `capacity` tokens and `copies` of each sequence in a row: prefill once, sample many."""
-        grown = KVCache(self.config, copies * len(self.lengths), capacity, self.device, self.dtype)
-        longest = max(self.lengths)
-        for mine, theirs in zip(self.layers, grown.layers, strict=True):
-            theirs.keys[:, :, :longest] = mine.keys[:, :, :longest].repeat_interleave(copies, dim=0)
-            theirs.values[:, :, :longest] = mine.values[:, :, :longest].repeat_interleave(copies, dim=0)
-        grown.lengths = [length for length in self.lengths for _ in range(copies)]
-        return grown
+    def put(self, slots: Sequence[int], other: "KVCache", rows: Sequence[int]) -> None:
+        """Copy `rows` of another cache into these slots, whatever they held: prefill once, sample many."""
+        into, taken = torch.tensor(slots, device=self.device), torch.tensor(rows, device=self.device)
+        longest = max(other.lengths[row] for row in rows)
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            mine.keys[into, :, :longest] = theirs.keys[taken, :, :longest]
+            mine.values[into, :, :longest] = theirs.values[taken, :, :longest]
+        for slot, row in zip(slots, rows, strict=True):
+            self.lengths[slot] = other.lengths[row]
 
     def keep(self, slots: Sequence[int]) -> None:
         """Drop all other slots, so that finished rows cost nothing."""
@@ -138,10 +139,9 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
         )
 
 
-def uniform_draws(seed: int, sequences: int, steps: int, first: int = 0) -> np.ndarray:
-    """Random numbers (sequences, steps) in [0, 1): sequence i's depend on seed and first + i alone."""
-    rows = [np.random.default_rng([seed, first + i]).random(steps, dtype=np.float32) for i in range(sequences)]
-    return np.stack(rows)
+def uniform_draws(seed: int, sequence: int, steps: int) -> np.ndarray:
+    """Random numbers (steps,) in [0, 1) that depend on seed and the sequence's number alone."""
+    return np.random.default_rng([seed, sequence]).random(steps, dtype=np.float32)
 
 
 # -----------------------------------------------------------------------------
@@ -172,7 +172,29 @@ class ToolUse:
             self.call.append(token)
 
 
+@dataclass
+class Continuation:
+    """A sequence that is being decoded, or waits for its turn."""
+
+    number: int  # among all that were asked for
+    prompt: Sequence[int]
+    draws: np.ndarray  # (tokens at most,): a random number for each
+    tool: ToolUse | None
+    said: int = 0  # tokens so far
+
+    def say(self, sampled: int) -> tuple[int, int]:
+        """The next token, and 1 where it is the sampled one, 0 where the tool forces another."""
+        self.said += 1
+        if self.tool and self.tool.forced:
+            return self.tool.forced.popleft(), 0
+        if self.tool:
+            self.tool.see(sampled)
+        return sampled, 1
+
+
 # -----------------------------------------------------------------------------
+
+IDLE = 0.25  # share of a batch that idles before it is filled up or, at a copy of the whole cache, made smaller
 
 
 class Engine:
@@ -206,8 +228,22 @@ class Engine:
         """Several continuations of one prompt; see generate_many."""
         return self.generate_many([tokens], num_samples, max_tokens, temperature, top_k, top_p, seed)
 
-    @torch.inference_mode()
     def generate_many(
+        self, prompts: Sequence[Sequence[int]], num_samples: int = 1, *values: Any, **options: Any
+    ) -> Iterator[tuple[Column, Column]]:
+        """
+        Continue all prompts together, num_samples times each; the rest is as in decode(). Yields per step a column of
+        tokens and a column of masks: 1 for a token that was sampled, 0 for one that the tool forced.
+        """
+        for said in self.decode(prompts, num_samples, *values, **options):
+            column: Column = [None] * (len(prompts) * num_samples)
+            mask: Column = list(column)
+            for number, token, sampled in said:
+                column[number], mask[number] = token, sampled
+            yield column, mask
+
+    @torch.inference_mode()
+    def decode(
         self,
         prompts: Sequence[Sequence[int]],
         num_samples: int = 1,
@@ -216,58 +252,81 @@ class Engine:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 42,
-        first: int = 0,
-    ) -> Iterator[tuple[Column, Column]]:
+        first: int | Sequence[int] = 0,
+        slots: int | None = None,
+    ) -> Iterator[list[tuple[int, int, int]]]:
         """
-        Continue all prompts together, num_samples times each (sequence p * num_samples + s is sample s of prompt p).
-        Yields per step a column of tokens and a column of masks: 1 for a token that was sampled, 0 for one that the
-        tool forced. A sequence ends after a stop token (which is yielded), max_tokens, or at the end of the context.
+        Continue prompts, num_samples times each (sequence p * num_samples + s is sample s of prompt p), `slots` of them
+        at a time (None = all): as sequences end, others take their places. Yields per step, for all that run,
+        (sequence, token, 1 if it was sampled or 0 if the tool forced it). A sequence ends after a stop token (which is
+        yielded), max_tokens, or at the end of the context.
 
-        Same seed, same tokens; `first` is the number of the first sequence, for callers that deal sequences to ranks.
-        Raises UserError for a prompt that is empty or leaves no room.
+        Same seed, same tokens; for callers that deal sequences to ranks, `first` is the number of the first sequence in
+        the drawing, or of each prompt's first. Raises UserError for a prompt that is empty or leaves no room.
         """
+        waiting = self.continuations(prompts, num_samples, max_tokens, seed, first)
+        running: list[Continuation | None] = [None] * min(slots or len(waiting), len(waiting))
+        capacity = max((len(sequence.prompt) + len(sequence.draws) for sequence in waiting), default=0)
+        cache = KVCache(self.model.config, len(running), capacity, self.model.device, self.dtype)
+        logits = torch.zeros(len(running), self.model.config.vocab_size, device=self.model.device)
+        while waiting or any(running):
+            idle = [slot for slot, sequence in enumerate(running) if not sequence]
+            if len(idle) >= IDLE * len(running) and waiting:
+                admitted = {slot: waiting.popleft() for slot in idle[: len(waiting)]}
+                logits[list(admitted)] = self.admit(admitted, cache)
+                running = [admitted.get(slot, sequence) for slot, sequence in enumerate(running)]
+            elif len(idle) >= IDLE * len(running):
+                kept = [slot for slot, sequence in enumerate(running) if sequence]
+                cache.keep(kept)
+                logits, running = logits[kept], [running[slot] for slot in kept]
+            draws = torch.tensor([sequence.draws[sequence.said] if sequence else 0.0 for sequence in running])
+            sampled = sample(logits, draws.to(self.model.device), temperature, top_k, top_p).tolist()
+            said = []
+            for slot, sequence in enumerate(running):
+                if sequence:
+                    sampled[slot], mask = sequence.say(sampled[slot])
+                    said.append((sequence.number, sampled[slot], mask))
+                    if sampled[slot] in self.stop_tokens or sequence.said == len(sequence.draws):
+                        running[slot], cache.lengths[slot] = None, 0
+            yield said
+            if any(running):
+                logits = self.forward(torch.tensor(sampled, device=self.model.device)[:, None], cache)
+
+    def continuations(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_samples: int,
+        max_tokens: int | None,
+        seed: int,
+        first: int | Sequence[int],
+    ) -> deque[Continuation]:
+        """What decode() is to do, those with the longest prompts first: neighbours are read together, with padding."""
         limit = self.model.config.sequence_len
-        for tokens in prompts:
+        found: list[Continuation] = []
+        for prompt, tokens in enumerate(prompts):
             if not 0 < len(tokens) < limit:
                 raise UserError(f"the prompt has {len(tokens)} tokens; this model takes 1 to {limit - 1}")
-        rooms = [limit - len(tokens) for tokens in prompts for _ in range(num_samples)]
-        rooms = [room if max_tokens is None else min(room, max_tokens) for room in rooms]
-        tools = [ToolUse(self.tokenizer) if self.tokenizer else None for _ in rooms]
-        draws = torch.from_numpy(uniform_draws(seed, len(rooms), max(rooms), first)).to(self.model.device)
+            room = limit - len(tokens) if max_tokens is None else min(limit - len(tokens), max_tokens)
+            drawn = first + prompt * num_samples if isinstance(first, int) else first[prompt]
+            for copy in range(num_samples if room > 0 else 0):
+                tool = ToolUse(self.tokenizer) if self.tokenizer else None
+                draws = uniform_draws(seed, drawn + copy, room)
+                found.append(Continuation(prompt * num_samples + copy, tokens, draws, tool))
+        return deque(sorted(found, key=lambda sequence: -len(sequence.prompt)))
 
-        logits, cache = self.prefill(prompts, num_samples, max(map(len, prompts)) + max(rooms))
-        slots = list(range(len(rooms)))  # which sequence each of the cache's slots holds
-        running = set(slots)
-        for step in range(max(rooms)):
-            sampled = sample(logits, draws[slots, step], temperature, top_k, top_p).tolist()
-            column: Column = [None] * len(rooms)
-            mask: Column = [None] * len(rooms)
-            for slot, sequence in enumerate(slots):
-                if sequence not in running:
-                    continue
-                tool = tools[sequence]
-                mask[sequence] = 0 if tool and tool.forced else 1
-                if tool and tool.forced:
-                    sampled[slot] = tool.forced.popleft()
-                elif tool:
-                    tool.see(sampled[slot])
-                column[sequence] = sampled[slot]
-                if sampled[slot] in self.stop_tokens or step + 1 == rooms[sequence]:
-                    running.discard(sequence)
-            yield column, mask
-            if not running:
-                return
-            # Finished sequences stay in the batch until a quarter of it is idle: dropping one copies the whole cache.
-            if len(running) <= 0.75 * len(slots):
-                kept = [slot for slot, sequence in enumerate(slots) if sequence in running]
-                cache.keep(kept)
-                slots, sampled = [slots[slot] for slot in kept], [sampled[slot] for slot in kept]
-            logits = self.forward(torch.tensor(sampled, device=self.model.device)[:, None], cache)
+    def admit(self, sequences: dict[int, Continuation], cache: KVCache) -> Tensor:
+        """Read the prompts of {slot: sequence}, each once, into the slots: logits (slots, V) of what follows them."""
+        prompts = {id(sequence.prompt): sequence.prompt for sequence in sequences.values()}  # samples share one
+        row_of = {key: row for row, key in enumerate(prompts)}
+        rows = [row_of[id(sequence.prompt)] for sequence in sequences.values()]
+        logits, read = self.prefill(list(prompts.values()))
+        cache.put(list(sequences), read, rows)
+        return logits[rows]
 
-    def prefill(self, prompts: Sequence[Sequence[int]], copies: int, capacity: int) -> tuple[Tensor, KVCache]:
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, KVCache]:
         """
-        Read all prompts in one pass: logits (P * copies, V) of what follows each, and the cache to go on with. Shorter
-        prompts are padded at the end; what is stored there lies beyond the row's length and is overwritten.
+        Read all prompts in one pass: logits (P, V) of what follows each, and their cache. Shorter prompts are padded at
+        the end; what is stored there lies beyond the row's length.
         """
         lengths = [len(tokens) for tokens in prompts]
         idx = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
@@ -278,8 +337,7 @@ class Engine:
         hidden = self.model.hidden(idx.to(self.model.device), self.dtype, positions, list(cache.layers))
         cache.lengths = lengths
         last = torch.tensor(lengths, device=self.model.device) - 1
-        logits = self.model.logits(hidden[torch.arange(len(prompts), device=last.device), last])
-        return logits.repeat_interleave(copies, dim=0), cache.expand(copies, capacity)
+        return self.model.logits(hidden[torch.arange(len(prompts), device=last.device), last]), cache
 
     def forward(self, idx: Tensor, cache: KVCache) -> Tensor:
         """
@@ -298,16 +356,15 @@ class Engine:
         **options: object,
     ) -> tuple[list[list[int]], list[list[int]]]:
         """
-        The whole sequences of generate_many, without their prompts: tokens (the terminal one included) and masks, one
+        The whole sequences of decode, without their prompts: tokens (the terminal one included) and masks, one
         list for each. `until` is asked after each step; once it is true the sequences stay as they are.
         """
         results: list[list[int]] = [[] for _ in range(len(prompts) * num_samples)]
         masks: list[list[int]] = [[] for _ in results]
-        for column, mask in self.generate_many(prompts, num_samples, **options):  # type: ignore[arg-type]
-            for i, (token, sampled) in enumerate(zip(column, mask, strict=True)):
-                if token is not None and sampled is not None:
-                    results[i].append(token)
-                    masks[i].append(sampled)
+        for said in self.decode(prompts, num_samples, **options):  # type: ignore[arg-type]
+            for number, token, sampled in said:
+                results[number].append(token)
+                masks[number].append(sampled)
             if until and until():
                 break
         return results, masks

@@ -1,8 +1,11 @@
 """
-Score a base model: bits per byte on training and validation text, what a model must beat, and samples.
+Score a base model: bits per byte on training and validation text, and what a model must beat.
 
     python -m scripts.base_loss
     torchrun --standalone --nproc_per_node=8 -m scripts.base_loss -- --model-tag=d20 --split-tokens=10485760
+
+Two numbers for each split, each with every byte scored once: bpb, the honest one, in windows that overlap by half;
+bpb_quick, which base_train shows on its way, in windows that do not. +- is the standard error over documents.
 """
 
 from typing import Literal
@@ -22,7 +25,7 @@ device_type: Literal["auto", "cuda", "mps", "xpu", "cpu"] = "auto"  # cuda also 
 dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # what matmuls compute in
 settings = configure(__name__)
 
-from nanochat.checkpoint_manager import load_model
+from nanochat.checkpoint_manager import find_checkpoint, open_model
 from nanochat.common import open_record, print0, run_main
 from nanochat.compute import compute_cleanup, compute_init
 from nanochat.dataset import iter_text, load_corpus
@@ -33,20 +36,25 @@ XZ_WINDOW = 64 * 2**20  # the dictionary of xz -9: it cannot look back further, 
 
 def main() -> None:
     compute = compute_init(device_type, dtype)
-    model, tokenizer, meta = load_model("base", compute.device, "eval", model_tag, step)
+    checkpoint = find_checkpoint("base", model_tag, step)
+    model, tokenizer = open_model(checkpoint, compute.device)
     text = load_corpus(corpus)
     splits = {"train": text.train_files, "val": text.val_files}
     T = model.config.sequence_len
-    record = open_record("base_loss", f"step{meta['step']}", settings)
+    record = open_record("base_loss", f"{checkpoint.tag}-step{checkpoint.step}", settings, **compute.about())
     for split, files in splits.items():
-        result = evaluate_bpb(
-            model, tokenizer, iter_text(files, text.hashes), compute, device_batch_size, max(1, T // 2), split_tokens
-        )
-        record.write("bpb", split=split, bpb=result.bpb, bytes=result.bytes, tokens=result.tokens)
-        print0(
-            f"{split} bpb {result.bpb:.4f} over {result.bytes:,} bytes, each scored once "
-            f"(windows of {T}, stride {max(1, T // 2)})"
-        )
+        for name, stride in (("bpb", max(1, T // 2)), ("bpb_quick", T)):
+            texts = iter_text(files, text.hashes)
+            result = evaluate_bpb(model, tokenizer, texts, compute, device_batch_size, stride, split_tokens)
+            about = {"stderr": result.stderr, "documents": result.documents, "bytes": result.bytes}
+            record.write(
+                name, split=split, **{name: result.bpb}, **about, tokens=result.tokens, window=T, stride=stride
+            )
+            error = "" if result.stderr is None else f" +- {result.stderr:.4f}"
+            print0(
+                f"{split} {name} {result.bpb:.4f}{error}: {result.bytes:,} bytes, each scored once, documents: "
+                f"{result.documents:,}, windows of {T}, stride {stride}"
+            )
     if baselines and compute.is_master:
         measured = {"byte_unigram": byte_unigram_bpb(iter_text(text.val_files, text.hashes))}
         print0(f"to beat: byte frequencies {measured['byte_unigram']:.4f}")

@@ -85,7 +85,7 @@ from nanochat.dataset import Corpus, iter_text, load_corpus
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, build_model, config_from_depth
 from nanochat.guard import SaveClock, SignalWatch, Spikes
-from nanochat.loss_eval import evaluate_bpb
+from nanochat.loss_eval import BitsPerByte, evaluate_bpb
 from nanochat.schedule import BatchPlan, plan_batches, plan_horizon
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 
@@ -193,7 +193,7 @@ def main() -> None:
             if clock.due(done) or done == num_steps:
                 save()
             if train.every(eval_every, done) or (eval_every > 0 and done == num_steps):
-                quick = validate(model, text, tokenizer, compute, max_seq_len, watch.poll)
+                quick = validate(model, text, tokenizer, compute, max_seq_len, watch.poll).bpb
                 record.write("eval", step=done, val_bpb_quick=quick)
                 print0(f"step {done:,}: quick val bpb {quick:.4f}")
                 if save_best and is_best("base", tag, quick):
@@ -203,17 +203,18 @@ def main() -> None:
                 show_samples(model, tokenizer, compute, record, done)
 
     # The end: the honest validation, and the figures
-    val_bpb = validate(model, text, tokenizer, compute, stride=max(1, max_seq_len // 2))
-    record.write("eval", step=num_steps, val_bpb=val_bpb)
+    val = validate(model, text, tokenizer, compute, stride=max(1, max_seq_len // 2))
+    record.write("eval", step=num_steps, val_bpb=val.bpb, val_bpb_stderr=val.stderr, documents=val.documents)
     memory = peak_memory_bytes(compute.device)
     record.write("end", **meter.summary(), **spikes.summary(), peak_memory_bytes=memory, text=position.describe())
     print0(f"text: {position.describe()}")
     print0(
         f"speed: {train.describe_rates(meter)}, {meter.train_seconds:,.0f} s of training, {memory / 1e9:.1f} GB at most"
     )
-    print0(f"val bpb {val_bpb:.4f} after {num_steps:,} steps")
+    error = "" if val.stderr is None else f" +- {val.stderr:.4f}"
+    print0(f"val bpb {val.bpb:.4f}{error} after {num_steps:,} steps, {val.documents:,} documents")
     if wandb_run:
-        wandb_run.log({"step": num_steps, "val_bpb": val_bpb})
+        wandb_run.log({"step": num_steps, "val_bpb": val.bpb})
         wandb_run.finish()
     record.close()
     compute_cleanup()
@@ -255,13 +256,13 @@ def validate(
     compute: Compute,
     stride: int,
     poll: Callable[[], None] | None = None,
-) -> float:
+) -> BitsPerByte:
     """
     Bits per byte of the first eval_tokens of validation: stride max_seq_len is quick, half of it the honest one. `poll`
     is called between batches and may end it.
     """
     texts = iter_text(text.val_files, text.hashes)
-    return evaluate_bpb(model, tokenizer, texts, compute, device_batch_size, stride, eval_tokens, poll).bpb
+    return evaluate_bpb(model, tokenizer, texts, compute, device_batch_size, stride, eval_tokens, poll)
 
 
 def show_samples(model: GPT, tokenizer: Tokenizer, compute: Compute, record: Record, step: int) -> None:

@@ -79,6 +79,7 @@ from nanochat.conversation import decode_parts, fingerprint, parts_text, render_
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.guard import SaveClock, SignalWatch, Spikes
+from nanochat.task_eval import pass_at_k
 from nanochat.tokenizer import Tokenizer
 from tasks.common import Task
 from tasks.gsm8k import extract_answer
@@ -140,10 +141,12 @@ def main() -> None:
     def evaluate(done: int, watch: SignalWatch) -> None:
         pass_at = evaluate_pass_at_k(model, tokenizer, held_out, compute, watch)
         record.write("eval", step=done, problems=min(eval_examples, len(held_out)), pass_at=pass_at)
-        print0(f"step {done:,}: " + ", ".join(f"pass@{k} {value:.1%}" for k, value in pass_at.items()))
-        if save_best and done and is_best("rl", start.tag, -pass_at["1"]):
+        shown = (f"pass@{k} {score['value']:.1%} +- {score['stderr']:.1%}" for k, score in pass_at.items())
+        print0(f"step {done:,}: {', '.join(shown)}")
+        loss = -pass_at["1"]["value"]
+        if save_best and done and is_best("rl", start.tag, loss):
             save()
-            mark_best("rl", start.tag, done, -pass_at["1"], compute)
+            mark_best("rl", start.tag, done, loss, compute)
 
     clock = SaveClock(save_every, save_minutes, compute)
     with (
@@ -326,21 +329,16 @@ def diagnose(vitals: dict[str, float], dead_steps: int) -> str:
 
 def evaluate_pass_at_k(
     model: GPT, tokenizer: Tokenizer, problems: Task, compute: Compute, watch: SignalWatch
-) -> dict[str, float]:
-    """
-    pass@k on the first eval_examples problems: the chance that at least one of k answers is right, from the number c
-    right among n: 1 - C(n - c, k) / C(n, k) (Codex, arXiv 2107.03374). The same on every rank.
-    """
+) -> dict[str, dict[str, float]]:
+    """pass@k and its standard error on the first eval_examples problems, the same on every rank."""
     numbers = list(range(min(eval_examples, len(problems))))
     groups = roll_out(model, tokenizer, problems, numbers, compute, eval_samples, seed, watch)
-    ks = [2**i for i in range(eval_samples.bit_length()) if 2**i <= eval_samples]
-    right = [int(sum(rollout.reward for rollout in group)) for group in groups]
-    n = eval_samples
-    sums = [sum(1 - math.comb(n - c, k) / math.comb(n, k) for c in right) for k in ks]
-    return {
-        str(k): round(value / len(numbers), 6)
-        for k, value in zip(ks, compute.sum(torch.tensor(sums, dtype=torch.float64)).tolist(), strict=True)
-    }
+    right = torch.zeros(len(numbers), dtype=torch.float64)  # of each problem; this rank has some of them
+    first = len(numbers) * compute.rank // compute.world_size
+    for i, group in enumerate(groups, first):
+        right[i] = sum(rollout.reward for rollout in group)
+    pass_at = pass_at_k([int(count) for count in compute.sum(right).tolist()], eval_samples)
+    return {str(k): {"value": round(value, 6), "stderr": round(error, 6)} for k, (value, error) in pass_at.items()}
 
 
 if __name__ == "__main__":

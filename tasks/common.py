@@ -39,6 +39,8 @@ class Task:
     eval_type: Literal["generative", "categorical"] = "generative"  # write an answer, or choose one of `letters`
     baseline = 0.0  # accuracy of guessing
     files: tuple[Path, ...] = ()  # that its conversations are read from: a run that resumes compares their bytes
+    rows: "Rows | None" = None  # of a published task: what they are made of
+    groups: tuple[str, ...] = ()  # those labels() whose accuracy is printed; the others are in the record
 
     def __init__(self, start: int = 0, stop: int | None = None, step: int = 1):
         if start < 0 or step < 1 or (stop is not None and stop < start):
@@ -58,6 +60,15 @@ class Task:
     def evaluate(self, conversation: Conversation, answer: str) -> bool:
         """Whether `answer` (the text an assistant wrote, without its tool calls) is right for this conversation."""
         raise NotImplementedError(f"{self.name} has no right answers; it is for training only")
+
+    def labels(self, index: int) -> tuple[str, ...]:
+        """The parts of the task that task[index] belongs to, such as its subject: each gets an accuracy of its own."""
+        return ()
+
+    @property
+    def missing(self) -> int:
+        """How many more rows than are at hand were published with what this is made of."""
+        return max(0, self.rows.published - len(self.rows)) if self.rows else 0
 
     def __len__(self) -> int:
         return len(self.indices())
@@ -162,13 +173,35 @@ def item_rng(*identity: object) -> random.Random:
 # Rows on disk: $NANOCHAT_BASE_DIR/task_data/<dataset>/<subset>/<split>.parquet
 
 
-class Rows(Sequence[dict[str, Any]]):
-    """The rows of a parquet file, read as columns and handed out as dicts one at a time."""
+# (dataset, subset, split) -> rows as published: fewer are a part, and what is measured on them is called partial.
+PUBLISHED_ROWS = {
+    ("openai/gsm8k", "main", "train"): 7473,
+    ("openai/gsm8k", "main", "test"): 1319,
+    ("cais/mmlu", "auxiliary_train", "train"): 99842,
+    ("cais/mmlu", "all", "dev"): 285,
+    ("cais/mmlu", "all", "validation"): 1531,
+    ("cais/mmlu", "all", "test"): 14042,
+    ("allenai/ai2_arc", "ARC-Easy", "train"): 2251,
+    ("allenai/ai2_arc", "ARC-Easy", "validation"): 570,
+    ("allenai/ai2_arc", "ARC-Easy", "test"): 2376,
+    ("allenai/ai2_arc", "ARC-Challenge", "train"): 1119,
+    ("allenai/ai2_arc", "ARC-Challenge", "validation"): 299,
+    ("allenai/ai2_arc", "ARC-Challenge", "test"): 1172,
+    ("openai/openai_humaneval", "openai_humaneval", "test"): 164,
+    ("HuggingFaceTB/smol-smoltalk", "default", "train"): 460341,
+}
 
-    def __init__(self, path: Path):
+
+class Rows(Sequence[dict[str, Any]]):
+    """
+    The rows of a parquet file, read as columns and handed out as dicts one at a time. `published` is how many there
+    should be (0 = unknown).
+    """
+
+    def __init__(self, path: Path, published: int = 0):
         import pyarrow.parquet as pq
 
-        self.path = path
+        self.path, self.published = path, published
         try:
             self.table = pq.read_table(path)
         except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
@@ -192,4 +225,5 @@ def load_rows(dataset: str, subset: str, split: str, make: str | None = None) ->
         if make:
             raise UserError(f"no {path}; make it with: {make}")
         download_rows(dataset, subset, split)
-    return Rows(checked_path(dataset, subset, split, *([make] if make else [])))
+    checked = checked_path(dataset, subset, split, *([make] if make else []))
+    return Rows(checked, PUBLISHED_ROWS.get((dataset, subset, split), 0))

@@ -36,6 +36,7 @@ EVALUATIONS = {
     "Arithmetic-Hard": lambda: Arithmetic("test", steps=(3, 4), size=500),
 }
 CHATCORE = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
+CATEGORICAL = CHATCORE[:3]  # those with letters to choose from
 OFFLINE = ("Identity", "SimpleSpelling", "SpellingBee", "DocsQA", "Arithmetic", "Arithmetic-Hard")
 
 # Asked at the end of each stage, to read the answers.

@@ -23,12 +23,29 @@ from tasks.common import (
 DATASET = "cais/mmlu"
 PUBLISHED = {"train": ("auxiliary_train", "train"), "dev": ("all", "validation"), "test": ("all", "test")}
 LETTERS = ("A", "B", "C", "D")
+# The 57 subjects in four groups, as in the paper's appendix (and in lm-eval).
+GROUPS = {
+    "STEM": "abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science "
+    "college_mathematics college_physics computer_security conceptual_physics electrical_engineering "
+    "elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science "
+    "high_school_mathematics high_school_physics high_school_statistics machine_learning",
+    "humanities": "formal_logic high_school_european_history high_school_us_history high_school_world_history "
+    "international_law jurisprudence logical_fallacies moral_disputes moral_scenarios philosophy prehistory "
+    "professional_law world_religions",
+    "social sciences": "econometrics high_school_geography high_school_government_and_politics "
+    "high_school_macroeconomics high_school_microeconomics high_school_psychology human_sexuality "
+    "professional_psychology public_relations security_studies sociology us_foreign_policy",
+    "other": "business_ethics clinical_knowledge college_medicine global_facts human_aging management marketing "
+    "medical_genetics miscellaneous nutrition professional_accounting professional_medicine virology",
+}
+GROUP_OF = {subject: group for group, subjects in GROUPS.items() for subject in subjects.split()}
 
 
 class MMLU(Task):
     """A conversation also has its `subject`, such as "astronomy" ("" in train)."""
 
     name = "MMLU"
+    groups = tuple(GROUPS)
     eval_type = "categorical"
     baseline = 0.25
 
@@ -46,6 +63,11 @@ class MMLU(Task):
         row = row.get("train", row)  # the hub wraps the rows of auxiliary_train in a column of that name
         messages = [user(render_choices(row["question"], LETTERS, row["choices"])), assistant(LETTERS[row["answer"]])]
         return {"messages": messages, "letters": list(LETTERS), "subject": row["subject"]}
+
+    def labels(self, index: int) -> tuple[str, ...]:
+        """Group and subject; nothing in train, whose questions have no subject."""
+        subject = self.rows[self.indices()[index]].get("subject")
+        return (GROUP_OF[subject], subject) if subject in GROUP_OF else ()
 
     def evaluate(self, conversation: Conversation, answer: str) -> bool:
         return bool(answer.strip() == conversation["messages"][-1]["content"])

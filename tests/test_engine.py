@@ -107,6 +107,25 @@ def test_what_a_sequence_says_does_not_depend_on_its_company():
         assert engine.generate_batch([prompt], 2, max_tokens=10, seed=5, first=2 * i)[0] == together[2 * i :][:2]
 
 
+@pytest.mark.parametrize("slots", [1, 4])
+def test_a_pool_of_any_size_says_the_same(slots):
+    """New sequences take the slots of those that ended, whose keys and values they must not see."""
+    model = small_model()
+    prompts = [PROMPT, [3, 4, 5, 6], [7], list(range(40, 60)), [9, 8], list(range(31)), [250] * 9]
+    free, _ = Engine(model).generate_batch(prompts, 2, max_tokens=10, seed=5)
+    stop = max(range(300), key=lambda token: sum(token in tokens for tokens in free))
+    expected = [tokens[: tokens.index(stop) + 1] if stop in tokens else tokens for tokens in free]
+    assert len({len(tokens) for tokens in expected}) > 3, "they end at different times"
+    engine = Engine(model, stop_tokens=[stop])
+    assert engine.generate_batch(prompts, 2, max_tokens=10, seed=5, slots=slots)[0] == expected
+
+
+def test_no_prompts_and_no_room_say_nothing():
+    engine = Engine(small_model())
+    assert engine.generate_batch([]) == ([], [])
+    assert engine.generate_batch([PROMPT, [1]], 2, max_tokens=0) == ([[]] * 4, [[]] * 4)
+
+
 def tool_model(script: str) -> tuple[GPT, Tokenizer]:
     """A model that says `script` after any prompt: with an identity for a body, each token calls for the next one."""
     tokenizer = Tokenizer(np.zeros((0, 2), dtype=np.uint32))

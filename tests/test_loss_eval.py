@@ -6,20 +6,22 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.compute import Compute
 from nanochat.gpt import GPTConfig, build_model
-from nanochat.loss_eval import byte_unigram_bpb, evaluate_bpb, windows, xz_bpb
+from nanochat.loss_eval import byte_unigram_bpb, evaluate_bpb, ratio_over_documents, windows, xz_bpb
+from nanochat.tokenizer import Tokenizer
+from tests.reference.bpb import bits_and_bytes
 from tests.reference.byte_tokenizer import ByteTokenizer
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 TEXTS = [pa.array(["a short one", "", "x", "a document that is longer than a window of sixteen tokens, twice over"])]
 
 
-def model():
-    config = GPTConfig(sequence_len=16, vocab_size=257, n_layer=1, n_head=1, n_kv_head=1, n_embd=16)
+def model(vocab_size=257):
+    config = GPTConfig(sequence_len=16, vocab_size=vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=16)
     model = build_model(config, torch.device("cpu"), seed=0)
     with torch.no_grad():
         model.lm_head.weight.normal_(generator=torch.Generator().manual_seed(1))
@@ -32,8 +34,9 @@ def test_windows_score_every_token_once(lengths, length, stride):
     ids = np.arange(1, sum(lengths) + 1)
     offsets = np.cumsum([0, *lengths])
     scored = []
-    for tokens, first in windows(ids, offsets, 0, length, stride):
+    for i, tokens, first in windows(ids, offsets, 0, length, stride):
         assert len(tokens) <= length + 1 and 0 <= first < len(tokens) - 1
+        assert set(tokens[tokens > 0]) <= set(ids[offsets[i] : offsets[i + 1]]), "documents do not see each other"
         scored += tokens[1 + first :].tolist()
     assert scored == ids.tolist()
 
@@ -51,6 +54,40 @@ def test_bpb_equals_the_definition():
     result = evaluate_bpb(net, ByteTokenizer(), TEXTS, CPU, rows=3)
     assert (result.bytes, result.tokens) == (count, count)
     assert result.bpb == pytest.approx(bits / count, rel=1e-5)
+
+
+SPLITTING = Tokenizer.train(["the cat sat on the mat, and the \u00e4\u00f6\u00fc \u4e2d\u6587 too "] * 20, 290)
+MODELS = {257: model(), SPLITTING.get_vocab_size(): model(SPLITTING.get_vocab_size())}
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), tokenizer=st.sampled_from([ByteTokenizer(), SPLITTING]))
+def test_every_byte_is_scored_once_and_the_number_equals_one_window_at_a_time(data, tokenizer):
+    """Empty documents, those of many windows, characters of several bytes; in one array or many."""
+    piece = st.sampled_from(["the cat", " sat", "\u00e4", "\u4e2d\u6587", "\U0001f600", "x", "\n"])
+    documents = data.draw(st.lists(st.lists(piece, max_size=25).map("".join), min_size=1, max_size=5))
+    stride, rows, cut = (data.draw(st.integers(low, high)) for low, high in ((1, 16), (1, 5), (0, len(documents))))
+    net = MODELS[tokenizer.get_vocab_size()]
+    texts = [pa.array(part, pa.string()) for part in (documents[:cut], documents[cut:])]
+    result = evaluate_bpb(net, tokenizer, texts, CPU, rows, stride)
+    slow = [bits_and_bytes(net, tokenizer, text, 16, stride) for text in documents]
+    assert [size for _, size in slow] == [len(text.encode()) for text in documents]
+    assert result.bytes == sum(size for _, size in slow) and result.documents == sum(map(bool, documents))
+    assert result.bpb == pytest.approx(sum(bits for bits, _ in slow) / max(1, result.bytes), rel=1e-5)
+
+
+def test_the_standard_error_is_what_documents_scatter_by():
+    """Against the spread of the ratio over many draws of 40 documents each from one population."""
+    rng = np.random.default_rng(0)
+    drawn = []
+    for _ in range(2000):
+        lengths = rng.integers(10, 500, 40)
+        bits = lengths * rng.normal(1.5, 0.3, 40)
+        drawn.append(ratio_over_documents(np.stack([bits * math.log(2), lengths, lengths], axis=1).astype(float)))
+    scatter = np.std([result.bpb for result in drawn])
+    assert np.mean([result.stderr for result in drawn]) == pytest.approx(scatter, rel=0.1)
+    assert drawn[0].documents == 40
+    assert ratio_over_documents(np.zeros((0, 3))).bpb == 0 and ratio_over_documents(np.ones((1, 3))).stderr is None
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7])

@@ -160,6 +160,9 @@ def published_answers(split: str) -> Iterator[str]:
         ("#### 50%", "50"),
         ("#### 7\nSo it is 8.", "7"),
         ("#### 5, as said", "5"),
+        ("#### 10 dollars", "10"),
+        ("####   10  \n ", "10"),
+        ("#### 1\n#### $2.50 #### 3,000", "3000"),
     ],
 )
 def test_the_number_after_the_last_mark_is_the_answer(text: str, number: str) -> None:
@@ -167,7 +170,8 @@ def test_the_number_after_the_last_mark_is_the_answer(text: str, number: str) ->
 
 
 @pytest.mark.parametrize(
-    "text", ["", "72", "####", "#### ", "#### x", "#### 3/4", "#### 1e5", "#### 1.2.3", "#### --5", "#### 1 ####"]
+    "text",
+    ["", "72", "####", "#### ", "#### x", "#### 3/4", "#### 1/2", "#### 1e5", "#### 1.2.3", "#### --5", "#### 1 ####"],
 )
 def test_what_is_no_number_is_no_answer(text: str) -> None:
     assert extract_answer(text) is None

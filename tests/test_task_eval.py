@@ -1,5 +1,11 @@
 """Accuracy: the oracle is always right, letters are compared by their logits, and any number of ranks agrees."""
 
+import itertools
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +24,7 @@ from tasks.spellingbee import SimpleSpelling, SpellingBee, words_of
 from tests.test_conversation import BYTES
 from tests.test_gpt import small_model
 
+T = TypeVar("T")
 ONE = Compute(torch.device("cpu"), torch.float32, 0, 1)
 
 
@@ -46,40 +53,73 @@ def engine() -> Engine:
 def test_letters_are_chosen_by_their_logits_alone(engine):
     """Against the full forward pass, one problem at a time; the batch holds prompts of different length."""
     result = task_eval.evaluate_task(Letters(), engine, BYTES, ONE, batch_size=5)
-    for i, answered in enumerate(result.answers):
+    assert [answered.index for answered in result.problems] == list(range(23))
+    for i, answered in enumerate(result.problems):
         rendered = render_conversation(Letters()[i]["messages"], BYTES)
         prompt = rendered.ids[: np.flatnonzero(rendered.mask)[0]].astype(np.int64)
         with torch.no_grad():
             logits = engine.model(torch.from_numpy(prompt)[None])[0, -1]
-        assert answered.answer == "ABCD"[logits[[ord(letter) for letter in "ABCD"]].argmax()]
-        assert answered.correct == (answered.answer == "ABCD"[i % 4])
-    assert (result.n, result.right) == (23, sum(answered.correct for answered in result.answers))
+        assert answered.answers == ["ABCD"[logits[[ord(letter) for letter in "ABCD"]].argmax()]]
+        assert answered.right == [answered.answers[0] == "ABCD"[i % 4]]
+    assert (result.n, sum(result.right)) == (23, sum(answered.right[0] for answered in result.problems))
     assert result.stderr == pytest.approx((result.accuracy * (1 - result.accuracy) / 23) ** 0.5)
 
 
-def test_ranks_share_the_problems(engine):
-    """Two ranks see every problem once, and sampled answers are those that one rank gets."""
+def on_ranks(count: int, work: Callable[[Compute], T]) -> list[T]:
+    """What work(compute) returns on each of so many ranks, which are threads."""
+    shared: list[torch.Tensor] = [torch.empty(0)] * count
+    meeting = threading.Barrier(count, timeout=60)
 
-    class Half(Compute):
-        def sum(self, values):
-            return values
+    class Rank(Compute):
+        def sum(self, values: torch.Tensor) -> torch.Tensor:
+            shared[self.rank] = values
+            meeting.wait()
+            total = torch.stack(shared).sum(0, dtype=values.dtype)
+            meeting.wait()
+            return total
 
-    task = Arithmetic("test", size=9)
-    options = {"batch_size": 2, "max_new_tokens": 8, "temperature": 1.0, "num_samples": 2}
-    whole = task_eval.evaluate_task(task, engine, BYTES, ONE, **options).answers
-    halves = [
-        task_eval.evaluate_task(task, engine, BYTES, Half(torch.device("cpu"), torch.float32, rank, 2), **options)
-        for rank in range(2)
-    ]
-    assert sorted(a.prompt for half in halves for a in half.answers) == sorted(a.prompt for a in whole)
-    assert {(a.prompt, a.answer) for half in halves for a in half.answers} == {(a.prompt, a.answer) for a in whole}
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(lambda rank: work(Rank(torch.device("cpu"), torch.float32, rank, count)), range(count)))
+
+
+@pytest.mark.parametrize("task", [Letters(), Arithmetic("test", size=7)], ids=["categorical", "generative"])
+def test_answers_do_not_depend_on_ranks_or_batches(engine, task):
+    """Also sampled ones; and every rank has them all, in the order of the problems."""
+
+    def evaluate(compute: Compute, batch_size: int = 3) -> task_eval.TaskResult:
+        options = {"max_new_tokens": 5, "temperature": 1.0, "num_samples": 2}
+        return task_eval.evaluate_task(task, engine, BYTES, compute, batch_size, **options)
+
+    one = evaluate(ONE).problems
+    assert [problem.index for problem in one] == list(range(len(task)))
+    for other in [evaluate(ONE, 100), *on_ranks(2, evaluate), *on_ranks(3, evaluate)]:
+        assert other.problems == one
+
+
+def test_pass_at_k_equals_its_definition():
+    """The share of all choices of k answers that hold a right one."""
+    n = 6
+    for c in range(n + 1):
+        answers = [i < c for i in range(n)]
+        for k, (value, error) in task_eval.pass_at_k([c], n).items():
+            choices = list(itertools.combinations(answers, k))
+            assert value == pytest.approx(sum(map(any, choices)) / len(choices)) and error == 0
+    assert list(task_eval.pass_at_k([1], 6)) == [1, 2, 4] and list(task_eval.pass_at_k([1], 1)) == [1]
+    value, error = task_eval.pass_at_k([0, 4, 4, 4], 4)[2]
+    assert (value, error) == (0.75, pytest.approx((0.75 * 0.25 / 4) ** 0.5))
+
+
+def test_chatcore_is_centred_on_guessing():
+    value, error = task_eval.mean_centred([(0.25, 0.03, 0.25), (1.0, 0.0, 0.25), (0.5, 0.04, 0.0)])
+    assert value == pytest.approx(0.5) and error == pytest.approx(((0.04) ** 2 + 0.04**2) ** 0.5 / 3)
 
 
 def test_prompts_that_do_not_fit_count_as_wrong_and_are_counted(engine):
     task = TaskSequence([Letters(), Long()])
     task.eval_type, task.evaluate = "categorical", lambda conversation, answer: True
     result = task_eval.evaluate_task(task, engine, BYTES, ONE, batch_size=4)
-    assert (result.n, result.right, result.too_long) == (26, 23, 3)
+    assert (result.n, sum(result.right), result.too_long) == (26, 23, 3)
+    assert result.among([0, 25]).accuracy == 0.5
 
 
 class Long(Letters):
@@ -159,8 +199,14 @@ def test_a_missing_word_list_names_the_command(base_dir):
         SimpleSpelling("test")
 
 
-def test_tasks_are_chosen_by_name():
+def test_tasks_are_chosen_by_name(base_dir, monkeypatch, capsys):
+    """An unknown name lists them all; nothing is downloaded for that."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert chat_eval.chosen_tasks("all") == list(EVALUATIONS) and chat_eval.chosen_tasks("offline") == list(OFFLINE)
-    assert chat_eval.chosen_tasks("GSM8K|MMLU") == ["GSM8K", "MMLU"]
-    with pytest.raises(UserError, match=r"-a GSM9K: expected all, offline, or some of ARC-Easy\|"):
+    assert chat_eval.chosen_tasks("GSM8K|MMLU|GSM8K") == ["GSM8K", "MMLU"]
+    with pytest.raises(UserError, match=r"-a GSM9K: expected all, offline, list, or some of ARC-Easy\|"):
         chat_eval.chosen_tasks("GSM9K")
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(EVALUATIONS)
+    assert lines[0].split(maxsplit=1)[1] == "not here  get it with: python -m nanochat.dataset --prefetch=tasks"
+    assert lines[-1].split()[1:] == ["500", "generative", "0%", "test"]
