@@ -55,6 +55,8 @@ skip_spikes = False  # no update by a step whose loss or gradient norm is 6 stan
 eval_every = 250  # steps between quick validations (-1 = never)
 eval_tokens = 20 * 524288  # tokens of each validation, quick or final; a smaller validation set is scored whole
 sample_every = 2000  # steps between samples (-1 = never)
+core_metric_every = -1  # steps between evaluations of CORE (-1 = never); the tasks: nanochat.dataset --prefetch=eval
+core_metric_max_per_task = 500  # items of each of its tasks
 # Checkpoints
 model_tag: str | None = None  # name of the checkpoint directory (None = d<depth>)
 save_every = -1  # steps between checkpoints (-1 = only at the end)
@@ -66,7 +68,7 @@ resume_from_step: int | None = None  # continue from this step
 fresh = False  # start over although this tag has checkpoints; they are kept under another name
 settings = configure(__name__)
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from nanochat import train
@@ -80,13 +82,16 @@ from nanochat.checkpoint_manager import (
 )
 from nanochat.common import Record, Stopped, UserError, open_record, print0, run_main
 from nanochat.compute import Compute, compute_cleanup, compute_init, peak_memory_bytes
+from nanochat.core_eval import CoreTask, GPTScorer, evaluate_task, load_tasks
 from nanochat.dataloader import Position, training_stream
 from nanochat.dataset import Corpus, iter_text, load_corpus
 from nanochat.engine import Engine
+from nanochat.eval_bundle import find_bundle
 from nanochat.gpt import GPT, build_model, config_from_depth
 from nanochat.guard import SaveClock, SignalWatch, Spikes
 from nanochat.loss_eval import BitsPerByte, evaluate_bpb
 from nanochat.schedule import BatchPlan, plan_batches, plan_horizon
+from nanochat.task_eval import mean_centred
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 
 PROMPTS = (
@@ -102,6 +107,8 @@ def main() -> None:
     compute = compute_init(device_type, dtype, seed)
     text, tokenizer = load_corpus(corpus), get_tokenizer()
     tag = model_tag or f"d{depth}"
+
+    core_tasks = load_tasks(find_bundle()) if core_metric_every > 0 else []  # missing ones are found here
 
     # The model
     vocab_size = tokenizer.get_vocab_size()
@@ -201,6 +208,8 @@ def main() -> None:
                     mark_best("base", tag, done, quick, compute)
             if train.every(sample_every, done) or (sample_every > 0 and done == num_steps):
                 show_samples(model, tokenizer, compute, record, done)
+            if train.every(core_metric_every, done) or (core_metric_every > 0 and done == num_steps):
+                evaluate_core(model, tokenizer, core_tasks, compute, record, done, watch)
 
     # The end: the honest validation, and the figures
     val = validate(model, text, tokenizer, compute, stride=max(1, max_seq_len // 2))
@@ -263,6 +272,28 @@ def validate(
     """
     texts = iter_text(text.val_files, text.hashes)
     return evaluate_bpb(model, tokenizer, texts, compute, device_batch_size, stride, eval_tokens, poll)
+
+
+def evaluate_core(
+    model: GPT,
+    tokenizer: Tokenizer,
+    tasks: Sequence[CoreTask],
+    compute: Compute,
+    record: Record,
+    step: int,
+    watch: SignalWatch,
+) -> None:
+    """CORE on some items of every task that the bundle has; called partial where it has not all."""
+    scorer = GPTScorer(model, tokenizer, compute)
+    here = [task for task in tasks if task.path.is_file()]
+    scores = []
+    for task in here:
+        watch.poll()
+        scores.append(evaluate_task(task, scorer, compute, core_metric_max_per_task))
+    value, error = mean_centred((score.accuracy, score.stderr, score.baseline) for score in scores)
+    partial = len(here) < len(tasks)
+    record.write("core", step=step, value=value, stderr=error, partial=partial, tasks=[task.label for task in here])
+    print0(f"step {step:,}: {'partial ' if partial else ''}CORE {value:.4f} +- {error:.4f} on {len(here)} tasks")
 
 
 def show_samples(model: GPT, tokenizer: Tokenizer, compute: Compute, record: Record, step: int) -> None:

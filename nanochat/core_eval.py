@@ -1,0 +1,488 @@
+"""
+The CORE metric of DCLM (arXiv 2406.11794): 22 tasks that a base model answers without being asked to chat.
+
+A task's items are shuffled, once and for all, and each is put to the model behind `num_fewshot` solved examples.
+multiple_choice: the continuation with the lowest mean loss per token; schema: the context after which the same
+continuation has the lowest; language_modeling: every token of the continuation must be the likeliest. An accuracy is
+centred, so that guessing is 0 and perfection 1, and CORE is the mean over the tasks. Prompts, seeds and rules are those
+of Andrej Karpathy's nanochat, so the numbers can be compared with its and with GPT-2's published ones.
+
+The common beginning of an item's choices is computed once: the choices hang on it as branches of one sequence, and
+attention lets a branch see the beginning and itself alone. Logits are made only where a token is scored.
+
+Promises: the same answers as tests/reference/core.py, which takes one item at a time; the same on any number of ranks.
+A prompt longer than the context loses its beginning, as nanochat cuts it for models with a limit, and is counted.
+Differs from nanochat: examples are drawn from all items of a task also when only some are scored, so an item's prompt
+does not depend on how many; choices nearer than TIE count as equal, and the first of them wins; a choice that is the
+beginning of another has no tokens of its own and never wins (a few of piqa's 1,838 items).
+"""
+
+import csv
+import json
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml  # type: ignore[import-untyped]
+from torch import Tensor
+
+from nanochat.common import UserError, print0, read_sealed, seal, sha256_file, write_atomic
+from nanochat.compute import Compute
+from nanochat.eval_bundle import PREFETCH
+from nanochat.gpt import GPT, slice_rows
+from nanochat.tokenizer import Tokenizer
+
+KINDS = ("multiple_choice", "schema", "language_modeling")
+SHUFFLE_SEED = 1337  # the order of a task's items
+FEWSHOT_SEED = 1234  # plus an item's place in that order: the seed of its examples
+TIE = 1e-5  # nats per token; fp32 rounding is a tenth of it, and bf16 is far coarser
+ENCODE_ITEMS = 256  # items whose prompts are encoded in one call
+VERSION = 1  # of prompts, scoring and the file of a task's answers: what another version wrote is not reused
+
+
+# -----------------------------------------------------------------------------
+# Tasks and their items
+
+
+@dataclass(frozen=True)
+class CoreTask:
+    """A task of core.yaml. `baseline` is the accuracy of guessing, from eval_meta_data.csv, as a fraction."""
+
+    label: str
+    kind: str
+    path: Path
+    num_fewshot: int
+    delimiter: str  # between a context and its continuation
+    baseline: float
+
+
+@dataclass(frozen=True)
+class Item:
+    """Contexts and continuations, pair by pair, the number of the right pair, and the line of the file."""
+
+    contexts: list[str]
+    continuations: list[str]
+    gold: int
+    line: int
+
+
+def load_tasks(bundle: Path) -> list[CoreTask]:
+    """The tasks that core.yaml names, in its order; their files may be missing. UserError for a damaged bundle."""
+    try:
+        with open(bundle / "eval_meta_data.csv", encoding="utf-8", newline="") as file:
+            percent = {row["Eval Task"]: float(row["Random baseline"]) for row in csv.DictReader(file)}
+        entries = yaml.safe_load((bundle / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
+        return [read_task(entry, bundle, percent) for entry in entries]
+    except FileNotFoundError as error:
+        raise UserError(f"no {error.filename}; get the evaluation tasks with: {PREFETCH}") from None
+    except (ValueError, TypeError, KeyError, IndexError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{bundle}: core.yaml and eval_meta_data.csv are not as published ({reason})") from None
+
+
+def read_task(entry: dict[str, Any], bundle: Path, percent: dict[str, float]) -> CoreTask:
+    label, kind = entry["label"], entry["icl_task_type"]
+    if kind not in KINDS:
+        raise ValueError(f"{label}: icl_task_type {kind}, expected {', '.join(KINDS)}")
+    path = bundle / "eval_data" / entry["dataset_uri"]
+    delimiter = entry.get("continuation_delimiter", " ")
+    return CoreTask(label, kind, path, int(entry["num_fewshot"][0]), delimiter, percent[label] / 100)
+
+
+def read_items(task: CoreTask) -> list[Item]:
+    """All items of a task, shuffled. Raises UserError with the line that is none."""
+    items = []
+    with open(task.path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                items.append(parse_item(task.kind, json.loads(line), number))
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise UserError(f"{task.path}:{number}: no item of a {task.kind} task ({error!r})") from None
+    if len(items) <= task.num_fewshot:
+        raise UserError(f"{task.path}: {len(items)} items; {task.num_fewshot} examples and an item to score are needed")
+    random.Random(SHUFFLE_SEED).shuffle(items)
+    return items
+
+
+def parse_item(kind: str, row: dict[str, Any], line: int) -> Item:
+    if kind == "language_modeling":  # the published contexts end in stray spaces
+        return Item([row["context"].strip()], ["" + row["continuation"]], 0, line)
+    if kind == "schema":
+        contexts = ["" + context for context in row["context_options"]]
+        continuations = ["" + row["continuation"]] * len(contexts)
+    else:
+        continuations = ["" + choice for choice in row["choices"]]
+        contexts = ["" + row["query"]] * len(continuations)
+    if type(row["gold"]) is not int or not 0 <= row["gold"] < len(contexts):
+        raise ValueError(f"gold {row['gold']!r} of {len(contexts)} choices")
+    return Item(contexts, continuations, row["gold"], line)
+
+
+def draw_examples(index: int, n: int, k: int) -> list[int]:
+    """The k of n items that are shown, solved, before item `index`, which is never among them."""
+    others = random.Random(FEWSHOT_SEED + index).sample(range(n - 1), k)
+    return [other + (other >= index) for other in others]
+
+
+def render_prompts(task: CoreTask, items: Sequence[Item], index: int) -> list[str]:
+    """
+    The texts of one item, one for each choice. Before the one of a language_modeling item stands the same text without
+    its continuation and without the spaces before that, which belong to the continuation's first token.
+    """
+    item = items[index]
+    examples = [items[i] for i in draw_examples(index, len(items), task.num_fewshot)]
+    solved = [e.contexts[e.gold] + task.delimiter + e.continuations[e.gold] + "\n\n" for e in examples]
+    beginnings = ["".join(solved) + context + task.delimiter for context in item.contexts]
+    prompts = [beginning + text for beginning, text in zip(beginnings, item.continuations, strict=True)]
+    return [beginnings[0].strip(), *prompts] if task.kind == "language_modeling" else prompts
+
+
+# -----------------------------------------------------------------------------
+# Tokens: what is computed, and what is asked of it
+
+
+@dataclass(frozen=True)
+class Unit:
+    """
+    Sequences of one item that are computed together: `tokens` (T,) are the `stem` tokens that all begin with, then the
+    rest of each, as long as `tails` say (none: the stem is all). Asked: from place at[i] to predict targets[i], for
+    choice choices[i].
+    """
+
+    item: int
+    tokens: np.ndarray
+    stem: int
+    tails: list[int]
+    at: np.ndarray
+    targets: np.ndarray
+    choices: np.ndarray
+
+
+Row = tuple[int, np.ndarray, int]  # number of the choice, its tokens, the first of them that is scored
+
+
+def shared_prefix(rows: Sequence[np.ndarray]) -> int:
+    """How many tokens all rows begin with."""
+    length = min(map(len, rows))
+    differs = np.any([row[:length] != rows[0][:length] for row in rows], axis=0)
+    return int(differs.argmax()) if differs.any() else length
+
+
+def scored_rows(kind: str, rows: Sequence[np.ndarray]) -> list[Row]:
+    """
+    The choices of an item and where their scored tokens begin. What is scored is told from the tokens, not the text:
+    all after the common prefix, or the common suffix. A choice may have none; it then never wins.
+    """
+    if kind == "language_modeling":
+        without, whole = rows
+        return [(0, whole, shared_prefix([without, whole]))]
+    if kind == "multiple_choice":
+        start = shared_prefix(rows)
+        return [(i, row, start) for i, row in enumerate(rows)]
+    suffix = shared_prefix([row[::-1] for row in rows])
+    return [(i, row, len(row) - suffix) for i, row in enumerate(rows)]
+
+
+def make_units(item: int, rows: Sequence[Row], context: int, branches: bool) -> list[Unit]:
+    """
+    The units of an item. Rows longer than `context` lose their beginning; only those that lost equally much still share
+    one. Without `branches` rows share a unit only where they are fed the same tokens. A row's last token is never fed:
+    nothing is predicted from it.
+    """
+    groups: dict[Any, list[Row]] = {}
+    for choice, tokens, start in rows:
+        crop = max(0, len(tokens) - context)
+        key = crop if branches else tokens[crop:-1].tobytes()
+        groups.setdefault(key, []).append((choice, tokens[crop:], max(1, start - crop)))
+    return [join_rows(item, group) for group in groups.values()]
+
+
+def join_rows(item: int, rows: Sequence[Row]) -> Unit:
+    inputs = [tokens[:-1] for _, tokens, _ in rows]
+    stem = shared_prefix(inputs)
+    tails = [len(row) - stem for row in inputs]
+    pieces, at, targets, choices, passed = [inputs[0][:stem]], [], [], [], 0
+    for (choice, tokens, start), row, tail in zip(rows, inputs, tails, strict=True):
+        places = np.arange(start - 1, len(row))
+        pieces.append(row[stem:])
+        at.append(np.where(places < stem, places, places + passed))
+        targets.append(tokens[start:].astype(np.int64))
+        choices.append(np.full(len(places), choice))
+        passed += tail
+    asked = (np.concatenate(parts) for parts in (at, targets, choices))
+    return Unit(item, np.concatenate(pieces), stem, tails if passed else [], *asked)
+
+
+def batch_units(units: Sequence[Unit], max_tokens: int) -> Iterator[list[Unit]]:
+    """
+    Batches of at most max_tokens with their padding (one unit may have more). Longest first, so that too large a batch
+    shows at once; units with branches apart from those without, which need no mask. Nothing is computed for a unit of
+    which nothing is asked.
+    """
+    batch: list[Unit] = []
+    for unit in sorted((unit for unit in units if len(unit.at)), key=lambda unit: (not unit.tails, -len(unit.tokens))):
+        widest = max(len(unit.tokens), len(batch[0].tokens) if batch else 0)
+        if batch and ((len(batch) + 1) * widest > max_tokens or bool(unit.tails) != bool(batch[0].tails)):
+            yield batch
+            batch = []
+        batch.append(unit)
+    if batch:
+        yield batch
+
+
+def pad_tokens(units: Sequence[Unit]) -> Tensor:
+    """Tokens (B, T) of some units, zeros after the shorter ones."""
+    idx = np.zeros((len(units), max(len(unit.tokens) for unit in units)), dtype=np.int64)
+    for row, unit in zip(idx, units, strict=True):
+        row[: len(unit.tokens)] = unit.tokens
+    return torch.from_numpy(idx)
+
+
+def asked_places(units: Sequence[Unit]) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, place and target (N,) of everything that is asked of a batch."""
+    rows = np.repeat(np.arange(len(units)), [len(unit.at) for unit in units])
+    places, targets = (np.concatenate([getattr(unit, name) for unit in units]) for name in ("at", "targets"))
+    return torch.from_numpy(rows), torch.from_numpy(places), torch.from_numpy(targets)
+
+
+# -----------------------------------------------------------------------------
+# Models
+
+
+class Scorer(Protocol):
+    """What is needed of a model: GPTScorer, or hf_model.HFScorer."""
+
+    context: int  # tokens that it takes at most
+    branches: bool  # whether predict() takes units with tails
+    batch_tokens: int  # of one batch, padding included
+    bos: int
+
+    def encode_arrow(self, texts: list[str], num_threads: int = 1) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def predict(self, units: Sequence[Unit]) -> tuple[Tensor, Tensor]:
+        """Of everything asked, in order: the loss in nats, and whether the target is the likeliest token; (N,) each."""
+
+
+@dataclass(frozen=True)
+class BranchMask:
+    """In place of a layer's cache: nothing is remembered, only who may look at whom is said."""
+
+    mask: Tensor  # (B, 1, T, T)
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return k.transpose(1, 2), v.transpose(1, 2), self.mask
+
+
+class GPTScorer:
+    """A frozen copy of a GPT, eager, in compute.dtype; later changes of the model are not seen."""
+
+    branches = True
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, compute: Compute, batch_tokens: int | None = None):
+        self.model = model.inference_copy(compute.dtype)
+        self.device, self.dtype = compute.device, compute.dtype
+        self.context = model.config.sequence_len
+        self.batch_tokens = batch_tokens or default_batch_tokens(compute.device)
+        self.bos, self.encode_arrow = tokenizer.get_bos_token_id(), tokenizer.encode_arrow
+
+    @torch.inference_mode()
+    def predict(self, units: Sequence[Unit]) -> tuple[Tensor, Tensor]:
+        if any(unit.tails for unit in units):
+            positions, caches = self.layout(units)
+        elif self.device.type == "cpu" and max(len(unit.tokens) for unit in units) <= 1024:
+            # One mask for all rows: up to 1,024 tokens attention without one is made for training, and three to four
+            # times slower in a forward pass alone (16 rows of 256 tokens, 3 heads, bf16: 21.6 against 4.9 ms).
+            positions, caches = self.layout([max(units, key=lambda unit: len(unit.tokens))])
+        else:
+            positions, caches = None, None
+        hidden = self.model.hidden(pad_tokens(units).to(self.device), self.dtype, positions, caches)
+        rows, places, targets = (values.to(self.device) for values in asked_places(units))
+        states = hidden[rows, places]
+        losses = torch.empty(len(targets), device=self.device)
+        hits = torch.empty(len(targets), dtype=torch.bool, device=self.device)
+        for part in slice_rows(len(targets), self.model.config.vocab_size, self.device):
+            logits = self.model.logits(states[part])
+            losses[part] = F.cross_entropy(logits, targets[part], reduction="none")
+            hits[part] = logits.argmax(dim=-1) == targets[part]
+        return losses.cpu(), hits.cpu()
+
+    def layout(self, units: Sequence[Unit]) -> tuple[Tensor, list[Any]]:
+        """
+        The positions (B, T) of units with branches, and a mask for each layer: a token sees its own branch and the
+        stem, as far back as the layer's window goes. Padding is a branch of its own.
+        """
+        width = max(len(unit.tokens) for unit in units)
+        positions, branch = np.zeros((2, len(units), width), dtype=np.int32)
+        branch[:] = -1
+        for row, unit in enumerate(units):
+            lengths = [unit.stem, *unit.tails]
+            starts = [0] + [unit.stem] * len(unit.tails)
+            spans = [np.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+            positions[row, : len(unit.tokens)] = np.concatenate(spans)
+            branch[row, : len(unit.tokens)] = np.repeat(np.arange(len(lengths)), lengths)
+        place, which = torch.from_numpy(positions).to(self.device), torch.from_numpy(branch).to(self.device)
+        ahead = place[:, :, None] - place[:, None, :]
+        seen = (ahead >= 0) & ((which[:, None, :] == 0) | (which[:, None, :] == which[:, :, None]))
+        hidden = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)  # what attention would make, per layer
+        windows = self.model.config.windows()
+        masks = {
+            window: BranchMask(hidden.masked_fill(~(seen & (ahead < window)), -torch.inf)[:, None])
+            for window in set(windows)
+        }
+        return place, [masks[window] for window in windows]
+
+
+def default_batch_tokens(device: torch.device) -> int:
+    """Tokens per batch: on CPU what stays in the cache; elsewhere what a d20 computes in 5 GB."""
+    return 4096 if device.type == "cpu" else 32768
+
+
+# -----------------------------------------------------------------------------
+# Scoring a task
+
+
+@dataclass(frozen=True)
+class Answer:
+    """
+    One item: its place in the shuffled order, its line in the file, the model's choice (-1 where no choice has a finite
+    loss; None for language_modeling, as gold) and the mean loss of each choice in nats per token (None: not finite).
+    """
+
+    index: int
+    line: int
+    right: bool
+    prediction: int | None
+    gold: int | None
+    losses: list[float | None]
+    cut: bool
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """The outcome of a task over all ranks. `cut` items had a prompt that was longer than the context."""
+
+    task: str
+    n: int
+    right: int
+    cut: int
+    baseline: float
+    seconds: float
+    answers: list[Answer]
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.n
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the accuracy as a binomial share."""
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.n)
+
+    @property
+    def centered(self) -> float:
+        return center(self.accuracy, self.baseline)
+
+
+def center(accuracy: float, baseline: float) -> float:
+    """0 for guessing, 1 for perfection, below 0 for worse than guessing."""
+    return (accuracy - baseline) / (1 - baseline)
+
+
+def mean_centered(scores: Sequence[TaskScore]) -> float:
+    """The mean over tasks: CORE if these are all of them."""
+    return sum(score.centered for score in scores) / len(scores)
+
+
+def evaluate_task(task: CoreTask, scorer: Scorer, compute: Compute, max_items: int | None = None) -> TaskScore:
+    """
+    Score the first max_items of a task's shuffled items. Collective: items are dealt to the ranks, and every rank gets
+    the answers to all.
+    """
+    began = time.perf_counter()
+    items = read_items(task)
+    n = len(items) if max_items is None else min(max_items, len(items))
+    units, cut = prepare_units(task, items, range(compute.rank, n, compute.world_size), scorer)
+    width = max(len(item.contexts) for item in items)
+    sums = np.zeros((n, width, 3))  # loss, tokens, tokens that were the likeliest; other ranks' items stay at zero
+    for batch in batch_units(units, scorer.batch_tokens):
+        losses, hits = scorer.predict(batch)
+        rows = np.repeat([unit.item for unit in batch], [len(unit.at) for unit in batch])
+        choices = np.concatenate([unit.choices for unit in batch])
+        each = np.stack([losses.double().numpy(), np.ones(len(rows)), hits.double().numpy()], axis=-1)
+        np.add.at(sums, (rows, choices), each)
+    totals = compute.sum(torch.from_numpy(sums)).numpy()
+    was_cut = compute.sum(torch.tensor([float(i in cut) for i in range(n)])).tolist()
+    answers = [judge(task.kind, i, items[i], totals[i], was_cut[i] > 0) for i in range(n)]
+    right = sum(answer.right for answer in answers)
+    seconds = time.perf_counter() - began
+    return TaskScore(task.label, n, right, int(sum(was_cut)), task.baseline, seconds, answers)
+
+
+def prepare_units(
+    task: CoreTask, items: Sequence[Item], chosen: Sequence[int], scorer: Scorer
+) -> tuple[list[Unit], set[int]]:
+    """The units of the chosen items, and which of these were cut."""
+    units: list[Unit] = []
+    cut: set[int] = set()
+    for start in range(0, len(chosen), ENCODE_ITEMS):
+        some = chosen[start : start + ENCODE_ITEMS]
+        prompts = [render_prompts(task, items, index) for index in some]
+        ids, offsets = scorer.encode_arrow([text for texts in prompts for text in texts])
+        bos = np.array([scorer.bos], dtype=ids.dtype)
+        encoded = (np.concatenate([bos, ids[a:b]]) for a, b in zip(offsets[:-1], offsets[1:], strict=True))
+        for index, texts in zip(some, prompts, strict=True):
+            rows = scored_rows(task.kind, [next(encoded) for _ in texts])
+            units += make_units(index, rows, scorer.context, scorer.branches)
+            if any(len(tokens) > scorer.context for _, tokens, _ in rows):
+                cut.add(index)
+    return units, cut
+
+
+def judge(kind: str, index: int, item: Item, sums: np.ndarray, cut: bool) -> Answer:
+    """The answer to an item, from the sums (choices, 3) of loss, tokens and hits."""
+    loss, tokens, hits = sums[: len(item.contexts)].T
+    means = np.where((tokens > 0) & np.isfinite(loss), loss / np.maximum(tokens, 1), np.inf)
+    logged = [float(mean) if mean < np.inf else None for mean in means]
+    if kind == "language_modeling":
+        return Answer(index, item.line, bool(hits[0] == tokens[0] > 0), None, None, logged, cut)
+    prediction = int((means <= means.min() + TIE).argmax()) if means.min() < np.inf else -1
+    return Answer(index, item.line, prediction == item.gold, prediction, item.gold, logged, cut)
+
+
+# -----------------------------------------------------------------------------
+# A task's answers on disk: what a stopped evaluation continues with
+
+
+def score_key(task: CoreTask, about: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal for a score to be used again: `about` the model and the settings, and all that a task is."""
+    described = {"num_fewshot": task.num_fewshot, "delimiter": task.delimiter, "kind": task.kind}
+    return {"version": VERSION, "task": task.label, "file_sha256": sha256_file(task.path), **described, **about}
+
+
+def save_score(path: Path, key: dict[str, Any], score: TaskScore) -> None:
+    """Write a sealed JSON file with one line for each item."""
+    answers = ",\n".join(json.dumps(asdict(answer)) for answer in score.answers)
+    head = json.dumps({"key": key, **asdict(replace(score, answers=[]))}).removesuffix("]}")
+    write_atomic(path, seal(f"{head}\n{answers}\n]}}"))
+
+
+def load_score(path: Path, key: dict[str, Any]) -> TaskScore | None:
+    """The score that save_score() wrote, or None where there is none of this key. Says so where the file is damaged."""
+    try:
+        content = read_sealed(path)
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        print0(f"{path}: {error}; the task is scored again")
+        return None
+    if content.pop("key", None) != key:
+        return None
+    answers = [Answer(**answer) for answer in content.pop("answers")]
+    return TaskScore(**content, answers=answers)

@@ -1,0 +1,114 @@
+"""The command: what it prints and records, stopped and continued, on several ranks, and what it refuses."""
+
+import json
+
+import pytest
+import torch
+
+from nanochat.common import UserError
+from nanochat.compute import Compute
+from scripts import base_eval
+from tests import tiny
+from tests.test_core_eval import write_bundle
+from tests.tiny import EAGER, RUN
+
+NAMES = ("choose", "fill", "say")
+MODEL = "base-t-000002"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A tiny checkpoint, and tasks of 16, 2 and 16 items."""
+    base_dir = tmp_path_factory.mktemp("base_eval")
+    tiny.prepare(base_dir)
+    tiny.run(base_dir, "scripts.base_train", *RUN, *EAGER, "--num-iterations=2", "--model-tag=t")
+    path = write_bundle(base_dir / "bundle") / "eval_data" / "words" / "fill.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    return base_dir
+
+
+@pytest.fixture
+def score(home, monkeypatch, capsys):
+    """Run main() with some settings, in this process; gives what it prints."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(home))
+    monkeypatch.setattr(base_eval, "compute_init", lambda *_: Compute(torch.device("cpu"), torch.float32))
+
+    def run(**settings):
+        with monkeypatch.context() as patch:
+            for name, value in {"bundle": str(home / "bundle"), **settings}.items():
+                patch.setattr(base_eval, name, value)
+            base_eval.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def newest(home, kind, count=1):
+    return tiny.events(home, "base_eval", MODEL, kind)[-count:]
+
+
+def answers(home):
+    """{task: {line: what the model chose}} of the answers that are kept."""
+    contents = {name: json.loads((home / "core" / MODEL / f"{name}.json").read_text()) for name in NAMES}
+    return {name: {a["line"]: (a["right"], a["prediction"]) for a in contents[name]["answers"]} for name in NAMES}
+
+
+def test_every_task_is_recorded_and_a_second_run_scores_only_what_is_missing(home, score):
+    output = score(rescore=True)
+    assert output.splitlines()[-2].startswith("CORE: ") and "of 16, centred" in output
+    core, events = newest(home, "core")[0], newest(home, "core_task", 3)
+    assert [event["task"] for event in events] == core["tasks"] == [*NAMES]
+    assert core["value"] == pytest.approx(sum(event["centered"] for event in events) / 3)
+    assert core["missing"] == [] and core["partial"] is False
+    assert [event["n"] for event in events] == [16, 2, 16] and events[0]["cut"] == 16
+
+    before = answers(home)
+    (home / "core" / MODEL / "fill.json").unlink()  # as a run leaves it that is stopped at its second task
+    output = score()
+    assert output.count("scored before") == 2 and "fill: scored before" not in output
+    assert answers(home) == before and newest(home, "core")[0]["value"] == core["value"]
+    assert len(newest(home, "core_task", 100)) == 6
+    assert "scored before" not in score(max_per_task=5), "another question"
+    assert "(at most 5 items of each task)" in score(max_per_task=5, eval="core,bpb")
+
+
+def test_three_ranks_give_the_answers_of_one(home, score):
+    """16 items do not divide evenly, and of 2 one rank gets none. What an earlier run has scored, only rank 0 knows."""
+    score(tasks="choose", rescore=True)
+    for name in ("fill", "say"):
+        (home / "core" / MODEL / f"{name}.json").unlink(missing_ok=True)
+    flags = [f"--bundle={home / 'bundle'}", "--device-type=cpu", "--dtype=float32"]
+    output = tiny.torchrun(home, 3, "scripts.base_eval", "--", *flags).stdout
+    assert output.count("scored before") == 1 and output.count("CORE: ") == 1
+    together = answers(home)
+    score(rescore=True)
+    assert answers(home) == together
+
+
+def test_a_mean_over_some_tasks_is_not_called_core(home, score):
+    output = score(tasks="say|choose")
+    assert "partial, not CORE: " in output and "over 2 of 3 tasks" in output and "without fill" in output
+    path = home / "bundle" / "eval_data" / "words" / "fill.jsonl"
+    aside = path.rename(path.with_suffix(".aside"))
+    try:
+        output = score()
+        assert "partial, not CORE: " in output and "fill: not scored, there is no " in output
+        core = newest(home, "core")[0]
+        assert core["missing"] == ["fill"] and core["partial"] is True
+        with pytest.raises(UserError, match="none of these tasks is there"):
+            score(tasks="fill")
+    finally:
+        aside.rename(path)
+
+
+def test_mistakes_are_one_line(score):
+    with pytest.raises(UserError, match=r"--tasks=chose: expected all, or some of choose\|fill\|say"):
+        score(tasks="choose|chose")
+    with pytest.raises(UserError, match=r"--eval=bpb: expected core, and perhaps bpb or sample"):
+        score(eval="bpb")
+    with pytest.raises(UserError, match=r"--eval=core,speed"):
+        score(eval="core,speed")
+    with pytest.raises(UserError, match="expected at least 1, or -1"):
+        score(max_per_task=0)
+    with pytest.raises(UserError, match="no config.json there"):
+        score(hf_path="/nowhere")
