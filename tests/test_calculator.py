@@ -4,6 +4,8 @@ import random
 from fractions import Fraction
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nanochat.calculator import use_calculator
 
@@ -25,14 +27,25 @@ def random_expression(rng: random.Random, depth: int) -> tuple[str, Fraction | N
 def test_ten_thousand_expressions_equal_fractions():
     rng = random.Random(0)
     for _ in range(10_000):
-        text, value = random_expression(rng, 3)
-        result = use_calculator(text)
-        if value is None:
-            assert result is None, text
-        elif value.denominator == 1:
-            assert result == str(value), text
-        else:
-            assert result is not None and abs(Fraction(result) - value) <= abs(value) * Fraction(1, 10**11), text
+        check(*random_expression(rng, 3))
+
+
+@pytest.mark.soak
+@settings(max_examples=10_000, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_ten_thousand_expressions_that_hypothesis_thinks_of(rng):
+    check(*random_expression(rng, 3))
+
+
+def check(text: str, value: Fraction | None) -> None:
+    """The calculator's answer is the fraction, to 12 digits, or none where there is none."""
+    result = use_calculator(text)
+    if value is None:
+        assert result is None, text
+    elif value.denominator == 1:
+        assert result == str(value), text
+    else:
+        assert result is not None and abs(Fraction(result) - value) <= abs(value) * Fraction(1, 10**11), text
 
 
 @pytest.mark.parametrize(
