@@ -271,7 +271,7 @@ def reward_series(rl: Events) -> list[page.Series]:
     evals = [event for event in rl if event["event"] == "eval" and "pass_at" in event]
     ks = sorted({k for event in evals for k in event["pass_at"]}, key=int)
     for k in dict.fromkeys([*ks[:1], *ks[-1:]]):
-        at = [(event["step"], event["pass_at"][k]) for event in evals if k in event["pass_at"]]
+        at = [(event["step"], event["pass_at"][k]["value"]) for event in evals if k in event["pass_at"]]
         series.append(page.Series(f"pass@{k}", "mark" if k == ks[0] else "ring", at))
     flags = [(step, reward[0][1]) for step in resumes(rl) if reward]
     return [*series, page.Series("resumed", "flag", flags)] if flags else series

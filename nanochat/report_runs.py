@@ -215,10 +215,9 @@ def score(event: Event) -> str:
     return told if error is None else f"{told} ± {scale * error:{form}}"
 
 
-def share(value: Any) -> str:
-    """pass@k in percent: a number, or one with its standard error."""
-    value = value if isinstance(value, dict) else {"value": value}
-    return score({"accuracy": value["value"], "stderr": value.get("stderr")})
+def share(pass_at: dict[str, float]) -> str:
+    """pass@k in percent, with its standard error."""
+    return score({"accuracy": pass_at["value"], "stderr": pass_at["stderr"]})
 
 
 def counted(event: Event) -> str:

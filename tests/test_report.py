@@ -67,7 +67,8 @@ def full_set():
     rewards = [
         {"event": "step", "step": i, "reward": r, "smooth_loss": 0.1, "tokens": 9} for i, r in enumerate((0.25, 0.5))
     ]
-    solved = {"event": "eval", "step": 2, "problems": 64, "pass_at": {"8": 0.625, "1": 0.3125}}
+    solved = {"event": "eval", "step": 2, "problems": 64, "pass_at": {"8": {"value": 0.625, "stderr": 0.06}}}
+    solved["pass_at"]["1"] = {"value": 0.3125, "stderr": 0.03}
     graded = [task("sft", "GSM8K", 0.045, baseline=0.0), answer("sft", "GSM8K", "2 + 2?", "5", False)]
     core = {"event": "chatcore", "source": "sft", "value": 0.0884, "stderr": 0.0125, "tasks": ["ARC-Easy", "GSM8K"]}
     return [
@@ -95,7 +96,7 @@ def test_a_full_set_shows_every_stage():
     assert "| nats per token trained on, held-out chats | - | 2.1250 | 2.1250 | - | - | - |" in text
     rows = [line for line in text.splitlines() if "pass@" in line and line.startswith("|")]
     assert rows == [
-        f"| GSM8K pass@{k} in training, % | - | - | - | {share} | - | 64 |" for k, share in ((1, 31.2), (8, 62.5))
+        f"| GSM8K pass@{k} in training, % | - | - | - | {share} | - | 64 |" for k, share in ((1, "31.2 ± 3.0"), (8, "62.5 ± 6.0"))
     ]
     assert "    [The] small model" in text and "    > Who are you?\n    A model." in text
     assert "    > 2 + 2?\n    5\n    (GSM8K after SFT: wrong)" in text
