@@ -3,34 +3,57 @@
 # same size took 3 h 51 min, about $100.
 #
 #   bash speedrun.sh
-#   WANDB_RUN=speedrun NPROC=8 bash speedrun.sh        # log to Weights & Biases
+#   WANDB_RUN=speedrun NPROC=4 bash speedrun.sh        # log to Weights & Biases; four GPUs
+#   STAGES="sft rl eval report" bash speedrun.sh       # some of: tok base mid sft rl eval report
+#   SFT_ARGS="--save-best" bash speedrun.sh            # more settings for one stage
 #   screen -L -Logfile speedrun.log -S speedrun bash speedrun.sh
 #
-# It is also the table of contents of the project: read it, then scripts/base_train.py, then nanochat/gpt.py.
+# It is also the table of contents of the project: read it, then scripts/base_train.py, then nanochat/gpt.py. The other launchers
+# (run1000.sh, launch_6x_amd_xtx.sh, dev/slurm/job.slurm) set the variables below and call it.
+# shellcheck disable=SC2046,SC2086 # $(resume) and $(priced) are a word or none, the ARGS are several
 set -euo pipefail
 cd "$(dirname "$0")"
-export OMP_NUM_THREADS=1 # eight ranks share the cores; their loaders each use one
-NPROC="${NPROC:-8}"             # GPUs
-WANDB_RUN="${WANDB_RUN:-dummy}" # dummy = no wandb
+export OMP_NUM_THREADS=1 # the ranks share the cores; their loaders each use one
 
-bash dev/setup.sh
-source .venv/bin/activate
-source dev/stage.sh # stage: run, log, skip what is finished, stop at the first failure
+DEPTH="${DEPTH:-20}"                           # the one dial
+TAG="${TAG:-d$DEPTH}"                          # name of the checkpoints
+NPROC="${NPROC:-8}"                            # GPUs of this node
+DEVICE_BATCH_SIZE="${DEVICE_BATCH_SIZE:-32}"   # rows per GPU: lower it until the model fits
+TOTAL_BATCH_SIZE="${TOTAL_BATCH_SIZE:-524288}" # tokens per step; fewer GPUs take more micro-batches for it
+CORPUS="${CORPUS:-climbmix}"                   # web text; or fineweb-edu
+SHARDS="${SHARDS:-240}"                        # files of it
+VOCAB_SIZE="${VOCAB_SIZE:-65536}"              # 2^16, so that ids fit 16 bits
+WANDB_RUN="${WANDB_RUN:-dummy}"                # dummy = no wandb
+# Tokens per parameter, 20 as in Chinchilla; for a trial HORIZON=--num-iterations=100.
+HORIZON="${HORIZON:---target-param-data-ratio=20}"
+# More settings for one stage; they win over those below.
+BASE_ARGS="${BASE_ARGS:-}"
+CORE_ARGS="${CORE_ARGS:-}"
+MID_ARGS="${MID_ARGS:-}"
+SFT_ARGS="${SFT_ARGS:-}"
+RL_ARGS="${RL_ARGS:-}"
+EVAL_ARGS="${EVAL_ARGS:-}" # of chat_eval
+
+source dev/stages.sh # STAGES; stage: run, log, skip what is finished, stop at the first failure
+check_inputs "$TAG"
+enter_venv
+read -ra ranks <<<"${LAUNCHER:-torchrun --standalone --nproc_per_node=$NPROC}" # starts a process for each GPU
 
 # -----------------------------------------------------------------------------
-# Text for the tokenizer: 8 shards of about 250 M characters (100 MB compressed) hold the 2 B characters it trains on.
-# Then, in the background, the text for the model:
+# Text. What d20 takes:
 #   561 M parameters x 20 tokens per parameter (Chinchilla) = 11.2 B tokens
 #   11.2 B tokens x about 4.8 characters per token          = 54 B characters
-#   54 B characters / 250 M per shard                       = 216 shards, 240 with a reserve; 24 GB on disk
-stage text python -m nanochat.dataset -n 8
+#   54 B characters / 250 M per shard                       = 216 shards, 240 with a reserve; 100 MB each on disk, 24 GB in all
+# What the later stages read comes now as well: no GPU is to wait for a download. To have the text before that, on any machine:
+# python -m nanochat.dataset -n 240
+stage "tok base" text python -m nanochat.dataset --source="$CORPUS" -n "$SHARDS"
+stage "mid sft rl eval" task_data python -m nanochat.dataset --prefetch=tasks
+stage eval core_data python -m nanochat.dataset --prefetch=eval
 
 # -----------------------------------------------------------------------------
-# Tokenizer: 65,536 tokens (2^16, so that ids fit 16 bits), nine of them special.
-stage tok_train python -m scripts.tok_train --max-chars=2000000000 --vocab-size=65536
-stage tok_eval python -m scripts.tok_eval
-stage more_text python -m nanochat.dataset -n 240
-stage task_data python -m nanochat.dataset --prefetch=tasks # for the chat stages: no GPU is to wait for a download
+# Tokenizer: 65,536 tokens, nine of them special, from 2 B characters, which are the first 8 shards.
+stage tok tok_train python -m scripts.tok_train --corpus="$CORPUS" --max-chars=2000000000 --vocab-size="$VOCAB_SIZE"
+stage tok tok_eval python -m scripts.tok_eval --corpus="$CORPUS"
 
 # -----------------------------------------------------------------------------
 # Base model. depth 20 -> width 20 x 64 = 1,280, 10 heads of 128.
@@ -38,31 +61,34 @@ stage task_data python -m nanochat.dataset --prefetch=tasks # for the chat stage
 #   batch: 32 rows x 2,048 tokens x 8 GPUs = 524,288 tokens, no accumulation
 #   horizon: 20 x 561 M / 524,288 = 21,400 steps
 # A run that was stopped goes on from its last checkpoint; a finished one has nothing to do.
-stage base_train torchrun --standalone --nproc_per_node="$NPROC" -m scripts.base_train -- \
-  --depth=20 --target-param-data-ratio=20 --device-batch-size=32 --save-every=2000 --keep-last=2 \
-  --run="$WANDB_RUN" $(resume base d20)
-stage base_loss torchrun --standalone --nproc_per_node="$NPROC" -m scripts.base_loss -- --model-tag=d20 --no-baselines
+stage base base_train "${ranks[@]}" -m scripts.base_train -- \
+  --depth="$DEPTH" "$HORIZON" --device-batch-size="$DEVICE_BATCH_SIZE" --total-batch-size="$TOTAL_BATCH_SIZE" \
+  --corpus="$CORPUS" --model-tag="$TAG" --save-every=2000 --keep-last=2 --run="$WANDB_RUN" $BASE_ARGS $(resume base "$TAG")
+stage eval base_loss "${ranks[@]}" -m scripts.base_loss -- \
+  --corpus="$CORPUS" --model-tag="$TAG" --device-batch-size="$DEVICE_BATCH_SIZE" --no-baselines
+stage eval base_eval "${ranks[@]}" -m scripts.base_eval -- --model-tag="$TAG" $CORE_ARGS
 
 # -----------------------------------------------------------------------------
 # Midtraining: conversations, multiple choice, arithmetic with a tool, spelling; 849,000 of them, all tokens, one epoch. Words
 # and conversations about the model itself are made here.
-stage words python -m dev.gen_words --min-count=20
-stage identity python -m dev.gen_identity
-stage mid_train torchrun --standalone --nproc_per_node="$NPROC" -m scripts.mid_train -- \
-  --model-tag=d20 --device-batch-size=32 --run="$WANDB_RUN" $(resume mid d20)
-stage mid_eval torchrun --standalone --nproc_per_node="$NPROC" -m scripts.chat_eval -- -i mid --model-tag=d20
+stage "mid sft eval" words python -m dev.gen_words --corpus="$CORPUS" --min-count=20
+stage "mid sft eval" identity python -m dev.gen_identity
+stage mid mid_train "${ranks[@]}" -m scripts.mid_train -- \
+  --model-tag="$TAG" --device-batch-size="$DEVICE_BATCH_SIZE" --total-batch-size="$TOTAL_BATCH_SIZE" \
+  --run="$WANDB_RUN" $MID_ARGS $(resume mid "$TAG")
+trained mid "$TAG" && stage eval mid_eval "${ranks[@]}" -m scripts.chat_eval -- -i mid --model-tag="$TAG" $EVAL_ARGS
 
 # SFT: 22,000 conversations, what the assistant says in them, one epoch.
-stage chat_sft torchrun --standalone --nproc_per_node="$NPROC" -m scripts.chat_sft -- \
-  --model-tag=d20 --run="$WANDB_RUN" $(resume chatsft d20)
-stage sft_eval torchrun --standalone --nproc_per_node="$NPROC" -m scripts.chat_eval -- -i sft --model-tag=d20
+stage sft chat_sft "${ranks[@]}" -m scripts.chat_sft -- --model-tag="$TAG" --run="$WANDB_RUN" $SFT_ARGS $(resume chatsft "$TAG")
+trained chatsft "$TAG" && stage eval sft_eval "${ranks[@]}" -m scripts.chat_eval -- -i sft --model-tag="$TAG" $EVAL_ARGS
 
 # RL on GSM8K: 7,000 problems, 16 a step, 16 answers to each.
-stage chat_rl torchrun --standalone --nproc_per_node="$NPROC" -m scripts.chat_rl -- \
-  --model-tag=d20 --run="$WANDB_RUN" $(resume chatrl d20)
-stage rl_eval torchrun --standalone --nproc_per_node="$NPROC" -m scripts.chat_eval -- -i rl -a GSM8K --model-tag=d20
+stage rl chat_rl "${ranks[@]}" -m scripts.chat_rl -- --model-tag="$TAG" --run="$WANDB_RUN" $RL_ARGS $(resume chatrl "$TAG")
+trained chatrl "$TAG" && stage eval rl_eval "${ranks[@]}" -m scripts.chat_eval -- -i rl -a GSM8K --model-tag="$TAG" $EVAL_ARGS
 
 # -----------------------------------------------------------------------------
-python -m scripts.chat_cli --model-tag=d20 -p "Why is the sky blue?"
-python -m nanochat.report generate
-echo Talk to it, after: source .venv/bin/activate, with: python -m scripts.chat_web
+trained chatsft "$TAG" && stage report hello python -m scripts.chat_cli --model-tag="$TAG" -p "Why is the sky blue?"
+stage report report python -m nanochat.report generate $(priced)
+if trained chatsft "$TAG"; then
+  echo Talk to it, after: source .venv/bin/activate, with: python -m scripts.chat_web
+fi

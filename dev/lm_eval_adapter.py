@@ -1,7 +1,7 @@
 """
 Evaluate a checkpoint on the tasks of EleutherAI's lm-eval, to compare with numbers that others publish.
 
-    pip install -e ".[eval]"                                             # not with constraints.txt: it wants an older dateutil
+    pip install -e ".[eval]"                             # without constraints.txt: it wants an older dateutil
     python -m dev.lm_eval_adapter --tasks=arc_easy,hellaswag              # the base model that was saved last
     python -m dev.lm_eval_adapter --tasks=gsm8k --source=sft --chat       # questions as a user's, answers as in a chat
     python -m dev.lm_eval_adapter --tasks=mine --include-path=my_tasks    # task files of your own

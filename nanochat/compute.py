@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nanochat import peers
 from nanochat.common import UserError, print0
+from nanochat.sizing import find_card
 
 # All ranks must have started within this time; the slowest imports from a cold network disk.
 MEETING_TIMEOUT = timedelta(minutes=10)
@@ -29,16 +30,6 @@ MEETING_TIMEOUT = timedelta(minutes=10)
 COLLECTIVE_TIMEOUT = timedelta(minutes=60)
 
 DEVICE_TYPES = ("cuda", "mps", "xpu", "cpu")  # ROCm builds of torch call their devices cuda
-
-# Dense bf16 peak in TFLOP/s from the vendors' data sheets; the first name found in the device's name counts, so longer
-# names first.
-PEAK_TFLOPS = {
-    "GB200": 2500, "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989,
-    "A100": 312, "A800": 312, "L40S": 362, "L4": 121, "A40": 149.7, "A10": 125, "A6000": 154.8, "6000 Ada": 364,
-    "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 4080": 97.5, "RTX 3090": 71,
-    "MI355X": 2500, "MI325X": 1307, "MI300X": 1307, "MI300A": 981, "MI250X": 383, "MI210": 181,
-    "7900 XTX": 122.8, "7900 XT": 103.2, "9070 XT": 195,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -246,8 +237,8 @@ def peak_flops(device: torch.device) -> float | None:
     """
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device).lower()
-    return next((tflops * 1e12 for card, tflops in PEAK_TFLOPS.items() if card.lower() in name), None)
+    card = find_card(torch.cuda.get_device_name(device))
+    return card[2] * 1e12 if card else None
 
 
 def synchronize(device: torch.device) -> None:

@@ -108,14 +108,20 @@ def describe_url(url: str) -> RemoteFile:
 
 
 def check_reachable(url: str) -> None:
-    """Raise OSError after a few seconds where nothing answers: the client would wait for as long as a list may take."""
+    """
+    Raise OSError after a few seconds where nothing answers: the client would wait for as long as a list may take. At
+    once where HF_HUB_OFFLINE is set, also since the client was imported, which reads it then and never again.
+    """
     import socket
     from urllib.parse import urlsplit
     from urllib.request import getproxies
 
     from huggingface_hub import is_offline_mode
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
-    if not getproxies() and not is_offline_mode():
+    if is_offline_mode() or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
+    if not getproxies():
         address = urlsplit(url)
         port = address.port or (80 if address.scheme == "http" else 443)
         socket.create_connection((address.hostname or "", port), timeout=CONNECT_SECONDS).close()

@@ -38,7 +38,7 @@ minutes: float | None = (
     None  # training time, turned into steps once at the start; evaluation, saving and compiling not counted
 )
 # Batch
-device_batch_size = 32  # rows per rank and micro-batch: lower it until the model fits
+device_batch_size: int | None = 32  # rows per rank and micro-batch (None = the most that fit, tried at the start)
 total_batch_size = (
     524288  # tokens per step over all ranks, by accumulating micro-batches (rounded to whole ones, which is printed)
 )
@@ -85,6 +85,7 @@ from nanochat.compute import Compute, compute_cleanup, compute_init, peak_memory
 from nanochat.core_eval import CoreTask, GPTScorer, evaluate_task, load_tasks
 from nanochat.dataloader import Position, training_stream
 from nanochat.dataset import Corpus, iter_text, load_corpus
+from nanochat.device_batch import find_device_batch
 from nanochat.engine import Engine
 from nanochat.eval_bundle import find_bundle
 from nanochat.gpt import GPT, build_model, config_from_depth
@@ -124,7 +125,8 @@ def main() -> None:
         train.compile_model(model, compute.device)
 
     # The batch, and what a checkpoint and the run that continues it must agree on
-    batch = plan_batches(total_batch_size, device_batch_size, max_seq_len, compute.world_size)
+    rows = device_batch_size or find_device_batch(model, total_batch_size, max_seq_len, compute, compile)
+    batch = plan_batches(total_batch_size, rows, max_seq_len, compute.world_size)
     print0(f"batch: {batch} (asked for {total_batch_size:,})")
     identity = {"model_config": model.config_dict(), "rows_per_step": batch.rows, "packing": packing, "seed": seed}
     identity |= {"corpus": text.fingerprint, "tokenizer": tokenizer.fingerprint}
@@ -167,7 +169,7 @@ def main() -> None:
         optimizer_state_bytes=sum(optimizer.state_bytes() for optimizer in optimizers),
     )
     wandb_run = train.open_wandb(run, "base", settings, checkpoint)
-    stream = open_stream(text, tokenizer, compute, position)
+    stream = open_stream(text, tokenizer, batch, compute, position)
 
     def save() -> None:
         """The state after the last whole step, whatever has happened since."""
@@ -200,7 +202,7 @@ def main() -> None:
             if clock.due(done) or done == num_steps:
                 save()
             if train.every(eval_every, done) or (eval_every > 0 and done == num_steps):
-                quick = validate(model, text, tokenizer, compute, max_seq_len, watch.poll).bpb
+                quick = validate(model, text, tokenizer, batch, compute, max_seq_len, watch.poll).bpb
                 record.write("eval", step=done, val_bpb_quick=quick)
                 print0(f"step {done:,}: quick val bpb {quick:.4f}")
                 if save_best and is_best("base", tag, quick):
@@ -212,7 +214,7 @@ def main() -> None:
                 evaluate_core(model, tokenizer, core_tasks, compute, record, done, watch)
 
     # The end: the honest validation, and the figures
-    val = validate(model, text, tokenizer, compute, stride=max(1, max_seq_len // 2))
+    val = validate(model, text, tokenizer, batch, compute, stride=max(1, max_seq_len // 2))
     record.write("eval", step=num_steps, val_bpb=val.bpb, val_bpb_stderr=val.stderr, documents=val.documents)
     memory = peak_memory_bytes(compute.device)
     record.write("end", **meter.summary(), **spikes.summary(), peak_memory_bytes=memory, text=position.describe())
@@ -229,9 +231,11 @@ def main() -> None:
     compute_cleanup()
 
 
-def open_stream(text: Corpus, tokenizer: Tokenizer, compute: Compute, start: Position) -> train.Stream[Position]:
+def open_stream(
+    text: Corpus, tokenizer: Tokenizer, batch: BatchPlan, compute: Compute, start: Position
+) -> train.Stream[Position]:
     """The training rows of this rank, from a position on."""
-    where = (text.train_files, tokenizer, device_batch_size, max_seq_len, compute, packing, seed, start)
+    where = (text.train_files, tokenizer, batch.device_batch_size, max_seq_len, compute, packing, seed, start)
     return training_stream(*where, hashes=text.hashes)
 
 
@@ -252,7 +256,7 @@ def plan_steps(model: GPT, text: Corpus, tokenizer: Tokenizer, batch: BatchPlan,
     if minutes is None:
         horizon: dict[str, Any] = given or {"target_param_data_ratio": 20}
         return plan_horizon(batch.tokens, model.estimate_flops(), model.num_params(), **horizon)
-    stream = open_stream(text, tokenizer, compute, Position())
+    stream = open_stream(text, tokenizer, batch, compute, Position())
     num_steps, formula = train.steps_for_minutes(minutes, model, stream, batch, compute)
     model.init_weights(seed)
     return num_steps, formula
@@ -262,6 +266,7 @@ def validate(
     model: GPT,
     text: Corpus,
     tokenizer: Tokenizer,
+    batch: BatchPlan,
     compute: Compute,
     stride: int,
     poll: Callable[[], None] | None = None,
@@ -271,7 +276,7 @@ def validate(
     is called between batches and may end it.
     """
     texts = iter_text(text.val_files, text.hashes)
-    return evaluate_bpb(model, tokenizer, texts, compute, device_batch_size, stride, eval_tokens, poll)
+    return evaluate_bpb(model, tokenizer, texts, compute, batch.device_batch_size, stride, eval_tokens, poll)
 
 
 def evaluate_core(

@@ -5,21 +5,28 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    "calculator common configurator download eval_bundle execution report_page schedule task_data",
+    "calculator common configurator download eval_bundle execution jail_stub report_page report_runs schedule sizing "
+    "task_data",
     "adamw compute dataset docs_corpus folder_corpus muon peers shards tensors tokenizer",
     "conversation dataloader gpt",
-    "checkpoint_manager engine guard loss_eval task_eval",
-    "finetune report server train",
+    "checkpoint_manager core_eval engine guard hf_model loss_eval task_eval",
+    "device_batch finetune report report_compare server train",
 ]
 SIBLINGS = {
     "configurator": {"common"},
     "download": {"common"},
     "eval_bundle": {"common", "download"},
+    "execution": {"common", "jail_stub"},
     "task_data": {"common", "download"},
     "schedule": {"common"},
+    "sizing": {"common", "schedule"},
+    "report_runs": {"common"},
+    "report": {"report_compare"},
     "dataloader": {"conversation"},
     "task_eval": {"engine"},
+    "hf_model": {"core_eval"},
     "finetune": {"train"},
+    "device_batch": {"train"},
     "adamw": {"compute"},
     "compute": {"peers"},
     "muon": {"compute"},

@@ -95,9 +95,8 @@ def test_a_full_set_shows_every_stage():
     assert "| ChatCORE | - | - | 0.0884 ± 0.0125 | - | - | 2 tasks |" in text
     assert "| nats per token trained on, held-out chats | - | 2.1250 | 2.1250 | - | - | - |" in text
     rows = [line for line in text.splitlines() if "pass@" in line and line.startswith("|")]
-    assert rows == [
-        f"| GSM8K pass@{k} in training, % | - | - | - | {share} | - | 64 |" for k, share in ((1, "31.2 ± 3.0"), (8, "62.5 ± 6.0"))
-    ]
+    shares = {1: "31.2 ± 3.0", 8: "62.5 ± 6.0"}
+    assert rows == [f"| GSM8K pass@{k} in training, % | - | - | - | {at} | - | 64 |" for k, at in shares.items()]
     assert "    [The] small model" in text and "    > Who are you?\n    A model." in text
     assert "    > 2 + 2?\n    5\n    (GSM8K after SFT: wrong)" in text
     assert "To beat, in bits per byte of the same text: xz -9 3.5000." in text

@@ -234,7 +234,9 @@ def test_earlier_tool_use_is_rendered_as_in_training_and_text_never_becomes_a_sp
 def test_a_small_real_model_chats() -> None:
     config = GPTConfig(64, TOKENIZER.get_vocab_size(), n_layer=1, n_head=2, n_kv_head=2, n_embd=32)
     with serving(Engine(small_model(config), TOKENIZER), context=64) as live:
-        answers = [list(events(live.chat(max_tokens=20, seed=1))) for _ in range(2)]
+        both = [list(events(live.chat(max_tokens=20, seed=1))) for _ in range(2)]
+        # On a busy machine the second may have to wait until the worker is done with the first.
+        answers = [[event for event in answer if "waiting" not in event] for answer in both]
         assert answers[0] == answers[1]
         assert answers[0][-1]["done"] and 1 <= answers[0][-1]["completion_tokens"] <= 20
 

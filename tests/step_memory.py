@@ -1,0 +1,53 @@
+"""
+Memory of a training step on a CPU, counted by the allocator itself: torch's profiler reports every allocation, those of
+compiled code too.
+
+    python -m tests.step_memory '{"n_layer": 2, "n_embd": 256, "n_head": 4, "sequence_len": 256}' 4 bfloat16 eager
+
+Last line: weights and optimizer state, and the most that forward, backward and update held beside them, in bytes.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from nanochat.compute import compute_init
+from nanochat.device_batch import random_rows
+from nanochat.gpt import GPTConfig, build_model
+from nanochat.train import Rates, accumulate, update
+
+
+def most_held(work: Callable[[], Any]) -> tuple[Any, int, int]:
+    """(result, the most bytes allocated at once, bytes still allocated at the end) of some work."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = work()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return result, most, held
+
+
+def main(shape: str, rows: str, dtype: str, mode: str) -> None:
+    compute = compute_init("cpu", dtype)
+    model = build_model(GPTConfig(**json.loads(shape)), compute.device, seed=0)
+    if mode == "compiled":
+        model.compile_parts()
+    optimizers = model.setup_optimizers(dtype=compute.dtype)
+    stream = random_rows(model, int(rows), model.config.sequence_len)
+    rates = Rates(lr=0.1, momentum=0.9, weight_decay=0.0)
+    update(optimizers, accumulate(model, stream, None, 1, compute), rates, compute)  # compiles, and fills caches
+    lasting = sum(p.nbytes for p in model.parameters()) + sum(optimizer.state_bytes() for optimizer in optimizers)
+    sums, gradients_most, left = most_held(lambda: accumulate(model, stream, None, 2, compute))
+    _, update_most, _ = most_held(lambda: update(optimizers, sums, rates, compute))
+    print(json.dumps({"lasting": lasting, "gradients": gradients_most, "update": left + update_most}))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])

@@ -1,0 +1,685 @@
+"""The launchers, run with fakes of everything they call: what they start, skip, refuse, and how they end."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nanochat.configurator import parse_args, read_block
+from tests import tiny
+from tests.test_core_eval import write_bundle
+
+ROOT = Path(__file__).parent.parent
+LAUNCHERS = ["speedrun.sh", "run1000.sh", "launch_6x_amd_xtx.sh", "dev/miniseries.sh", "dev/scaling_laws.sh"]
+SLURM = [
+    "dev/slurm/env.sh",
+    "dev/slurm/job.slurm",
+    "dev/slurm/prefetch.sh",
+    "dev/slurm/rank.sh",
+    "dev/slurm/setup_hpc.sh",
+]
+
+# Stands for every program: writes down how it was called, fails where FAIL occurs in that, does what others need.
+FAKE = r"""#!/bin/bash
+name="$(basename "$0")"
+{ printf '%q ' "$name" "$@"; echo; } >>"$CALLS"
+[[ -z "${FAIL:-}" || "$name $*" != *"$FAIL"* ]] || exit "${CODE:-1}"
+for word; do
+  case "$word" in --model-tag=*) tag="${word#*=}" ;; esac
+done
+case "$name $*" in
+  srun*)
+    while [[ "$1" == --* ]]; do shift; done
+    code=0
+    for ((rank = 0; rank < SLURM_NTASKS; rank++)); do
+      SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" || code=$?
+    done
+    exit "$code" ;;
+  "scontrol show hostnames"*) printf 'node07\nnode08\n' ;;
+  "python -c import torch"*) echo "$TORCH" ;;
+  *scripts.plan*) cd "$ROOT" && exec "$PYTHON" "$@" ;;
+  "python -c import sys; from nanochat.report_runs"*) echo 3.0 ;;
+  rocm-smi*)
+    for ((card = 0; card < ${ROCM_SMI:-0}; card++)); do printf 'GPU[%d]\t\t: Card Series: \t\t7900\n' $card; done ;;
+  nvidia-smi*) [ -n "${NVIDIA_SMI:-}" ] && echo "$NVIDIA_SMI" ;;
+  *--prefetch=list*) [ -z "${MISSING:-}" ] || { echo "missing $MISSING"; exit 2; } ;;
+  *scripts.tok_train*) mkdir -p "$NANOCHAT_BASE_DIR/tokenizer" && touch "$NANOCHAT_BASE_DIR/tokenizer/tokenizer.json" ;;
+  *scripts.base_train* | *scripts.mid_train* | *scripts.chat_sft* | *scripts.chat_rl*)
+    env >"$CALLS.env"
+    [[ "$name" != python || -z "${RANK:-}" ]] ||
+      echo "$RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT" >>"$CALLS.ranks"
+    case "$*" in *base_train*) stage=base ;; *mid_train*) stage=mid ;; *sft*) stage=chatsft ;; *) stage=chatrl ;; esac
+    step="$NANOCHAT_BASE_DIR/${stage}_checkpoints/$tag/step_1"
+    mkdir -p "$step" && touch "$step/meta.json"
+    echo "step 1/2: 3.2 min left" ;;
+esac
+"""
+FAKED = "python torchrun srun scontrol sbatch nvidia-smi rocm-smi uv".split()
+
+
+class Checkout:
+    """A copy of the launchers in a temporary directory, with an environment of fakes and a base directory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.base, self.calls_file = folder / "checkout", folder / "base", folder / "calls"
+        for name in [*LAUNCHERS, *SLURM, "dev/stages.sh", "dev/runcpu.sh"]:
+            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, self.path / name)
+        self.bin = self.path / ".venv" / "bin"
+        self.bin.mkdir(parents=True)
+        for name in FAKED:
+            (self.bin / name).write_text(FAKE)
+            (self.bin / name).chmod(0o755)
+        (self.bin / "activate").write_text(f'export VIRTUAL_ENV="{self.bin.parent}"\nexport PATH="{self.bin}:$PATH"\n')
+        (self.path / "dev" / "setup.sh").write_text('echo "setup $TORCH_BUILD" >>"$CALLS"\n')
+
+    def run(self, script: str, **settings: object) -> subprocess.CompletedProcess[str]:
+        environment = {"PATH": "/usr/bin:/bin", "HOME": str(self.path), "CALLS": str(self.calls_file)}
+        environment |= {"ROOT": str(ROOT), "PYTHON": sys.executable}  # for what is not faked
+        environment |= {"NANOCHAT_BASE_DIR": str(self.base), **{name: str(value) for name, value in settings.items()}}
+        command = ["bash", str(self.path / script)]
+        return subprocess.run(command, cwd=self.path, env=environment, capture_output=True, text=True, timeout=60)
+
+    def calls(self, word: str = "") -> list[list[str]]:
+        """The commands so far in which a word occurs."""
+        lines = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
+        return [shlex.split(line) for line in lines if word in line]
+
+    def modules(self) -> list[str]:
+        """What ran, in order: the module of each python and torchrun, `dataset`, `base_train`, ..."""
+        return [call[call.index("-m") + 1].split(".")[1] for call in self.calls() if "-m" in call]
+
+    def environment(self) -> dict[str, str]:
+        """What the last training stage saw."""
+        lines = Path(f"{self.calls_file}.env").read_text().splitlines()
+        return dict(line.split("=", 1) for line in lines if "=" in line)
+
+    def job(self, **settings: object) -> subprocess.CompletedProcess[str]:
+        """job.slurm as Slurm runs it: from a copy elsewhere, with Slurm's variables."""
+        spool = self.path.parent / "spool" / "slurm_script"
+        spool.parent.mkdir(exist_ok=True)
+        shutil.copy(self.path / "dev/slurm/job.slurm", spool)
+        slurm = {"SLURM_SUBMIT_DIR": self.path, "SLURM_JOB_ID": 4711, "SLURM_JOB_NODELIST": "node[07-08]"}
+        slurm |= {"SLURM_NTASKS": 2, "SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_CPUS_PER_TASK": 8}
+        path = f"{self.bin}:/usr/bin:/bin"  # srun and scontrol are there before the environment is entered
+        return self.run(str(spool), **{"PATH": path, **slurm, **settings})
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+@pytest.fixture
+def speedrun(checkout: Checkout) -> Callable[..., subprocess.CompletedProcess[str]]:
+    return lambda **settings: checkout.run("speedrun.sh", **settings)
+
+
+def flag(call: list[str], name: str) -> str:
+    """The value of a flag as the script will see it: the last one given."""
+    return [word.partition("=")[2] for word in call if word.startswith(f"--{name}=")][-1]
+
+
+# -----------------------------------------------------------------------------
+# Stages
+
+
+def test_speedrun_runs_every_stage_in_order(checkout: Checkout, speedrun: Callable) -> None:
+    result = speedrun()
+    assert result.returncode == 0, result.stderr
+    assert (
+        checkout.modules()
+        == (
+            "dataset dataset dataset tok_train tok_eval base_train base_loss base_eval gen_words gen_identity "
+            "mid_train chat_eval chat_sft chat_eval chat_rl chat_eval chat_cli report"
+        ).split()
+    )
+    assert (
+        "== base_train: torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20" in result.stdout
+    )
+
+
+@pytest.mark.parametrize("launcher", [*LAUNCHERS, "dev/runcpu.sh"])
+def test_every_flag_that_a_launcher_passes_parses(
+    checkout: Checkout, launcher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert checkout.run(launcher, TORCH="2.13.0 7.2 6 24", DOLLARS_PER_HOUR="2.5").returncode == 0
+    assert checkout.run(launcher, TORCH="2.13.0 7.2 6 24", WANDB_RUN="again").returncode == 0  # and --resume
+    monkeypatch.chdir(ROOT)  # settings files are given relative to it
+    for call in checkout.calls("-m "):
+        module, words = call[call.index("-m") + 1], call[call.index("-m") + 2 :]
+        parse_args(read_block(ROOT / f"{module.replace('.', '/')}.py"), words)
+
+
+def test_a_finished_stage_is_skipped(checkout: Checkout, speedrun: Callable) -> None:
+    speedrun(STAGES="tok base")
+    ran = len(checkout.modules())
+    result = speedrun(STAGES="tok base", NPROC=3, WANDB_RUN="other")  # neither changes a result
+    assert len(checkout.modules()) == ran
+    assert "== base_train: finished earlier" in result.stdout
+
+
+def test_a_stage_with_other_settings_runs_again_and_all_after_it(checkout: Checkout, speedrun: Callable) -> None:
+    speedrun(STAGES="tok base mid")
+    ran = len(checkout.modules())
+    speedrun(STAGES="tok base mid", BASE_ARGS="--matrix-lr=0.03")
+    assert checkout.modules()[ran:] == ["base_train", "gen_words", "gen_identity", "mid_train"]
+    assert "--resume" in checkout.calls("base_train")[-1]
+
+
+def test_first_failure_stops_with_its_exit_code_and_the_log_names_it(checkout: Checkout, speedrun: Callable) -> None:
+    result = speedrun(FAIL="scripts.tok_eval", CODE=7)
+    assert result.returncode == 7
+    assert checkout.modules()[-1] == "tok_eval"
+    assert "tok_eval ended with exit code 7" in result.stderr
+    log = (checkout.base / "logs/run.log").read_text().splitlines()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d tok_eval: ended with exit code 7 after \d+ s", log[-1])
+    assert speedrun().returncode == 0  # goes on there
+    assert checkout.modules().count("tok_train") == 1
+
+
+def test_switches_choose_stages(checkout: Checkout, speedrun: Callable) -> None:
+    speedrun(STAGES="tok")
+    assert checkout.modules() == ["dataset", "tok_train", "tok_eval"]
+    speedrun(STAGES="base,eval")
+    assert checkout.modules()[3:] == ["dataset", "dataset", "base_train", "base_loss", "base_eval"] + [
+        "gen_words",
+        "gen_identity",
+    ]
+
+
+@pytest.mark.parametrize("launcher", [*LAUNCHERS, "dev/runcpu.sh"])
+@pytest.mark.parametrize("stages", ["", " ", ","])
+def test_no_stage_enabled_is_an_error(checkout: Checkout, launcher: str, stages: str) -> None:
+    result = checkout.run(launcher, STAGES=stages, TORCH="2.13.0 7.2 6 24")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.endswith("there is nothing to run; name some of: tok base mid sft rl eval report\n")
+    assert result.stderr.count("\n") == 1
+    assert not checkout.calls()
+
+
+def test_a_price_that_is_no_number_is_refused(speedrun: Callable) -> None:
+    result = speedrun(DOLLARS_PER_HOUR="$2")
+    assert result.returncode == 2
+    assert result.stderr == ("speedrun.sh: DOLLARS_PER_HOUR=$2: expected a number such as 2.5, the price of one GPU\n")
+
+
+def test_unknown_stage_is_named(speedrun: Callable) -> None:
+    result = speedrun(STAGES="base,midd")
+    assert result.returncode == 2
+    assert 'STAGES="base midd": there is no midd, only: tok base' in result.stderr
+
+
+def test_starting_in_the_middle_names_the_checkpoint_that_is_missing(checkout: Checkout, speedrun: Callable) -> None:
+    result = speedrun(STAGES="mid,sft")
+    assert result.returncode == 2
+    assert f"a checkpoint in {checkout.base}/base_checkpoints/d20, which mid starts from; add base" in result.stderr
+    assert not checkout.calls()
+
+
+def test_dry_run_shows_what_would_run_and_runs_nothing(checkout: Checkout, speedrun: Callable) -> None:
+    result = speedrun(DRY_RUN=1)
+    assert result.returncode == 0
+    assert "== base_train: would run torchrun" in result.stdout
+    assert not checkout.calls()
+
+
+def test_logs_are_kept_when_a_stage_runs_again(checkout: Checkout, speedrun: Callable) -> None:
+    speedrun(STAGES="tok base")
+    speedrun(STAGES="tok base", BASE_ARGS="--seed=1")
+    assert (checkout.base / "logs/base_train.log").read_text().count("min left") == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "cost"),
+    [({"DOLLARS_PER_HOUR": 36000}, r", \$\d+\.\d\d"), ({"NVIDIA_SMI": "NVIDIA H100"}, r", \$0\.\d\d"), ({}, "")],
+)
+def test_log_has_times_and_cost(checkout: Checkout, speedrun: Callable, settings: dict, cost: str) -> None:
+    result = speedrun(STAGES="tok base", **settings)
+    pattern = rf"base_train: took \d:\d\d:\d\d, \d:\d\d:\d\d in all{cost}"
+    assert re.search(rf"^== {pattern}$", result.stdout, re.MULTILINE)
+    assert re.search(rf"^[-\d]+ [:\d]+ {pattern}$", (checkout.base / "logs/run.log").read_text(), re.MULTILINE)
+
+
+def test_a_signal_to_all_waits_for_the_stage_to_save_and_ends_with_its_code(checkout: Checkout) -> None:
+    (checkout.bin / "torchrun").write_text(
+        "#!/bin/bash\ntrap 'sleep 0.3; echo saved; exit 143' TERM\necho training\nwhile :; do sleep 0.05; done\n"
+    )
+    environment = {"PATH": "/usr/bin:/bin", "CALLS": str(checkout.calls_file), "NANOCHAT_BASE_DIR": str(checkout.base)}
+    process = subprocess.Popen(
+        ["bash", str(checkout.path / "speedrun.sh")], env=environment, stdout=subprocess.PIPE, start_new_session=True
+    )
+    log = checkout.base / "logs/base_train.log"
+    wait_until(lambda: log.exists() and "\ntraining" in log.read_text())
+    os.killpg(process.pid, 15)
+    process.communicate(timeout=20)
+    assert process.returncode == 143
+    assert log.read_text().endswith("saved\n")
+    assert not (checkout.base / "logs/base_train.done").exists()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+# -----------------------------------------------------------------------------
+# What is different in each
+
+
+def test_activation_is_not_lost_in_a_subshell(checkout: Checkout, speedrun: Callable) -> None:
+    """An ancestor sourced the environment in a pipeline."""
+    speedrun(STAGES="tok base")
+    assert checkout.environment()["VIRTUAL_ENV"] == str(checkout.path / ".venv")
+
+
+@pytest.mark.parametrize("launcher", ["speedrun.sh", "run1000.sh", "launch_6x_amd_xtx.sh", "dev/miniseries.sh"])
+def test_wandb_run_is_respected(checkout: Checkout, launcher: str) -> None:
+    """An ancestor's launcher set it to empty."""
+    checkout.run(
+        launcher, WANDB_RUN="mine", STAGES="base" if "mini" in launcher else "tok base", TORCH="2.13.0 7.2 6 24"
+    )
+    assert flag(checkout.calls("base_train")[0], "run") == "mine"
+
+
+def test_a_dummy_run_skips_no_stage(checkout: Checkout, speedrun: Callable) -> None:
+    """WANDB_RUN=dummy turns logging off and nothing else."""
+    speedrun(WANDB_RUN="dummy")
+    assert {"mid_train", "chat_sft", "chat_rl"} <= set(checkout.modules())
+
+
+def test_run1000_is_d32_with_eight_rows_and_800_shards(checkout: Checkout) -> None:
+    assert checkout.run("run1000.sh").returncode == 0
+    call = checkout.calls("base_train")[0]
+    assert [flag(call, name) for name in ("depth", "device-batch-size", "model-tag")] == ["32", "8", "d32"]
+    assert checkout.calls("-n 800")
+
+
+@pytest.mark.parametrize(
+    ("cards", "vram", "batch"),
+    [(6, 24, "6"), (5, 24, "6"), (1, 24, "5"), (6, 16, "3"), (2, 48, "17"), (6, 12, "1")],
+)
+def test_amd_cards_and_memory_give_ranks_and_batch(checkout: Checkout, cards: int, vram: int, batch: str) -> None:
+    assert checkout.run("launch_6x_amd_xtx.sh", STAGES="tok base", TORCH=f"2.13.0 7.2 {cards} {vram}").returncode == 0
+    call = checkout.calls("base_train")[0]
+    assert f"--nproc_per_node={cards}" in call
+    assert (flag(call, "device-batch-size"), flag(call, "total-batch-size")) == (batch, "393216")
+
+
+def test_six_cards_take_five_micro_batches() -> None:
+    from nanochat.schedule import plan_batches
+
+    plan = plan_batches(393216, 6, 2048, 6)
+    assert (plan.grad_accum_steps, plan.tokens) == (5, 368640)
+
+
+def test_amd_cards_that_torch_does_not_see_are_counted_by_rocm_smi_and_else_nproc_counts(checkout: Checkout) -> None:
+    settings = {"STAGES": "tok base", "TORCH": "2.13.0 7.2 0 0", "PATH": f"{checkout.bin}:/usr/bin:/bin"}
+    result = checkout.run("launch_6x_amd_xtx.sh", ROCM_SMI=5, **settings)
+    assert "--nproc_per_node=5" in checkout.calls("base_train")[0]
+    assert "do not say how much memory they have; VRAM_GB=24 is assumed" in result.stderr
+    assert flag(checkout.calls("base_train")[0], "device-batch-size") == "6"
+    checkout.run("launch_6x_amd_xtx.sh", NPROC=3, **settings, BASE_ARGS="--seed=1")
+    assert "--nproc_per_node=3" in checkout.calls("base_train")[-1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"TORCH": "2.13.0+cu130 none 6 24"}, "TORCH_BUILD=rocm7.2 bash dev/setup.sh"),
+        ({"TORCH": "2.13.0 7.2 4 24", "NPROC": "6"}, "NPROC=6, but there are 4 cards"),
+        ({"PYTORCH_HIP_ALLOC_CONF": "expandable_segments:True"}, "unset it"),
+        ({"TORCH": "2.13.0 7.2 6 24", "DEPTH": "32"}, "try a smaller --depth"),
+    ],
+)
+def test_amd_launcher_refuses_what_cannot_work(checkout: Checkout, settings: dict[str, str], said: str) -> None:
+    result = checkout.run("launch_6x_amd_xtx.sh", **settings)
+    assert result.returncode == 2
+    assert said in result.stderr and result.stderr.count("\n") == 1
+    assert checkout.modules() in ([], ["plan"])
+
+
+def test_amd_environment_has_levels_that_rccl_knows_and_hides_no_card(checkout: Checkout) -> None:
+    """An ancestor said NCCL_DEBUG=ON, and six visible devices whatever was there."""
+    checkout.run("launch_6x_amd_xtx.sh", STAGES="tok base", TORCH="2.13.0 7.2 6 24", NCCL_P2P_LEVEL="SYS")
+    seen = checkout.environment()
+    assert seen["NCCL_DEBUG"] in ("VERSION", "WARN", "INFO", "TRACE")
+    assert seen["NCCL_P2P_LEVEL"] == "SYS"  # ours is a default
+    assert (seen["HSA_FORCE_FINE_GRAIN_PCIE"], seen["NCCL_IB_DISABLE"]) == ("1", "1")
+    assert not {"HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "PYTORCH_HIP_ALLOC_CONF"} & seen.keys()
+    assert checkout.calls("setup rocm7.2")
+
+
+@pytest.mark.parametrize(("launcher", "rows"), [("dev/miniseries.sh", 6), ("dev/scaling_laws.sh", 24)])
+def test_grids_show_their_rows_and_skip_the_finished_ones(checkout: Checkout, launcher: str, rows: int) -> None:
+    assert checkout.run(launcher, DRY_RUN=1).stdout.count("scripts.base_train") == rows
+    failed = checkout.run(launcher, FAIL="--depth=12", CODE=3)
+    assert failed.returncode == 3
+    done = len(checkout.calls("base_train")) - 1
+    assert checkout.run(launcher, DRY_RUN=1).stdout.count("would run torchrun") >= rows - done
+    assert checkout.run(launcher).returncode == 0
+    assert len(checkout.calls("base_train")) == rows + 1  # the failed one twice
+    assert len({flag(call, "model-tag") for call in checkout.calls("base_train")}) == rows
+
+
+def test_series_table_has_a_row_for_each_run_and_dashes_for_what_is_not_known(
+    base_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An ancestor's table was cut out of logs with grep, and empty when the wording changed."""
+    from dev import series_table
+
+    (base_dir / "records").mkdir(parents=True)
+    start = {"event": "start", "argv": [], "settings": {"depth": 2, "model_tag": "law-d2"}}
+    plan = {"event": "plan", "first_step": 0, "num_steps": 10, "batch": "1,024 tokens = 2 micro-batches", "time": 1}
+    plan |= {"parameters": 1000, "flops_per_token": 6000}
+    result = [
+        {"event": "eval", "step": 10, "val_bpb": 1.5, "time": 2},
+        {"event": "end", "train_seconds": 3.5, "time": 3},
+    ]
+    core = [{**start, "stage": "base_eval", "tag": "d2-step10", "time": 4}, {"event": "core", "value": 0.2, "time": 5}]
+    for name, events in {
+        "base-law-d2": [{**start, "stage": "base", "tag": "law-d2", "time": 0}, plan, *result],
+        "base-law-d3": [{**start, "stage": "base", "tag": "law-d3", "time": 0, "settings": {"depth": 3}}, plan],
+        "base-other": [{**start, "stage": "base", "tag": "other", "time": 0}, plan],
+        "base_eval": core,
+    }.items():
+        lines = "".join(json.dumps(event) + "\n" for event in events)
+        (base_dir / "records" / f"{name}-1.jsonl").write_text(lines)
+    monkeypatch.setattr(series_table, "prefix", "law-")
+    series_table.main()
+    rows = (base_dir / "report" / "law.csv").read_text().splitlines()[1:]
+    assert rows == ["law-d2,2,1000,10240,10.24,61440000,1.5,0.2,3.5", "law-d3,3,1000,10240,10.24,61440000,,,"]
+    assert capsys.readouterr().out.splitlines()[2].split()[-3:] == ["-", "-", "-"]
+
+
+# -----------------------------------------------------------------------------
+# Slurm
+
+
+def directives() -> list[str]:
+    return re.findall(r"^#SBATCH (.*)", (ROOT / "dev/slurm/job.slurm").read_text(), re.MULTILINE)
+
+
+def test_slurm_output_needs_no_directory() -> None:
+    """Slurm does not make it, and a job without its output file does not start."""
+    assert [line for line in directives() if line.startswith("--output=")] == ["--output=%x-%j.out"]
+
+
+def test_slurm_signals_go_to_the_ranks() -> None:
+    assert "--signal=TERM@300" in directives() and "--requeue" in directives()
+
+
+def test_every_sbatch_line_that_we_show_ends_with_the_script() -> None:
+    """An ancestor's had a comment inside a continued command: sbatch got no script, and it ran on the login node."""
+    files = [*ROOT.glob("docs/**/*.md"), *ROOT.glob("dev/slurm/*")]
+    shown = [line for file in files for line in re.findall(r"\bsbatch [^`\n]*?\S(?=  |`|$|\")", file.read_text(), re.M)]
+    commands = [line for line in shown if "dev/slurm" in line or "--" in line]
+    assert len(commands) >= 5
+    for command in commands:
+        assert command.split()[-1] == "dev/slurm/job.slurm", command
+
+
+def test_job_on_an_empty_folder_names_all_that_is_missing_and_ends_at_once(checkout: Checkout) -> None:
+    began = time.monotonic()
+    result = checkout.job(STAGES="mid,sft,eval", MISSING="task_data/gsm8k/main/train.parquet")
+    assert time.monotonic() - began < 5
+    assert result.returncode == 2
+    assert "missing task_data/gsm8k/main/train.parquet" in result.stdout
+    assert "bash dev/slurm/prefetch.sh" in result.stderr
+    assert f"{checkout.base}/base_checkpoints/d20, which mid starts from" in result.stderr
+    assert not checkout.calls("srun")
+    shutil.rmtree(checkout.bin.parent)
+    assert "bash dev/slurm/setup_hpc.sh" in checkout.job(PATH="/usr/bin:/bin").stderr
+
+
+def test_the_real_list_of_an_empty_folder(base_dir: Path) -> None:
+    if not (ROOT / ".venv/bin/python").exists():
+        pytest.skip("no .venv in the checkout")
+    environment = {"PATH": "/usr/bin:/bin", "NANOCHAT_BASE_DIR": str(base_dir), "SLURM_SUBMIT_DIR": str(ROOT)}
+    command = ["bash", str(ROOT / "dev/slurm/job.slurm")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
+    assert result.returncode == 2
+    missing = re.findall(rf"^ +missing  {base_dir}/(\S+)", result.stdout, re.MULTILINE)
+    assert {"data/climbmix/manifest.json", "task_data/gsm8k/main/train.parquet"} <= set(missing)
+    assert "eval_bundle/manifest.json" in missing
+
+
+def test_job_runs_the_pipeline_offline_with_a_rank_for_each_task(checkout: Checkout) -> None:
+    result = checkout.job()
+    assert result.returncode == 0, result.stderr
+    assert checkout.modules()[-1] == "report"
+    assert all("torchrun" not in call for call in checkout.calls())
+    seen = checkout.environment()
+    assert (seen["HF_HUB_OFFLINE"], seen["WANDB_MODE"]) == ("1", "offline")
+    for name in ("HF_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", "UV_CACHE_DIR"):
+        assert Path(seen[name]).is_relative_to(checkout.base), name
+    ranks = Path(f"{checkout.calls_file}.ranks").read_text().splitlines()
+    assert ranks[:2] == ["0 2 0 1 node07 24711", "1 2 1 1 node07 24711"]
+    assert {call[0] for call in checkout.calls("scripts.base_train")} == {"srun", "python"}
+
+
+def test_a_failing_stage_ends_the_job_with_its_exit_code(checkout: Checkout) -> None:
+    """In an ancestor's job the last command was a cp, whose status was the job's."""
+    result = checkout.job(FAIL="scripts.mid_train", CODE=3)
+    assert result.returncode == 3
+    assert not checkout.calls("chat_sft") and not checkout.calls("requeue")
+
+
+def test_a_job_stopped_by_sigterm_is_queued_again_and_goes_on(checkout: Checkout) -> None:
+    result = checkout.job(FAIL="scripts.mid_train", CODE=143)
+    assert result.returncode == 143
+    assert checkout.calls()[-1] == ["scontrol", "requeue", "4711"]
+    assert checkout.job(SLURM_RESTART_COUNT=1).returncode == 0
+    srun = "srun --kill-on-bad-exit=0 --gpu-bind=none --cpus-per-task=8 bash dev/slurm/rank.sh"
+    assert len(checkout.calls(f"{srun} -m scripts.base_train")) == 1
+
+
+def test_a_job_keeps_the_code_that_it_began_with(checkout: Checkout) -> None:
+    checkout.job(FAIL="scripts.tok_eval", CODE=143)
+    (checkout.path / "speedrun.sh").write_text("exit 99\n")
+    assert checkout.job(SLURM_RESTART_COUNT=1).returncode == 0
+    assert not (checkout.base / "jobs/4711/source/.venv").exists()
+    assert checkout.job(SLURM_JOB_ID=4712).returncode == 99
+
+
+def test_job_runs_another_pipeline(checkout: Checkout) -> None:
+    assert checkout.job(PIPELINE="run1000.sh", DEPTH=32, SHARDS=800).returncode == 0
+    assert flag(checkout.calls("base_train")[0], "depth") == "32"
+    assert checkout.calls("--prefetch=list --source=climbmix -n 800")
+
+
+@pytest.mark.parametrize("script", ["setup_hpc.sh", "prefetch.sh", "job.slurm"])
+def test_slurm_scripts_want_a_base_directory_outside_the_checkout(checkout: Checkout, script: str) -> None:
+    for place in ("", checkout.path / "out"):
+        result = checkout.run(f"dev/slurm/{script}", NANOCHAT_BASE_DIR=place, SLURM_SUBMIT_DIR=checkout.path)
+        assert result.returncode == 2
+        assert "NANOCHAT_BASE_DIR" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_setup_hpc_loads_modules_and_writes_below_one_root(checkout: Checkout) -> None:
+    before = set(checkout.path.rglob("*"))
+    module = 'module() { echo "module $*" >>"$CALLS"; }'
+    (checkout.path.parent / "module.sh").write_text(module)
+    result = checkout.run(
+        "dev/slurm/setup_hpc.sh", MODULES="python/3.12 cuda", BASH_ENV=checkout.path.parent / "module.sh"
+    )
+    assert result.returncode == 0, result.stderr
+    assert checkout.calls() == [["module", "load", "python/3.12", "cuda"], ["setup", "cu126"]]
+    assert set(checkout.path.rglob("*")) == before
+    assert (checkout.base / "cache").is_dir()
+
+
+def test_modules_without_a_module_command_are_one_line(checkout: Checkout) -> None:
+    result = checkout.run("dev/slurm/setup_hpc.sh", MODULES="cuda")
+    assert result.returncode == 2
+    assert "unset MODULES" in result.stderr
+
+
+def test_prefetch_fetches_and_ends_with_the_check_of_the_job(checkout: Checkout) -> None:
+    assert checkout.run("dev/slurm/prefetch.sh", PREFETCH_TOKENIZER=1).returncode == 0
+    assert [call[3] for call in checkout.calls("--prefetch")] == ["--prefetch=all", "--prefetch=list"]
+    assert "tok_train" in checkout.modules()
+    assert checkout.run("dev/slurm/prefetch.sh", MISSING="x").returncode == 2
+
+
+# -----------------------------------------------------------------------------
+# All of them
+
+
+def test_shell_scripts_are_well_formed() -> None:
+    scripts = [*ROOT.glob("*.sh"), *ROOT.glob("dev/*.sh"), *ROOT.glob("dev/slurm/*")]
+    assert len(scripts) >= 12
+    for script in scripts:
+        subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_containers_run_as_a_user_without_rights_and_copy_no_environment() -> None:
+    for file in ROOT.glob("docker/*.Dockerfile"):
+        lines = file.read_text().splitlines()
+        assert "USER nanochat" in lines[lines.index("WORKDIR /nanochat") :], file
+        assert not [line for line in lines if line.startswith("FROM") and ":" not in line], file  # a version each
+    assert ".venv" in (ROOT / ".dockerignore").read_text().splitlines()
+
+
+def test_shellcheck_has_nothing_to_say() -> None:
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not here")
+    files = [ROOT / name for name in [*LAUNCHERS, *SLURM, "dev/stages.sh", "dev/runcpu.sh"]]
+    result = subprocess.run(["shellcheck", "-x", *files], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == ""
+
+
+# -----------------------------------------------------------------------------
+# The real thing, in small
+
+SRUN = r"""#!/bin/bash
+while [[ "$1" == --* ]]; do shift; done
+for ((rank = 0; rank < SLURM_NTASKS; rank++)); do
+  SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & ranks+=($!)
+  echo $! >>"$PIDS"
+done
+code=0
+for rank in "${ranks[@]}"; do wait "$rank" || code=$?; done
+exit $code
+"""
+
+
+def fill(base: Path) -> None:
+    """All that job.slurm looks for, of the smallest size: text of two shards, a row for each split, two CORE tasks."""
+    from nanochat.dataset import save_manifest
+    from nanochat.eval_bundle import fetch_bundle
+    from nanochat.shards import ShardWriter
+    from nanochat.task_data import DATA_SETS, splits_of, write_rows
+
+    corpus = base / "data" / "climbmix"
+    corpus.mkdir(parents=True)
+    writers = [ShardWriter(corpus, iter([number])) for number in (0, 6542)]
+    for i in range(400):
+        writers[i % 20 == 0].add(" ".join(tiny.WORDS[(i * k) % len(tiny.WORDS)] for k in range(1, 60)))
+    for writer in writers:
+        writer.flush()
+    about = {"name": "climbmix", "source": "climbmix", "arguments": {}, "revision": "toy"}
+    save_manifest(corpus, about, writers[0].entries, writers[1].entries)
+    for data_set in DATA_SETS:
+        for split in splits_of(data_set):
+            write_rows(data_set, *split, [{"row": 1}], "test")
+    fetch_bundle(str(write_bundle(base.parent / "bundle")))
+
+
+@pytest.fixture
+def cluster(base_dir: Path, tmp_path: Path) -> tuple[list[str], dict[str, str]]:
+    """The command that runs a job on two ranks without a network, all it needs being there, and its environment."""
+    unshare = ["unshare", "-rn", "bash", "-c", 'ip link set lo up && exec "$@"', "job"]
+    if not shutil.which("unshare") or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip("no network namespaces here")
+    if not (ROOT / ".venv/bin/python").exists():
+        pytest.skip("no .venv in the checkout")
+    base_dir.mkdir()
+    fill(base_dir)
+    scontrol = f'#!/bin/sh\necho "$*" >>{tmp_path}/scontrol.calls\necho 127.0.0.1\n'
+    for name, text in {"srun": SRUN, "scontrol": scontrol}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    return [*unshare, "bash", str(ROOT / "dev/slurm/job.slurm")], {
+        **{"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path), "NANOCHAT_BASE_DIR": str(base_dir)},
+        **{"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost"},
+        **{"SLURM_NTASKS": "2", "SLURM_TASKS_PER_NODE": "2", "GLOO_SOCKET_IFNAME": "lo", "PIDS": f"{tmp_path}/pids"},
+        **{"DEPTH": "2", "SHARDS": "1", "VOCAB_SIZE": "320", "DEVICE_BATCH_SIZE": "2", "TOTAL_BATCH_SIZE": "1024"},
+        "HORIZON": "--num-iterations=4",
+        "BASE_ARGS": "--aspect-ratio=32 --head-dim=16 --max-seq-len=128 --eval-tokens=2000 --no-compile",
+    }
+
+
+@pytest.mark.soak
+def test_a_whole_job_on_two_ranks_without_a_network(base_dir: Path, cluster: tuple[list[str], dict[str, str]]) -> None:
+    command, environment = cluster
+    chats = f"--mixture={base_dir}/identity_conversations.jsonl --num-iterations=2 --total-batch-size=1024 --no-compile"
+    environment |= {"CORE_ARGS": "--max-per-task=2", "MID_ARGS": chats, "SFT_ARGS": chats}
+    environment["EVAL_ARGS"] = "-a Identity --max-problems=2 --max-new-tokens=8"
+    environment["RL_ARGS"] = "--task=Arithmetic --num-iterations=1 --examples-per-step=2 --num-samples=2"
+    environment["RL_ARGS"] += " --eval-examples=2"
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    for stage in ("base", "mid", "chatsft", "chatrl"):
+        assert list((base_dir / f"{stage}_checkpoints/d2").glob("step_*/meta.json"))
+    assert (base_dir / "report/report.html").exists()
+    assert "device: 2 x cpu" in (base_dir / "logs/chat_rl.log").read_text()
+    assert f"{base_dir}/jobs/7/source" in next(base_dir.glob("records/base-d2-*.jsonl")).read_text()
+    tiny.run(base_dir, "dev.series_table", "--prefix=d")
+
+
+@pytest.mark.soak
+def test_a_preempted_job_saves_is_queued_again_and_finishes(
+    base_dir: Path, tmp_path: Path, cluster: tuple[list[str], dict[str, str]]
+) -> None:
+    command, environment = cluster
+    environment |= {"STAGES": "tok base", "HORIZON": "--num-iterations=300"}
+    job = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    log = base_dir / "logs/base_train.log"
+    wait_until(lambda: log.exists() and "step 15/300" in log.read_text())
+    for pid in (tmp_path / "pids").read_text().split()[-2:]:  # what Slurm does: every task of the step
+        os.kill(int(pid), 15)
+    assert job.wait(timeout=60) == 143
+    assert (tmp_path / "scontrol.calls").read_text().splitlines()[-1] == "requeue 7"
+    assert subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, timeout=200).returncode == 0
+    assert "resumed from" in log.read_text()
+    steps = [event["step"] for event in tiny.events(base_dir, "base", "d2", "step")]
+    assert steps == list(range(300))  # none lost, none done twice
+
+
+@pytest.mark.soak
+def test_two_nodes_as_documented_train_one_model(base_dir: Path) -> None:
+    base_dir.mkdir()
+    tiny.prepare(base_dir)
+    text = (ROOT / "docs/how-to/several-nodes.md").read_text()
+    shown = [shlex.split(line)[1:] for line in re.findall(r"^torchrun .*", text, re.MULTILINE)]
+    assert [words[:2] for words in shown] == [["--nnodes=2", "--node_rank=0"], ["--nnodes=2", "--node_rank=1"]]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    here = {"--nproc_per_node=8": "--nproc_per_node=1", "--master_addr=10.0.0.1": "--master_addr=127.0.0.1"}
+    here["--master_port=29500"] = f"--master_port={port}"
+    start = [sys.executable, "-m", "torch.distributed.run"]
+    nodes = [
+        subprocess.Popen(
+            [*start, *(here.get(word, word) for word in words), *tiny.RUN, *tiny.EAGER, "--model-tag=two"],
+            env=tiny.environment(base_dir),
+            cwd=ROOT,
+        )
+        for words in shown
+    ]
+    assert [node.wait(timeout=120) for node in nodes] == [0, 0]
+    tiny.run(base_dir, "scripts.base_train", *tiny.RUN, *tiny.EAGER, "--model-tag=one")
+    two, one = (tiny.events(base_dir, "base", tag, "eval")[-1]["val_bpb"] for tag in ("two", "one"))
+    assert two == pytest.approx(one, abs=1e-4)
