@@ -8,6 +8,7 @@ RCCL. On CPU every run is deterministic: same machine type, same versions, same 
 import contextlib
 import ctypes
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -223,6 +224,11 @@ def cpu_flags() -> set[str]:
     except OSError:
         return set()
     return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile has what its backend needs: on a CPU a C++ compiler."""
+    return device.type != "cpu" or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
 def device_name(device: torch.device) -> str:

@@ -7,8 +7,9 @@ continuation has the lowest; language_modeling: every token of the continuation 
 centred, so that guessing is 0 and perfection 1, and CORE is the mean over the tasks. Prompts, seeds and rules are those
 of Andrej Karpathy's nanochat, so the numbers can be compared with its and with GPT-2's published ones.
 
-The common beginning of an item's choices is computed once: the choices hang on it as branches of one sequence, and
-attention lets a branch see the beginning and itself alone. Logits are made only where a token is scored.
+The common beginning of an item's choices, their stem, is computed once: the choices hang on it as branches of one
+sequence. Stems take the kernel of causal attention; only the branches' tails have a mask, by which each sees the stem
+and itself. Logits are made only where a token is scored.
 
 Promises: the same answers as tests/reference/core.py, which takes one item at a time; the same on any number of ranks.
 A prompt longer than the context loses its beginning, as nanochat cuts it for models with a limit, and is counted.
@@ -36,7 +37,7 @@ from torch import Tensor
 from nanochat.common import UserError, print0, read_sealed, seal, sha256_file, write_atomic
 from nanochat.compute import Compute
 from nanochat.eval_bundle import PREFETCH
-from nanochat.gpt import GPT, slice_rows
+from nanochat.gpt import GPT, causal_attention, slice_rows
 from nanochat.tokenizer import Tokenizer
 
 KINDS = ("multiple_choice", "schema", "language_modeling")
@@ -227,28 +228,50 @@ def batch_units(units: Sequence[Unit], max_tokens: int) -> Iterator[list[Unit]]:
     which nothing is asked.
     """
     batch: list[Unit] = []
+    stem = tail = 0
     for unit in sorted((unit for unit in units if len(unit.at)), key=lambda unit: (not unit.tails, -len(unit.tokens))):
-        widest = max(len(unit.tokens), len(batch[0].tokens) if batch else 0)
-        if batch and ((len(batch) + 1) * widest > max_tokens or bool(unit.tails) != bool(batch[0].tails)):
+        stem, tail = max(stem, unit.stem), max(tail, len(unit.tokens) - unit.stem)
+        if batch and ((len(batch) + 1) * (stem + tail) > max_tokens or bool(unit.tails) != bool(batch[0].tails)):
             yield batch
-            batch = []
+            batch, stem, tail = [], unit.stem, len(unit.tokens) - unit.stem
         batch.append(unit)
     if batch:
         yield batch
 
 
+def widths(units: Sequence[Unit]) -> tuple[int, int]:
+    """
+    Places of a batch for the stem and, if there are any, for the tails together: what the widest unit needs, and at
+    least 2, because torch.compile makes a graph of its own for 1.
+    """
+    stem, tail = max(unit.stem for unit in units), max(len(unit.tokens) - unit.stem for unit in units)
+    return max(2, stem), max(2, tail) if tail else 0
+
+
+def spread(units: Sequence[Unit], values: Sequence[np.ndarray], empty: int = 0) -> Tensor:
+    """
+    (B, stem + tails) of values that belong to the units' tokens: all tails of a batch begin at the same place, and
+    `empty` stands after shorter stems and tails.
+    """
+    stem, tail = widths(units)
+    table = np.full((len(units), stem + tail), empty, dtype=np.int64)
+    for row, unit, value in zip(table, units, values, strict=True):
+        row[: unit.stem] = value[: unit.stem]
+        row[stem : stem + len(value) - unit.stem] = value[unit.stem :]
+    return torch.from_numpy(table)
+
+
 def pad_tokens(units: Sequence[Unit]) -> Tensor:
-    """Tokens (B, T) of some units, zeros after the shorter ones."""
-    idx = np.zeros((len(units), max(len(unit.tokens) for unit in units)), dtype=np.int64)
-    for row, unit in zip(idx, units, strict=True):
-        row[: len(unit.tokens)] = unit.tokens
-    return torch.from_numpy(idx)
+    """Tokens (B, T) of some units, zeros where they have none."""
+    return spread(units, [unit.tokens for unit in units])
 
 
 def asked_places(units: Sequence[Unit]) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, place and target (N,) of everything that is asked of a batch."""
+    """Row, place in pad_tokens() and target (N,) of everything that is asked of a batch."""
+    stem, _ = widths(units)
     rows = np.repeat(np.arange(len(units)), [len(unit.at) for unit in units])
-    places, targets = (np.concatenate([getattr(unit, name) for unit in units]) for name in ("at", "targets"))
+    places = np.concatenate([np.where(unit.at < unit.stem, unit.at, unit.at - unit.stem + stem) for unit in units])
+    targets = np.concatenate([unit.targets for unit in units])
     return torch.from_numpy(rows), torch.from_numpy(places), torch.from_numpy(targets)
 
 
@@ -271,22 +294,48 @@ class Scorer(Protocol):
 
 
 @dataclass(frozen=True)
-class BranchMask:
-    """In place of a layer's cache: nothing is remembered, only who may look at whom is said."""
+class Branches:
+    """
+    In place of a layer's cache: nothing is remembered, only who looks at whom is said, by a mask for the last n of the
+    T tokens. Those before them are stems, which are causal and need none. In the last layer no one asks for these, and
+    zeros stand in their place.
+    """
 
-    mask: Tensor  # (B, 1, T, T)
+    window: int
+    mask: Tensor  # (B, 1, n, T): 0, or -inf where a token must not look
+    last: bool
 
-    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return k.transpose(1, 2), v.transpose(1, 2), self.mask
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        start = q.size(2) - self.mask.size(2)
+        gqa = q.size(1) != k.size(1)
+        after = F.scaled_dot_product_attention(q[:, :, start:], k, v, attn_mask=self.mask, enable_gqa=gqa)
+        if self.last:
+            return F.pad(after, (0, 0, start, 0))
+        before = causal_attention(q[:, :, :start], k[:, :, :start], v[:, :, :start], self.window)
+        return torch.cat([before, after], dim=2)
 
 
 class GPTScorer:
-    """A frozen copy of a GPT, eager, in compute.dtype; later changes of the model are not seen."""
+    """
+    A frozen copy of a GPT in compute.dtype; later changes of the model are not seen. Compiled, it takes 10 to 20 s to
+    begin with, and then 0.6 of the time (d4 on one core, bf16, context 1,024: 48 -> 86 items a second).
+    """
 
     branches = True
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, compute: Compute, batch_tokens: int | None = None):
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        compute: Compute,
+        batch_tokens: int | None = None,
+        compile: bool = False,
+    ):
         self.model = model.inference_copy(compute.dtype)
+        self.compiled = compile
+        if compile:
+            for block in self.model.blocks:
+                block.compile(dynamic=True)
         self.device, self.dtype = compute.device, compute.dtype
         self.context = model.config.sequence_len
         self.batch_tokens = batch_tokens or default_batch_tokens(compute.device)
@@ -294,16 +343,12 @@ class GPTScorer:
 
     @torch.inference_mode()
     def predict(self, units: Sequence[Unit]) -> tuple[Tensor, Tensor]:
-        if any(unit.tails for unit in units):
-            positions, caches = self.layout(units)
-        elif self.device.type == "cpu" and max(len(unit.tokens) for unit in units) <= 1024:
-            # One mask for all rows: up to 1,024 tokens attention without one is made for training, and three to four
-            # times slower in a forward pass alone (16 rows of 256 tokens, 3 heads, bf16: 21.6 against 4.9 ms).
-            positions, caches = self.layout([max(units, key=lambda unit: len(unit.tokens))])
-        else:
-            positions, caches = None, None
-        hidden = self.model.hidden(pad_tokens(units).to(self.device), self.dtype, positions, caches)
+        if self.compiled and len(units) == 1:  # one row is a case of its own for torch.compile: spare it a graph
+            losses, hits = self.predict([*units, *units])
+            return losses.chunk(2)[0], hits.chunk(2)[0]
         rows, places, targets = (values.to(self.device) for values in asked_places(units))
+        positions, caches = self.layout(units, int(places.min()))
+        hidden = self.model.hidden(pad_tokens(units).to(self.device), self.dtype, positions, caches)
         states = hidden[rows, places]
         losses = torch.empty(len(targets), device=self.device)
         hits = torch.empty(len(targets), dtype=torch.bool, device=self.device)
@@ -313,30 +358,35 @@ class GPTScorer:
             hits[part] = logits.argmax(dim=-1) == targets[part]
         return losses.cpu(), hits.cpu()
 
-    def layout(self, units: Sequence[Unit]) -> tuple[Tensor, list[Any]]:
+    def layout(self, units: Sequence[Unit], first: int) -> tuple[Tensor, list[Any]]:
         """
-        The positions (B, T) of units with branches, and a mask for each layer: a token sees its own branch and the
-        stem, as far back as the layer's window goes. Padding is a branch of its own.
+        The positions (B, T) of units of which nothing before place `first` is asked, and what each layer looks at:
+        without branches it is causal, but for the last layer, if a quarter of the places or fewer are asked for.
         """
-        width = max(len(unit.tokens) for unit in units)
-        positions, branch = np.zeros((2, len(units), width), dtype=np.int32)
-        branch[:] = -1
-        for row, unit in enumerate(units):
-            lengths = [unit.stem, *unit.tails]
-            starts = [0] + [unit.stem] * len(unit.tails)
-            spans = [np.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-            positions[row, : len(unit.tokens)] = np.concatenate(spans)
-            branch[row, : len(unit.tokens)] = np.repeat(np.arange(len(lengths)), lengths)
-        place, which = torch.from_numpy(positions).to(self.device), torch.from_numpy(branch).to(self.device)
-        ahead = place[:, :, None] - place[:, None, :]
-        seen = (ahead >= 0) & ((which[:, None, :] == 0) | (which[:, None, :] == which[:, :, None]))
-        hidden = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)  # what attention would make, per layer
+        stem, tails = widths(units)
+        lengths = [[unit.stem, *unit.tails] for unit in units]
+        at = [np.concatenate([np.arange(a), *(np.arange(a, a + n) for n in tails)]) for a, *tails in lengths]
+        position = spread(units, at).to(self.device)
+        which = [np.repeat(np.arange(len(parts)), parts) for parts in lengths]
+        branch = spread(units, which, empty=-1).to(self.device)
         windows = self.model.config.windows()
-        masks = {
-            window: BranchMask(hidden.masked_fill(~(seen & (ahead < window)), -torch.inf)[:, None])
-            for window in set(windows)
-        }
-        return place, [masks[window] for window in windows]
+        masked = {w: Branches(w, self.mask(position, branch, stem, w), False) if tails else None for w in set(windows)}
+        caches = [masked[window] for window in windows]
+        first = min(first, stem + tails - 2)
+        if 4 * (stem + tails - first) <= stem + tails:
+            caches[-1] = Branches(windows[-1], self.mask(position, branch, first, windows[-1]), True)
+        return position, caches
+
+    def mask(self, position: Tensor, branch: Tensor, start: int, window: int) -> Tensor:
+        """
+        (B, 1, T - start, T) for the tokens from place `start` on: each sees its own branch and the stem, as far back as
+        the window goes. Padding is a branch of its own.
+        """
+        ahead = position[:, start:, None] - position[:, None, :]
+        seen = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, start:, None])
+        seen &= (ahead >= 0) & (ahead < window)
+        open_ = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)  # what attention would make, per layer
+        return open_.masked_fill(~seen, -torch.inf)[:, None]
 
 
 def default_batch_tokens(device: torch.device) -> int:
@@ -395,18 +445,19 @@ def center(accuracy: float, baseline: float) -> float:
     return (accuracy - baseline) / (1 - baseline)
 
 
-def mean_centered(scores: Sequence[TaskScore]) -> float:
-    """The mean over tasks: CORE if these are all of them."""
-    return sum(score.centered for score in scores) / len(scores)
-
-
 def evaluate_task(task: CoreTask, scorer: Scorer, compute: Compute, max_items: int | None = None) -> TaskScore:
     """
     Score the first max_items of a task's shuffled items. Collective: items are dealt to the ranks, and every rank gets
     the answers to all.
     """
+    return evaluate_items(task, read_items(task), scorer, compute, max_items)
+
+
+def evaluate_items(
+    task: CoreTask, items: Sequence[Item], scorer: Scorer, compute: Compute, max_items: int | None = None
+) -> TaskScore:
+    """As evaluate_task(), for what read_items() has read."""
     began = time.perf_counter()
-    items = read_items(task)
     n = len(items) if max_items is None else min(max_items, len(items))
     units, cut = prepare_units(task, items, range(compute.rank, n, compute.world_size), scorer)
     width = max(len(item.contexts) for item in items)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.calculator import use_calculator
@@ -38,18 +39,19 @@ class LayerSlots:
     keys: Tensor
     values: Tensor
 
-    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """
-        Store k, v (B, T, G, D) at the positions of the current step. Returns views of all keys and values up to the
-        longest row (B, G, S, D) and the mask (B, 1, T, S): causal, inside the window, a row's own tokens only.
+        Store k, v (B, G, T, D) at the positions of the current step; attention (B, H, T, D) of q over all that is
+        stored: causal, inside the window, a row's own tokens only.
         """
         positions, longest = self.cache.step_positions, self.cache.step_longest  # (B, T)
         rows = torch.arange(k.size(0), device=k.device)[:, None]
-        self.keys[rows, :, positions] = k
-        self.values[rows, :, positions] = v
+        self.keys[rows, :, positions] = k.transpose(1, 2)
+        self.values[rows, :, positions] = v.transpose(1, 2)
         ahead = positions[:, :, None] - torch.arange(longest, device=k.device)  # (B, T, S)
-        mask = (ahead >= 0) & (ahead < self.window)
-        return self.keys[:, :, :longest], self.values[:, :, :longest], mask[:, None]
+        mask = ((ahead >= 0) & (ahead < self.window))[:, None]
+        keys, values = self.keys[:, :, :longest], self.values[:, :, :longest]
+        return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=q.size(1) != k.size(1))
 
 
 class KVCache:

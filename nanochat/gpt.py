@@ -12,7 +12,7 @@ mixed precision takes. Shapes below: B batch, T time, C width, H heads, G key/va
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
@@ -20,74 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat.adamw import AdamW
-from nanochat.common import UserError
 from nanochat.muon import Muon
+from nanochat.sizing import GPTConfig, config_from_depth, flops_per_token, slice_count
+
+__all__ = ["GPT", "GPTConfig", "build_model", "config_from_depth"]
 
 SOFTCAP = 15.0  # logits are squeezed into (-15, 15) by tanh, as in Gemma 2 (arXiv 2408.00118)
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """
-    What is needed to rebuild the model, stored in every checkpoint. Raises UserError for shapes that cannot be built.
-    """
-
-    sequence_len: int = 2048  # training context in tokens; also half of it is the window of an "S" layer
-    vocab_size: int = 65536
-    n_layer: int = 20
-    n_head: int = 10
-    n_kv_head: int = 10
-    n_embd: int = 1280
-    window_pattern: str = "L"  # tiled over the layers: L full context, S half of it; the last layer is always L
-    rope_base: float = 100_000.0
-
-    def __post_init__(self) -> None:
-        if min(self.n_layer, self.n_head, self.n_kv_head, self.n_embd, self.vocab_size, self.sequence_len) < 1:
-            raise UserError(f"every size of a model must be at least 1: {asdict(self)}")
-        if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
-            raise UserError(
-                f"width {self.n_embd} does not split into {self.n_head} heads of even size; choose another --head-dim"
-            )
-        if self.n_head % self.n_kv_head:
-            raise UserError(f"--kv-heads={self.n_kv_head} must divide the {self.n_head} query heads")
-        if not self.window_pattern or set(self.window_pattern) - set("LS"):
-            raise UserError(
-                f"--window-pattern={self.window_pattern}: expected a word of the letters L and S, such as SSSL"
-            )
-
-    @property
-    def head_dim(self) -> int:
-        return self.n_embd // self.n_head
-
-    def windows(self) -> list[int]:
-        """How many tokens each layer sees, itself included."""
-        pattern = self.window_pattern
-        letters = [pattern[i % len(pattern)] for i in range(self.n_layer - 1)] + ["L"]
-        return [self.sequence_len if letter == "L" else max(1, self.sequence_len // 2) for letter in letters]
-
-
-def config_from_depth(
-    depth: int,
-    vocab_size: int,
-    sequence_len: int,
-    aspect_ratio: int = 64,
-    head_dim: int | None = None,
-    kv_heads: int | None = None,
-    window_pattern: str = "L",
-) -> GPTConfig:
-    """
-    The one dial: width = depth * aspect_ratio, rounded up to whole heads. Heads have 128 channels where the width is at
-    least 512 and a multiple of 128, else 64: a 256-wide model with two heads is worse than one with four.
-    """
-    if depth < 1 or aspect_ratio < 1 or (head_dim is not None and head_dim < 2):
-        raise UserError(
-            f"--depth={depth} --aspect-ratio={aspect_ratio} --head-dim={head_dim}: expected at least 1, 1 and 2"
-        )
-    width = depth * aspect_ratio
-    if head_dim is None:
-        head_dim = 128 if width >= 512 and width % 128 == 0 else 64
-    n_head = math.ceil(width / head_dim)
-    return GPTConfig(sequence_len, vocab_size, depth, n_head, kv_heads or n_head, n_head * head_dim, window_pattern)
 
 
 # -----------------------------------------------------------------------------
@@ -127,7 +65,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """
     H, T, D = q.shape[1:]
     G = k.shape[1]
-    if q.device.type != "cpu" or T > 1024 or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or q.device.type != "cpu" or T > 1024:
         mask = causal_mask(T, T, window, q.device) if window < T else None
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=H != G)
     if H != G:
@@ -149,10 +87,10 @@ def causal_mask(T: int, S: int, window: int, device: torch.device | str) -> Tens
 
 
 class LayerCache(Protocol):
-    """One layer's keys and values while decoding; engine.KVCache hands them out."""
+    """What a layer's queries look at, if not simply at the tokens before them: engine.KVCache, core_eval.Branches."""
 
-    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Append k, v (B, T, G, D); return all keys and values (B, G, S, D) and the mask (B, 1, T, S)."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention (B, H, T, D) of q (B, H, T, D), where k, v (B, G, T, D) are the same tokens' keys and values."""
 
 
 class Linear(nn.Linear):
@@ -184,13 +122,8 @@ class Attention(nn.Module):
         k = self.c_k(x).view(B, T, self.config.n_kv_head, D)
         v = self.c_v(x).view(B, T, self.config.n_kv_head, D)
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
-        q = q.transpose(1, 2)  # (B, H, T, D)
-        if cache is None:
-            y = causal_attention(q, k.transpose(1, 2), v.transpose(1, 2), self.window)
-        else:
-            keys, values, mask = cache.update(k, v)
-            gqa = self.config.n_head != self.config.n_kv_head
-            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=gqa)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or G, T, D)
+        y = causal_attention(q, k, v, self.window) if cache is None else cache.attend(q, k, v)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -289,13 +222,8 @@ class HeadLoss(torch.autograd.Function):
 
 
 def slice_rows(tokens: int, vocab_size: int, device: torch.device) -> list[slice]:
-    """
-    Slices of equal length (one compiled shape) whose fp32 logits stay near 16 MB on CPU (the L3 cache) and 512 MB
-    elsewhere.
-    """
-    budget = (16 if device.type == "cpu" else 512) * 2**20
-    n = max(1, budget // (4 * vocab_size))
-    n = math.ceil(tokens / math.ceil(tokens / n))
+    """Slices of equal length (one compiled shape), as many as sizing.slice_count says."""
+    n = math.ceil(tokens / slice_count(tokens, vocab_size, device.type == "cpu"))
     return [slice(start, min(start + n, tokens)) for start in range(0, tokens, n)]
 
 
@@ -428,13 +356,8 @@ class GPT(nn.Module):
         return self.num_params() - self.wte.weight.numel()
 
     def estimate_flops(self) -> int:
-        """
-        Training FLOPs per token at full context, forward and backward: 6 per matmul weight, and 12 H D min(window, T)
-        per layer for the attention scores and their sums (PaLM, arXiv 2204.02311, appendix B; not halved for
-        causality).
-        """
-        attention = sum(12 * self.config.n_embd * window for window in self.config.windows())
-        return 6 * self.num_matmul_params() + attention
+        """Training FLOPs per token, see sizing.flops_per_token."""
+        return flops_per_token(self.config)
 
     # -------------------------------------------------------------------------
     # Optimizers

@@ -6,7 +6,6 @@ point.
 """
 
 import math
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from nanochat.adamw import AdamW
 from nanochat.checkpoint_manager import Checkpoint, restore_rng
 from nanochat.common import NotFinite, Record, StepFailed, Stopped, UserError, get_rank, print0
-from nanochat.compute import Compute, peak_flops, synchronize
+from nanochat.compute import Compute, can_compile, peak_flops, synchronize
 from nanochat.conversation import Conversations, decode_parts, parts_text, render_for_completion
 from nanochat.dataloader import chat_stream, rows_in_epoch
 from nanochat.engine import Engine
@@ -276,7 +275,7 @@ def compile_model(model: GPT, device: torch.device) -> None:
     """
     torch.compile where its backend has what it needs; a CPU without a C++ compiler trains eagerly, and is told so.
     """
-    if device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+    if not can_compile(device):
         print0("compile: no C++ compiler found, training eagerly (about half the speed); Debian: apt-get install g++")
         return
     model.compile_parts()

@@ -1,6 +1,7 @@
 """The command: what it prints and records, stopped and continued, on several ranks, and what it refuses."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -60,6 +61,8 @@ def test_every_task_is_recorded_and_a_second_run_scores_only_what_is_missing(hom
     assert [event["task"] for event in events] == core["tasks"] == [*NAMES]
     assert core["value"] == pytest.approx(sum(event["centered"] for event in events) / 3)
     assert core["missing"] == [] and core["partial"] is False
+    errors = [event["stderr"] / (1 - base) for event, base in zip(events, (0.5, 0.5, 0.0), strict=True)]
+    assert core["stderr"] == pytest.approx(math.hypot(*errors) / 3)
     assert [event["n"] for event in events] == [16, 2, 16] and events[0]["cut"] == 16
 
     before = answers(home)
@@ -99,6 +102,19 @@ def test_a_mean_over_some_tasks_is_not_called_core(home, score):
             score(tasks="fill")
     finally:
         aside.rename(path)
+
+
+def test_a_model_is_compiled_only_for_many_items(home, monkeypatch):
+    """16 items of 125 tasks are 2,000."""
+    task, *_ = base_eval.load_tasks(home / "bundle")
+    monkeypatch.setattr(base_eval, "can_compile", lambda device: True)
+    cpu = Compute(torch.device("cpu"), torch.float32)
+    assert base_eval.worth_compiling([task] * 125, cpu) and not base_eval.worth_compiling([task] * 124, cpu)
+    monkeypatch.setattr(base_eval, "max_per_task", 15)
+    assert not base_eval.worth_compiling([task] * 125, cpu)
+    monkeypatch.setattr(base_eval, "max_per_task", -1)
+    monkeypatch.setattr(base_eval, "can_compile", lambda device: False)
+    assert not base_eval.worth_compiling([task] * 125, cpu)
 
 
 def test_mistakes_are_one_line(score):

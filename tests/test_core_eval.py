@@ -160,6 +160,18 @@ def test_answers_are_those_of_one_item_at_a_time(tasks, context, batch_tokens):
         assert_same_as_slow(task, model_of(context), BYTES, batch_tokens=batch_tokens)
 
 
+@pytest.mark.soak  # compiling takes half a minute
+def test_a_compiled_model_gives_the_same_answers_from_few_graphs(tasks):
+    """Batches of any shape, windows, and rows alone in their batch: below the limit after which torch stays eager."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = model_of(96)
+    for batch_tokens in (1000, 1):
+        for task in tasks:
+            assert_same_as_slow(task, model, BYTES, batch_tokens=batch_tokens, compile=True)
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= torch._dynamo.config.recompile_limit
+
+
 def test_cut_prompts_are_counted(tasks):
     for task in tasks:
         lengths = [max(len(p.encode()) for p in render_prompts(task, read_items(task), i)) + 1 for i in range(16)]
