@@ -5,7 +5,6 @@ Promises: a file written here exists whole or not at all; one line per mistake. 
 `--help` and every mistake answer at once. Torch lives one layer up, in compute.py.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -82,8 +81,10 @@ def say_why(reason: str, everywhere: bool) -> None:
     if everywhere and get_rank() != 0:
         time.sleep(1)  # torchrun ends all when the first one ends; let rank 0 speak
         return
-    with contextlib.suppress(OSError):  # a closed terminal
+    try:
         print(f"{Path(sys.argv[0]).stem}: {reason}", file=sys.stderr, flush=True)
+    except OSError:
+        into_nothing(sys.stderr)
 
 
 # -----------------------------------------------------------------------------
@@ -104,9 +105,14 @@ def print0(*values: object, **options: Any) -> None:
         try:
             print(*values, **options, flush=True)
         except OSError:
-            nothing = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nothing, sys.stdout.fileno())
-            os.close(nothing)
+            into_nothing(sys.stdout)
+
+
+def into_nothing(stream: TextIO) -> None:
+    """Let a stream whose terminal or reader has gone lead nowhere; else its rest fails again when the process ends."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, stream.fileno())
+    os.close(nothing)
 
 
 # -----------------------------------------------------------------------------

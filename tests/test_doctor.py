@@ -42,6 +42,7 @@ def only(findings: object) -> Finding:
 # As a user calls it
 
 
+@pytest.mark.soak
 def test_a_machine_that_is_well_ends_with_0(tmp_path: Path) -> None:
     result = run_doctor(NANOCHAT_BASE_DIR=str(tmp_path / "base"))
     assert result.returncode == 0, result.stdout + result.stderr

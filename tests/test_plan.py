@@ -107,6 +107,7 @@ def measured_and_planned(shape: tuple, mode: str) -> tuple[int, int]:
     return counted["lasting"] + max(counted["gradients"], counted["update"]), planned.total
 
 
+@pytest.mark.soak
 def test_planned_memory_is_what_an_eager_step_takes() -> None:
     measured, planned = measured_and_planned(SHAPES[0], "eager")
     assert abs(planned / measured - 1) < 0.15
