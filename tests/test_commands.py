@@ -17,7 +17,7 @@ COMMAND = re.compile(r"-m ((?:scripts|nanochat|dev)\.\w+)([^`\n]*)")
 VARIABLE = re.compile(r'^\s*(?:export )?(\w+)="?(?:\$\{\w+:-)?([^}"\s]*)', re.MULTILINE)  # A=1, A="${A:-1}"
 HEAVY = {"torch", "numpy", "pyarrow", "datasets", "wandb", "transformers", "rustbpe"}
 
-# What users of the ancestors type.
+# What users of nanochat and nanoGPT type.
 KNOWN = """
 -m nanochat.dataset -n 240
 -m nanochat.dataset -n -1

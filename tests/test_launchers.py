@@ -279,14 +279,14 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def test_activation_is_not_lost_in_a_subshell(checkout: Checkout, speedrun: Callable) -> None:
-    """An ancestor sourced the environment in a pipeline."""
+    """A launcher in use sourced the environment in a pipeline."""
     speedrun(STAGES="tok base")
     assert checkout.environment()["VIRTUAL_ENV"] == str(checkout.path / ".venv")
 
 
 @pytest.mark.parametrize("launcher", ["speedrun.sh", "run1000.sh", "launch_6x_amd_xtx.sh", "dev/miniseries.sh"])
 def test_wandb_run_is_respected(checkout: Checkout, launcher: str) -> None:
-    """An ancestor's launcher set it to empty."""
+    """A launcher in use set it to empty."""
     checkout.run(
         launcher, WANDB_RUN="mine", STAGES="base" if "mini" in launcher else "tok base", TORCH="2.13.0 7.2 6 24"
     )
@@ -351,7 +351,7 @@ def test_amd_launcher_refuses_what_cannot_work(checkout: Checkout, settings: dic
 
 
 def test_amd_environment_has_levels_that_rccl_knows_and_hides_no_card(checkout: Checkout) -> None:
-    """An ancestor said NCCL_DEBUG=ON, and six visible devices whatever was there."""
+    """A launcher in use said NCCL_DEBUG=ON, and six visible devices whatever was there."""
     checkout.run("launch_6x_amd_xtx.sh", STAGES="tok base", TORCH="2.13.0 7.2 6 24", NCCL_P2P_LEVEL="SYS")
     seen = checkout.environment()
     assert seen["NCCL_DEBUG"] in ("VERSION", "WARN", "INFO", "TRACE")
@@ -376,7 +376,7 @@ def test_grids_show_their_rows_and_skip_the_finished_ones(checkout: Checkout, la
 def test_series_table_has_a_row_for_each_run_and_dashes_for_what_is_not_known(
     base_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An ancestor's table was cut out of logs with grep, and empty when the wording changed."""
+    """A table in use was cut out of logs with grep, and empty when the wording changed."""
     from dev import series_table
 
     (base_dir / "records").mkdir(parents=True)
@@ -421,7 +421,7 @@ def test_slurm_signals_go_to_the_ranks() -> None:
 
 
 def test_every_sbatch_line_that_we_show_ends_with_the_script() -> None:
-    """An ancestor's had a comment inside a continued command: sbatch got no script, and it ran on the login node."""
+    """One in use had a comment inside a continued command: sbatch got no script, and it ran on the login node."""
     files = [*ROOT.glob("docs/**/*.md"), *ROOT.glob("dev/slurm/*")]
     shown = [line for file in files for line in re.findall(r"\bsbatch [^`\n]*?\S(?=  |`|$|\")", file.read_text(), re.M)]
     commands = [line for line in shown if "dev/slurm" in line or "--" in line]
@@ -470,7 +470,7 @@ def test_job_runs_the_pipeline_offline_with_a_rank_for_each_task(checkout: Check
 
 
 def test_a_failing_stage_ends_the_job_with_its_exit_code(checkout: Checkout) -> None:
-    """In an ancestor's job the last command was a cp, whose status was the job's."""
+    """In a job in use the last command was a cp, whose status was the job's."""
     result = checkout.job(FAIL="scripts.mid_train", CODE=3)
     assert result.returncode == 3
     assert not checkout.calls("chat_sft") and not checkout.calls("requeue")
