@@ -14,16 +14,11 @@ from nanochat.compute import Compute
 from nanochat.guard import SignalWatch
 from scripts import chat_rl, chat_sft, mid_train
 from tests import tiny
+from tests.faults import FOLDERS, Faults
 from tests.rewarded_rl import even_length
 from tests.test_gpt import small_model
 from tests.tiny import EAGER, RUN
 
-FOLDERS = {
-    "base": "base_checkpoints",
-    "mid": "mid_checkpoints",
-    "sft": "chatsft_checkpoints",
-    "rl": "chatrl_checkpoints",
-}
 SCRIPTS = {"mid": mid_train, "sft": chat_sft, "rl": chat_rl}
 DEFAULTS = {name: dict(script.settings) for name, script in SCRIPTS.items()}
 
@@ -170,25 +165,28 @@ def test_a_batch_without_a_supervised_token_changes_no_weight(home):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["mid_train", "chat_sft", "chat_rl"])
-def test_two_ranks_equal_one(home, name):
+@pytest.fixture(scope="module")
+def faults(home):
+    with Faults(home) as running:
+        yield running
+
+
+@pytest.mark.parametrize("name", ["mid", "sft", "rl"])
+def test_two_ranks_equal_one(home, faults, name):
     """Rows of the file have uneven numbers of supervised tokens; RL deals 3 prompts to 2 ranks."""
-    source = "mid" if name == "chat_rl" else "base"
-    for tag in ("one", "two"):
-        start_from(home, source, f"{name}_{tag}")
-    common = ["--device-type=cpu", "--dtype=float32", "--num-iterations=5", "--eval-every=-1"]
-    flags = [*common, f"--mixture={home / 'chats.jsonl'}", f"--source={source}", "--compile=false"]
-    flags += ["--total-batch-size=1024", "--device-batch-size=2", "--init-lr-frac=1"]
-    if name == "chat_rl":
-        flags = [*common, f"--source={source}", "--task=Arithmetic", "--examples-per-step=3", "--num-samples=4"]
-        flags += ["--max-new-tokens=40", "--eval-examples=2", "--eval-samples=2", "--init-lr-frac=1"]
-    stage_name = {"mid_train": "mid", "chat_sft": "sft", "chat_rl": "rl"}[name]
-    module = "tests.rewarded_rl" if name == "chat_rl" else f"scripts.{name}"
-    tiny.run(home, module, *flags, f"--model-tag={name}_one")
-    tiny.torchrun(home, 2, module, "--", *flags, f"--model-tag={name}_two")
-    one, two = (tiny.events(home, stage_name, f"{name}_{tag}", "step") for tag in ("one", "two"))
-    assert len(one) == len(two) == 5
-    for a, b in zip(one, two, strict=True):
+    source = "mid" if name == "rl" else "base"
+    settings = {"num_iterations": 5, "source": source, "init_lr_frac": 1.0}
+    settings |= {"max_new_tokens": 40} if name == "rl" else {"mixture": str(home / "chats.jsonl")}
+    losses = []
+    for ranks in (1, 2):
+        tag = f"{name}_on_{ranks}"
+        start_from(home, source, tag)
+        faults.start(name, {**settings, "model_tag": tag}, ranks)
+        codes, output = faults.finish()
+        assert codes == [0] * ranks, output
+        losses.append(tiny.events(home, name, tag, "step"))
+    assert len(losses[0]) == len(losses[1]) == 5
+    for a, b in zip(*losses, strict=True):
         assert a["tokens"] == b["tokens"] > 0 and a["loss"] == pytest.approx(b["loss"], abs=1e-5)
 
 

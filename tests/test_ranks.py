@@ -30,16 +30,3 @@ def test_losses_and_optimizer_state_on_1_2_and_3_ranks(home):
             assert a["tokens"] == b["tokens"] and a["loss"] == pytest.approx(b["loss"], abs=1e-5)
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
         assert its_plan["optimizer_state_bytes"] == pytest.approx(plan["optimizer_state_bytes"] / ranks, rel=0.35)
-
-
-def test_three_ranks_continue_on_one(home):
-    """
-    Optimizer state is saved whole, so the ranks may change; gloo sums in another order, so the weights are near and not
-    equal.
-    """
-    flags = [*RUN, *EAGER, f"--total-batch-size={12 * 32}", "--save-every=10", "--model-tag=moved"]
-    tiny.torchrun(home, 3, "scripts.base_train", "--", *flags)
-    whole = [event["loss"] for event in tiny.events(home, "base", "moved", "step")]
-    tiny.run(home, "scripts.base_train", *flags[:-1], "--model-tag=moved", "--resume-from-step=10", check=False)
-    resumed = [event["loss"] for event in tiny.events(home, "base", "moved", "step")[20:]]
-    assert resumed == pytest.approx(whole[10:], abs=1e-5)
