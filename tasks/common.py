@@ -14,6 +14,7 @@ generated items `split_of` decides by the hash of what makes an item that item.
 
 import hashlib
 import random
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -29,7 +30,7 @@ Split = Literal["train", "dev", "test"]
 SPLITS = ("train", "dev", "test")
 
 
-class Task:
+class Task(ABC):
     """
     A sequence of conversations; `start`, `stop` and `step` take a part of them, as in range(). A `stop` beyond the end
     means the end. task[i] raises IndexError beyond the end.
@@ -49,13 +50,13 @@ class Task:
             )
         self.start, self.stop, self.step = start, stop, step
 
+    @abstractmethod
     def num_examples(self) -> int:
         """How many conversations there are before start, stop and step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def get_example(self, index: int) -> Conversation:
         """Conversation `index`, 0 <= index < num_examples(); the same on every call and machine."""
-        raise NotImplementedError
 
     def evaluate(self, conversation: Conversation, answer: str) -> bool:
         """Whether `answer` (the text an assistant wrote, without its tool calls) is right for this conversation."""

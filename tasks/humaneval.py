@@ -73,8 +73,3 @@ def before_function(item: Conversation) -> str:
     """The imports of the prompt, and in four items a helper."""
     function = re.escape(item["entry_point"])
     return re.split(rf"^def {function}\b", item["prompt"], maxsplit=1, flags=re.MULTILINE)[0]
-
-
-def build_program(item: Conversation, code: str) -> str:
-    """The code and the item's tests in one program, as it is published."""
-    return f"{answer_program(item, code)}\n\n{item['test']}\n\ncheck({item['entry_point']})\n"

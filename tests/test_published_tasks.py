@@ -17,7 +17,7 @@ from tasks.arc import ARC
 from tasks.common import Task, load_rows, message_text, write_rows
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K, answer_parts, extract_answer
-from tasks.humaneval import HumanEval, build_program, extract_code
+from tasks.humaneval import HumanEval, answer_program, checker_program, extract_code
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 
@@ -257,9 +257,10 @@ def test_imports_and_helpers_of_the_prompt_are_there() -> None:
     item = {"prompt": prompt, "entry_point": "f", "test": "def check(f): pass"}
     head = "import math\n\ndef helper():\n    return 1\n\n"
     tail = "\n\ndef check(f): pass\n\ncheck(f)\n"
-    assert build_program(item, "def f(x): return 2") == head + "def f(x): return 2" + tail
-    assert build_program(item, "    return 2") == prompt + "    return 2" + tail
-    assert build_program(item, "def f2(x): return 2").startswith(prompt)
+    assert answer_program(item, "def f(x): return 2") == head + "def f(x): return 2"
+    assert answer_program(item, "    return 2") == prompt + "    return 2"
+    assert answer_program(item, "def f2(x): return 2").startswith(prompt)
+    assert checker_program(item) == head + tail
 
 
 # -----------------------------------------------------------------------------
