@@ -176,7 +176,7 @@ def main() -> None:
                 raise Stopped(result.stop_signal)
             if clock.due(done) or done == num_steps:
                 save()
-            if dead_steps == max_dead_steps:
+            if dead_steps >= max_dead_steps:
                 raise UserError(diagnose(vitals, dead_steps), everywhere=True)
             if train.every(eval_every, done) or done == num_steps:
                 evaluate(done, watch)

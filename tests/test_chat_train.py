@@ -124,6 +124,9 @@ def test_rl_changes_the_model_only_where_there_is_signal(stage, home, monkeypatc
         UserError, match="no prompt taught anything for 2 steps; 0% of the answers have a `#### number`"
     ):
         stage("rl", "dead", max_dead_steps=2, fresh=True)
+    # The run saved its two dead steps; resumed, it counted past the limit and went on for ever.
+    with pytest.raises(UserError, match="no prompt taught anything for 3 steps"):
+        stage("rl", "dead", max_dead_steps=2, resume=True)
 
 
 def test_a_resumed_rl_run_keeps_its_number_of_steps(stage, home, rewarded):
