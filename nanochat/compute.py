@@ -87,8 +87,13 @@ def compute_init(device_type: str = "auto", dtype: str = "auto", seed: int = 42)
     """
     if device_type == "auto":
         device_type = autodetect_device_type()
-    world_size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    device = open_device(device_type, local_rank)
+    world_size, tasks = int(os.environ.get("WORLD_SIZE", "1")), first_number("SLURM_STEP_NUM_TASKS")
+    if tasks and tasks > 1 and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            f"srun started {tasks} tasks without WORLD_SIZE; as ranks of one run: srun bash dev/slurm/rank.sh -m "
+            "scripts.base_train, as that many runs: WORLD_SIZE=1 srun"
+        )
+    device = open_device(device_type, first_number("LOCAL_RANK", "SLURM_LOCALID") if world_size > 1 else 0)
     if world_size > 1:
         join_ranks(device)
     torch.manual_seed(seed)
@@ -106,6 +111,17 @@ def compute_init(device_type: str = "auto", dtype: str = "auto", seed: int = 42)
     return compute
 
 
+def first_number(*names: str) -> int | None:
+    """What the first of these environment variables that is a plain number says; None where none is."""
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdecimal()), None)
+
+
+def local_world_size() -> int:
+    """How many ranks share this machine, as torchrun or srun says; 1 where neither does."""
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"  # also in a job whose tasks srun could start
+    return 1 if alone else first_number("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE") or 1
+
+
 def keep_freed_memory() -> None:
     """
     Tell glibc to keep freed memory instead of returning each large tensor to the kernel, which hands it back page by
@@ -120,7 +136,8 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TOP_PAD, 64 << 20)
 
 
-def open_device(device_type: str, local_rank: int) -> torch.device:
+def open_device(device_type: str, local_rank: int | None) -> torch.device:
+    """A device of this machine: of its GPUs the one with this rank's number among the ranks here."""
     if device_type not in DEVICE_TYPES:
         raise UserError(f"--device-type={device_type}: expected auto, {', '.join(DEVICE_TYPES)}")
     available: dict[str, Callable[[], bool]] = {
@@ -135,6 +152,11 @@ def open_device(device_type: str, local_rank: int) -> torch.device:
         )
     if device_type != "cuda":
         return torch.device(device_type)
+    if local_rank is None:
+        raise UserError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} needs LOCAL_RANK (torchrun sets it) or SLURM_LOCALID (srun does): "
+            "without them all ranks of a machine would take GPU 0"
+        )
     if local_rank >= torch.cuda.device_count():
         raise UserError(
             f"rank {local_rank} has no GPU: torchrun --nproc_per_node={torch.cuda.device_count()} fits this machine"
@@ -157,7 +179,7 @@ def join_ranks(device: torch.device) -> None:
     if (
         device.type == "cpu"
     ):  # ranks share the cores; torchrun sets 1 thread, which is right from as many ranks as cores on
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
 
 
 def meet() -> tuple[dist.Store, int, int]:
