@@ -72,6 +72,18 @@ def windows_of_all(
         before += len(text)
 
 
+def up_to(
+    max_tokens: int | None, windows: Iterable[tuple[int, np.ndarray, int]]
+) -> Iterator[tuple[int, np.ndarray, int]]:
+    """The first windows, up to the one whose counted targets make max_tokens in all; None = all of them."""
+    tokens = 0
+    for i, window, first in windows:
+        yield i, window, first
+        tokens += len(window) - 1 - first
+        if max_tokens is not None and tokens >= max_tokens:
+            return
+
+
 @torch.no_grad()
 def evaluate_bpb(
     model: GPT,
@@ -85,14 +97,14 @@ def evaluate_bpb(
 ) -> BitsPerByte:
     """
     Bits per byte of the documents in `texts`, in batches of `rows` windows of the model's sequence_len over all ranks.
-    Stops after the first batch that reaches max_tokens. `poll` is called between batches, on all ranks; what it
-    raises ends the evaluation. Collective: all ranks pass the same texts and get the same result.
+    Stops after the window that reaches max_tokens, whatever rows and ranks are. `poll` is called between batches, on
+    all ranks; what it raises ends the evaluation. Collective: all ranks pass the same texts and get the same result.
     """
     T = model.config.sequence_len
     token_bytes = torch.from_numpy(tokenizer.token_bytes.astype(np.int64)).to(compute.device)
     sums = torch.zeros(0, 3, dtype=torch.float64)  # nats, bytes, tokens of each document on this rank
-    tokens_seen = 0  # of all ranks
-    for batch in batched(windows_of_all(texts, tokenizer, T, stride or T), rows * compute.world_size):
+    scored = up_to(max_tokens, windows_of_all(texts, tokenizer, T, stride or T))
+    for batch in batched(scored, rows * compute.world_size):
         if poll:
             poll()
         mine = batch[compute.rank * rows :][:rows]
@@ -100,13 +112,10 @@ def evaluate_bpb(
         inputs, counted = torch.from_numpy(tokens).to(compute.device), torch.from_numpy(counts).to(compute.device)
         targets = inputs[:, 1:].masked_fill(~counted, -1)
         losses = model(inputs[:, :-1], targets, loss_reduction="none", dtype=compute.dtype)
-        scored = [losses.sum(1), (token_bytes[targets.clamp(min=0)] * counted).sum(1), counted.sum(1)]
-        of_rows = torch.stack([column.cpu().double() for column in scored], dim=1)[: len(mine)]
+        of_rows = [losses.sum(1), (token_bytes[targets.clamp(min=0)] * counted).sum(1), counted.sum(1)]
+        of_mine = torch.stack([column.cpu().double() for column in of_rows], dim=1)[: len(mine)]
         sums = torch.cat([sums, sums.new_zeros(max(0, batch[-1][0] + 1 - len(sums)), 3)])
-        sums.index_add_(0, torch.tensor([document for document, _, _ in mine], dtype=torch.long), of_rows)
-        tokens_seen += sum(len(window) - 1 - first for _, window, first in batch)
-        if max_tokens is not None and tokens_seen >= max_tokens:
-            break
+        sums.index_add_(0, torch.tensor([document for document, _, _ in mine], dtype=torch.long), of_mine)
     return ratio_over_documents(compute.sum(sums).numpy())
 
 

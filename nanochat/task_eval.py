@@ -173,12 +173,13 @@ def choose_letters(
 ) -> dict[int, str]:
     """The letter that the model would rather begin each answer with than any other letter of the problem."""
     chosen = {}
+    letter_ids = {letter: tokenizer.encode(letter)[0] for letter in set().union(*letters.values())}
     numbers = sorted(prompts, key=lambda number: -len(prompts[number]))  # little padding; the largest batch comes first
     for start in range(0, len(numbers), batch_size):
         batch = numbers[start : start + batch_size]
         logits, _ = engine.prefill([prompts[number] for number in batch])  # (B, V)
         for number, row in zip(batch, logits.cpu(), strict=True):
-            ids = [tokenizer.encode(letter)[0] for letter in letters[number]]
+            ids = [letter_ids[letter] for letter in letters[number]]
             chosen[number] = letters[number][int(row[ids].argmax())]
     return chosen
 

@@ -99,9 +99,12 @@ def test_batch_size_does_not_move_the_number(rows, stride):
     assert result.bpb == pytest.approx(expected.bpb, rel=1e-6)
 
 
-def test_a_limit_stops_after_the_batch_that_reaches_it():
-    result = evaluate_bpb(model(), ByteTokenizer(), TEXTS, CPU, rows=2, max_tokens=5)
-    assert 5 <= result.tokens < sum(len(text) for text in TEXTS[0].to_pylist())
+def test_a_limit_in_tokens_does_not_score_more_text_with_larger_batches_or_more_ranks():
+    """It stopped after a batch, so that three ranks had another val bpb than one."""
+    one = evaluate_bpb(model(), ByteTokenizer(), TEXTS, CPU, rows=1, max_tokens=5)
+    many = evaluate_bpb(model(), ByteTokenizer(), TEXTS, CPU, rows=7, max_tokens=5)
+    assert 5 <= one.tokens == many.tokens < sum(len(text) for text in TEXTS[0].to_pylist())
+    assert one.bpb == pytest.approx(many.bpb, rel=1e-6)
 
 
 def test_baselines():
