@@ -4,6 +4,7 @@
 #   bash launch_6x_amd_xtx.sh
 #   STAGES="sft eval report" bash launch_6x_amd_xtx.sh     # some of: tok base mid sft rl eval report
 #   NPROC=4 DEVICE_BATCH_SIZE=7 bash launch_6x_amd_xtx.sh  # fewer cards; other rows per card than the plan's
+#   DEPTH=32 MEMORY_ARGS="--shard --recompute" bash launch_6x_amd_xtx.sh
 #
 # The stages are those of speedrun.sh, in which every other variable means the same. Whatever is set below can be set from outside.
 set -euo pipefail
@@ -56,8 +57,8 @@ fi
 
 # Rows per card: as many as fit, by arithmetic. 6 for a d20 with 24 GB; on 7900 XTX cards 6 rows took 15 GB with an older nanochat, 7 took
 # 17 and 9 took 22.
-sizes() { echo "--depth=${DEPTH:-20} --gpus=$NPROC --vram-gb=$vram"; }
-# shellcheck disable=SC2046 # they are three words
+sizes() { echo "--depth=${DEPTH:-20} --gpus=$NPROC --vram-gb=$vram ${MEMORY_ARGS:-}"; }
+# shellcheck disable=SC2046 # they are several words
 plan() { python -m scripts.plan $(sizes); }
 if [ -z "${DEVICE_BATCH_SIZE:-}" ]; then
   plan="$(plan)"

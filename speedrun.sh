@@ -26,6 +26,7 @@ VOCAB_SIZE="${VOCAB_SIZE:-65536}"              # 2^16, so that ids fit 16 bits
 WANDB_RUN="${WANDB_RUN:-dummy}"                # dummy = no wandb
 # Tokens per parameter, 20 as in Chinchilla; for a trial HORIZON=--num-iterations=100.
 HORIZON="${HORIZON:---target-param-data-ratio=20}"
+MEMORY_ARGS="${MEMORY_ARGS:-}"                 # of base, mid and SFT for a model that does not fit: --shard, --recompute (scripts/plan.py)
 # More settings for one stage; they win over those below.
 BASE_ARGS="${BASE_ARGS:-}"
 CORE_ARGS="${CORE_ARGS:-}"
@@ -63,7 +64,8 @@ stage tok tok_eval python -m scripts.tok_eval --corpus="$CORPUS"
 # A run that was stopped goes on from its last checkpoint; a finished one has nothing to do.
 stage base base_train "${ranks[@]}" -m scripts.base_train -- \
   --depth="$DEPTH" "$HORIZON" --device-batch-size="$DEVICE_BATCH_SIZE" --total-batch-size="$TOTAL_BATCH_SIZE" \
-  --corpus="$CORPUS" --model-tag="$TAG" --save-every=2000 --keep-last=2 --run="$WANDB_RUN" $BASE_ARGS $(resume base "$TAG")
+  --corpus="$CORPUS" --model-tag="$TAG" --save-every=2000 --keep-last=2 --run="$WANDB_RUN" $MEMORY_ARGS $BASE_ARGS \
+  $(resume base "$TAG")
 stage eval base_loss "${ranks[@]}" -m scripts.base_loss -- \
   --corpus="$CORPUS" --model-tag="$TAG" --device-batch-size="$DEVICE_BATCH_SIZE" --no-baselines
 stage eval base_eval "${ranks[@]}" -m scripts.base_eval -- --model-tag="$TAG" $CORE_ARGS
@@ -75,11 +77,12 @@ stage "mid sft eval" words python -m dev.gen_words --corpus="$CORPUS" --min-coun
 stage "mid sft eval" identity python -m dev.gen_identity
 stage mid mid_train "${ranks[@]}" -m scripts.mid_train -- \
   --model-tag="$TAG" --device-batch-size="$DEVICE_BATCH_SIZE" --total-batch-size="$TOTAL_BATCH_SIZE" \
-  --run="$WANDB_RUN" $MID_ARGS $(resume mid "$TAG")
+  --run="$WANDB_RUN" $MEMORY_ARGS $MID_ARGS $(resume mid "$TAG")
 trained mid "$TAG" && stage eval mid_eval "${ranks[@]}" -m scripts.chat_eval -- -i mid --model-tag="$TAG" $EVAL_ARGS
 
 # SFT: 22,000 conversations, what the assistant says in them, one epoch.
-stage sft chat_sft "${ranks[@]}" -m scripts.chat_sft -- --model-tag="$TAG" --run="$WANDB_RUN" $SFT_ARGS $(resume chatsft "$TAG")
+stage sft chat_sft "${ranks[@]}" -m scripts.chat_sft -- \
+  --model-tag="$TAG" --run="$WANDB_RUN" $MEMORY_ARGS $SFT_ARGS $(resume chatsft "$TAG")
 trained chatsft "$TAG" && stage eval sft_eval "${ranks[@]}" -m scripts.chat_eval -- -i sft --model-tag="$TAG" $EVAL_ARGS
 
 # RL on GSM8K: 7,000 problems, 16 a step, 16 answers to each.

@@ -1,9 +1,10 @@
 """
 AdamW (arXiv 1711.05101) for embedding and head. One class for any number of ranks and any tensor size, moments in fp32.
 
-Ranks: each parameter is seen flat, padded to a multiple of the ranks; gradients are summed by reduce-scatter, each rank
-updates its slice, and parameters come back by all-gather (ZeRO-2), while the next one is prepared or updated. With one
-rank the same loop sends nothing. State is 1/N per rank.
+Ranks: each rank owns ceil(rows / N) rows of a parameter; gradients are summed by reduce-scatter, each rank updates its
+rows, and parameters come back by all-gather (ZeRO-2), while the next one is prepared or updated. With one rank the same
+loop sends nothing. State is 1/N per rank. With --shard a rank holds just those rows, and their gradient, already
+summed: nothing is sent at all.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.compute import UnderWay, all_gather, ranks, reduce_scatter
+from nanochat.sharding import compute_device, is_split, local, padded_rows, rows_per_rank
 
 
 def adamw_update(
@@ -39,27 +40,40 @@ def adamw_update(
 
 @dataclass
 class Slice:
-    """One parameter, and this rank's slice of its flat, zero-padded state."""
+    """One parameter, and the state of the rows that this rank owns, `per_rank` of them with zeros at the end."""
 
     name: str
     param: Tensor
-    exp_avg: Tensor  # (per_rank,)
-    exp_avg_sq: Tensor  # (per_rank,)
-    grad: Tensor | None = None  # (per_rank,), from reduce_gradients() to step()
+    exp_avg: Tensor  # (per_rank, ...)
+    exp_avg_sq: Tensor  # (per_rank, ...)
+    grad: Tensor | None = None  # (per_rank, ...), from reduce_gradients() to step()
 
     def padded(self, tensor: Tensor) -> Tensor:
-        """Flat, with zeros up to a multiple of the ranks; a view where nothing is missing."""
-        flat = tensor.reshape(-1)
-        return F.pad(flat, (0, self.exp_avg.numel() * ranks()[1] - flat.numel()))
+        """A whole tensor with zeros up to a multiple of the ranks; itself where nothing is missing."""
+        return padded_rows(tensor, self.exp_avg.size(0) * ranks()[1])
 
     def own(self, tensor: Tensor) -> Tensor:
-        """This rank's slice of a whole tensor."""
-        per_rank = self.exp_avg.numel()
-        return self.padded(tensor)[ranks()[0] * per_rank :][:per_rank].clone()
+        """This rank's rows of a whole tensor, or all that it holds of a split one: a view where none are missing."""
+        per_rank = self.exp_avg.size(0)
+        held = local(tensor) if is_split(tensor) else tensor[ranks()[0] * per_rank :][:per_rank]
+        return padded_rows(held, per_rank)
 
-    def whole(self, slices: Tensor) -> Tensor:
-        """The whole tensor, from the slices of all ranks."""
-        return slices[: self.param.numel()].view_as(self.param)
+    def reduce(self, grad: Tensor) -> UnderWay:
+        """Begin to sum a gradient over ranks; gives this rank's rows."""
+        return UnderWay(self.own(grad)) if is_split(grad) else reduce_scatter(self.padded(grad.float()))
+
+    def send(self, own: Tensor) -> UnderWay:
+        """Begin to bring the new rows to whoever holds them; take() sets the parameter to the result."""
+        return UnderWay(own) if is_split(self.param) else all_gather(own)
+
+    def take(self, rows: Tensor) -> None:
+        """Set what this rank holds of the parameter; nothing to copy where that is what was updated in place."""
+        held = local(self.param)
+        held.copy_(rows[: held.size(0)])
+
+    def whole(self, own: Tensor) -> Tensor:
+        """The whole tensor, from what each rank owns. Collective."""
+        return all_gather(own.to(compute_device(self.param))).wait()[: self.param.size(0)]
 
 
 class AdamW(torch.optim.Optimizer):
@@ -80,7 +94,7 @@ class AdamW(torch.optim.Optimizer):
 
     @staticmethod
     def make_slice(name: str, param: Tensor) -> Slice:
-        zeros = param.new_zeros(-(-param.numel() // ranks()[1]), dtype=torch.float32)
+        zeros = torch.zeros((rows_per_rank(param), *param.shape[1:]), device=param.device)
         return Slice(name, param, zeros, zeros.clone())
 
     @torch.no_grad()
@@ -89,19 +103,19 @@ class AdamW(torch.optim.Optimizer):
         Sum the gradients over ranks in a fixed order, divide once, keep this rank's share; a missing gradient counts as
         zeros. Returns the share's sum of squares (0-d fp32), as Muon.reduce_gradients does.
         """
-        squares = torch.zeros((), device=self.slices[0][0].param.device)
+        squares = torch.zeros((), device=compute_device(self.slices[0][0].param))
         parts, under_way = [part for group in self.slices for part in group], []
         for part in parts:
             grad = part.param.grad if part.param.grad is not None else torch.zeros_like(part.param)
-            under_way.append(reduce_scatter(part.padded(grad.float())))
+            under_way.append(part.reduce(grad))
         for part, sent in zip(parts, under_way, strict=True):
             part.grad = sent.wait().div_(divisor)
-            squares += part.grad.square().sum()
+            squares += part.grad.square().sum().to(squares.device)
         self.zero_grad(set_to_none=True)  # not before: a gradient may be what is sent
         return squares
 
     def own_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, this rank's slice of the reduced gradient), between reduce_gradients() and step()."""
+        """(name, this rank's rows of the reduced gradient), between reduce_gradients() and step()."""
         for part in (part for group in self.slices for part in group):
             if part.grad is not None:
                 yield part.name, part.grad
@@ -118,9 +132,9 @@ class AdamW(torch.optim.Optimizer):
                 own = part.own(part.param.data).float()
                 adamw_update(own, part.grad, part.exp_avg, part.exp_avg_sq, self.steps, **options)
                 part.grad = None
-                under_way.append((part, all_gather(own)))
+                under_way.append((part, part.send(own)))
         for part, sent in under_way:
-            part.param.copy_(part.whole(sent.wait()))
+            part.take(sent.wait())
 
     def state_bytes(self) -> int:
         """Memory of this rank's share of the state."""
@@ -130,8 +144,8 @@ class AdamW(torch.optim.Optimizer):
         """(name, whole tensor) of all state, one at a time. Collective: every rank must run through it."""
         yield "adamw.steps", torch.tensor(self.steps)
         for part in (part for group in self.slices for part in group):
-            yield f"{part.name}.exp_avg", part.whole(all_gather(part.exp_avg).wait())
-            yield f"{part.name}.exp_avg_sq", part.whole(all_gather(part.exp_avg_sq).wait())
+            yield f"{part.name}.exp_avg", part.whole(part.exp_avg)
+            yield f"{part.name}.exp_avg_sq", part.whole(part.exp_avg_sq)
 
     def load_full_state(self, read: Callable[[str], Tensor]) -> None:
         """Take over a state saved by any number of ranks; `read` returns the whole tensor of a name."""

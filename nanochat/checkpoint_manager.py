@@ -45,6 +45,7 @@ from nanochat.common import (
 from nanochat.compute import Compute
 from nanochat.gpt import GPT, GPTConfig, build_model
 from nanochat.muon import Muon
+from nanochat.sharding import Place, local, own_rows, whole_weights
 from nanochat.tensors import check_tensors, open_tensors, read_header, save_tensors
 from nanochat.tokenizer import Tokenizer
 
@@ -100,7 +101,9 @@ class Checkpoint:
 
 def checkpoints_dir(source: str, model_tag: str) -> Path:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", model_tag):
-        raise UserError(f"--model-tag={model_tag}: expected letters, digits, dots, dashes and underscores")
+        raise UserError(
+            f"--model-tag={model_tag}: expected letters, digits, dots, dashes and underscores", everywhere=True
+        )
     return get_base_dir() / STAGES[source][0] / model_tag
 
 
@@ -312,15 +315,16 @@ def save_checkpoint(
     """
     started = time.perf_counter()
     path = step_dir(checkpoints_dir(source, model_tag), step)
-    optim_state = {}
-    for optimizer in optimizers:
-        for name, tensor in optimizer.full_state():
-            if compute.is_master:  # the others only take part in gathering
-                optim_state[name] = tensor.detach().cpu().clone()
+    model_state, optim_state = {}, {}  # on rank 0; the others only take part in gathering
+    for name, tensor in whole_weights(model):
+        if compute.is_master:
+            model_state[name] = tensor.cpu().contiguous()
+    for name, tensor in (item for optimizer in optimizers for item in optimizer.full_state()):
+        if compute.is_master:
+            optim_state[name] = tensor.detach().cpu().clone()
 
     def write() -> None:
         if not is_verified(path):
-            model_state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
             check_finite(step, model_state, optim_state)
             write_step_directory(path, model_state, optim_state, tokenizer, {"step": step, **meta, "rng": rng_state()})
             size = sum(tensor.nbytes for state in (model_state, optim_state) for tensor in state.values())
@@ -449,11 +453,11 @@ def restore_model(model: GPT, checkpoint: Checkpoint) -> None:
     Load weights in place; names, shapes and dtypes must match exactly. Raises UserError naming the first difference,
     before anything is read.
     """
-    path, state = checkpoint.path / "model.safetensors", model.state_dict()
+    path, state = checkpoint.path / "model.safetensors", dict(model.named_parameters())
     check_tensors(read_header(path), {name: (t.dtype, tuple(t.shape)) for name, t in state.items()}, path)
-    with open_tensors(path) as tensors:
-        for name, tensor in state.items():
-            tensor.copy_(tensors.get_tensor(name))
+    with open_tensors(path) as tensors, torch.no_grad():
+        for name, p in state.items():
+            local(p).copy_(tensors.get_slice(name)[own_rows(p)])  # a sharded model reads just its rows
 
 
 def restore_optimizers(optimizers: Sequence[AdamW | Muon], checkpoint: Checkpoint) -> None:
@@ -491,10 +495,12 @@ def load_model(
     return *open_model(checkpoint, device, phase), checkpoint.meta
 
 
-def open_model(checkpoint: Checkpoint, device: torch.device, phase: str = "eval") -> tuple[GPT, Tokenizer]:
+def open_model(
+    checkpoint: Checkpoint, device: torch.device, phase: str = "eval", place: Place | None = None
+) -> tuple[GPT, Tokenizer]:
     """
-    The model and the tokenizer of a checkpoint, verified by sha256; `phase` is train or eval. What meta.json says of
-    the model is compared with the file of weights before memory is taken for it.
+    The model and the tokenizer of a checkpoint, verified by sha256; `phase` is train or eval, `place` as in
+    build_model. What meta.json says of the model is compared with the file of weights before memory is taken for it.
     """
     checkpoint.verify()
     path = checkpoint.path / "model.safetensors"
@@ -508,7 +514,7 @@ def open_model(checkpoint: Checkpoint, device: torch.device, phase: str = "eval"
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"{checkpoint.path}/meta.json: model_config is none of a model's ({error})") from None
     check_tensors(header, expected, path)
-    model = build_model(config, device)
+    model = build_model(config, device, place=place)
     restore_model(model, checkpoint)
     model.train(phase == "train")
     print0(f"model: {checkpoint.name}, {model.num_params():,} parameters")

@@ -1,5 +1,5 @@
 """
-The machine: device, ranks, dtype, seeds, and the three collectives that the rest is built on.
+The machine: device, ranks, dtype, seeds, and the collectives that the rest is built on.
 
 Nothing is probed on import. Without torchrun there is one rank and a collective is a no-op; CPUs talk gloo, GPUs NCCL /
 RCCL. On CPU every run is deterministic: same machine type, same versions, same thread count, same bits.
@@ -286,6 +286,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 # -----------------------------------------------------------------------------
 # Collectives of the optimizers. Rank r owns rows [r * n, (r + 1) * n) of a tensor with world_size * n rows.
+# With one rank they return what they are given.
 # torch 2.13 renames its two functions and warns about the old names, on every rank.
 
 
@@ -328,3 +329,12 @@ def all_gather(own: Tensor) -> UnderWay:
     with collective():
         begin = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         return UnderWay(rows, begin(rows, own.contiguous(), async_op=True))
+
+
+def all_to_all(rows: Tensor) -> UnderWay:
+    """Begin to send rank r its rows of this tensor; this rank gets as many from each, in rank order."""
+    if ranks()[1] == 1:
+        return UnderWay(rows)
+    received = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    with collective():
+        return UnderWay(received, dist.all_to_all_single(received, rows.contiguous(), async_op=True))

@@ -6,9 +6,10 @@ import os
 import torch
 
 from nanochat.common import UserError, print0
-from nanochat.compute import Compute
+from nanochat.compute import Compute, local_world_size
 from nanochat.gpt import GPT
-from nanochat.sizing import MARGIN, GPTConfig, choose_batch, most_rows
+from nanochat.sharding import is_sharded
+from nanochat.sizing import MARGIN, GPTConfig, Setup, choose_batch, most_rows
 from nanochat.train import Rates, Stream, accumulate, update
 
 
@@ -18,19 +19,20 @@ def find_device_batch(model: GPT, total_batch_size: int, sequence_len: int, comp
     many when the memory does not suffice. The step keeps near total_batch_size in any case. The same on every rank, and
     the weights stay as they are. Raises UserError where not even one row fits.
 
-    Not guarded: a rank that runs out of memory in the optimizer step alone, while the others wait for it.
+    Not guarded: a rank that runs out of memory in the optimizer step alone, while the others wait for it. A sharded
+    model is not tried, because there the ranks wait for each other everywhere: its number is the plan's.
     """
-    budget = memory_budget(compute)
+    budget, sharded = memory_budget(compute), is_sharded(model)
     config = GPTConfig(**{**model.config_dict(), "sequence_len": sequence_len})
     size, cpu = compute.dtype.itemsize, compute.device.type == "cpu"
-    most = most_rows(config, budget, compute.world_size, size, compiled, cpu)
-    while most and compute.device.type == "cuda" and not step_fits(model, most, sequence_len, compute):
+    most = most_rows(config, budget, Setup(compute.world_size, size, compiled, cpu, sharded, model.recompute))
+    while most and compute.device.type == "cuda" and not sharded and not step_fits(model, most, sequence_len, compute):
         print0(f"device batch: {most} rows do not fit, trying {most // 2}")
         most //= 2
     if not most:
         raise UserError(
-            f"not one row of {sequence_len} tokens fits into {budget / 1e9:.1f} GB; try a smaller --depth or "
-            "--max-seq-len (python -m scripts.plan says what they need)",
+            f"not one row of {sequence_len} tokens fits into {budget / 1e9:.1f} GB; try --recompute, --shard on "
+            "several, a smaller --depth or --max-seq-len (python -m scripts.plan says what they need)",
             everywhere=True,
         )
     rows = choose_batch(total_batch_size, most, sequence_len, compute.world_size).device_batch_size
@@ -45,7 +47,7 @@ def memory_budget(compute: Compute) -> float:
     if compute.device.type == "cuda":
         size: float = torch.cuda.get_device_properties(compute.device).total_memory
     else:
-        size = available_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        size = available_memory() / local_world_size()
     sizes = torch.zeros(compute.world_size, dtype=torch.float64)
     sizes[compute.rank] = size
     return compute.sum(sizes).min().item() * (1 - MARGIN)

@@ -29,6 +29,7 @@ from nanochat.dataloader import ChatPosition, chat_stream
 from nanochat.guard import SaveClock, SignalWatch, Spikes
 from nanochat.loss_eval import evaluate_chats
 from nanochat.schedule import plan_batches
+from nanochat.sharding import held_bytes, placement
 
 
 def fine_tune(
@@ -46,7 +47,8 @@ def fine_tune(
     s = SimpleNamespace(**settings)
     compute = compute_init(s.device_type, s.dtype, s.seed)
     start = find_checkpoint(s.source, s.model_tag, s.step)
-    model, tokenizer = open_model(start, compute.device, "train")
+    model, tokenizer = open_model(start, compute.device, "train", placement(compute, s.shard, s.offload))
+    model.recompute = s.recompute
     print0(f"mixture {s.mixture}: {len(conversations):,} conversations, {len(held_out):,} to validate on")
     if s.compile:
         train.compile_model(model, compute.device)
@@ -94,6 +96,8 @@ def fine_tune(
         batch=str(batch),
         parameters=model.num_params(),
         flops_per_token=model.estimate_flops(),
+        parameter_bytes=held_bytes(model),
+        optimizer_state_bytes=sum(optimizer.state_bytes() for optimizer in optimizers),
     )
     wandb_run = train.open_wandb(s.run, stage, settings, checkpoint)
     stream = chat_stream(conversations, tokenizer, s.device_batch_size, T, compute, all_tokens, s.seed, position)

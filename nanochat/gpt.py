@@ -18,9 +18,11 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nanochat.adamw import AdamW
 from nanochat.muon import Muon
+from nanochat.sharding import Place, compute_device, is_split, local, own_rows, whole_weights
 from nanochat.sizing import GPTConfig, config_from_depth, flops_per_token, slice_count
 
 __all__ = ["GPT", "GPTConfig", "build_model", "config_from_depth"]
@@ -243,12 +245,13 @@ class GPT(nn.Module):
         self.blocks: list[Block] = nn.ModuleList([Block(config, window) for window in config.windows()])  # type: ignore[assignment]
         self.lm_head = Linear(config.n_embd, config.vocab_size)
         self.loss_slice = head_loss_slice
+        self.recompute = False  # blocks keep their input alone, and run again in the backward pass: a third more FLOPs
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """
-        All initialisation in one place, from its own generator. U(a) is uniform in (-a, a) with the standard deviation
-        given.
+        All initialisation in one place, from its own generator; a sharded model gets the rows of the same weights. U is
+        uniform in (-a, a) with the standard deviation given.
 
             wte                  N(0, 0.8)
             attn.c_q c_k c_v     U, std C^-0.5
@@ -259,19 +262,26 @@ class GPT(nn.Module):
         """
         generator = torch.Generator(device=self.device).manual_seed(seed)
         bound = math.sqrt(3) * self.config.n_embd**-0.5  # a uniform in (-a, a) has standard deviation a / sqrt(3)
-        self.wte.weight.normal_(0, 0.8, generator=generator)
+
+        def draw(weight: Tensor, fill: Callable[..., Tensor], *values: float) -> None:
+            """Of a split weight the whole is drawn and this rank's rows are kept: the same model on any ranks."""
+            whole = torch.empty(weight.shape, device=self.device) if is_split(weight) else weight
+            fill(whole, *values, generator=generator)
+            local(weight).copy_(whole[own_rows(weight)])
+
+        draw(self.wte.weight, Tensor.normal_, 0, 0.8)
         for block in self.blocks:
             attn, mlp = block.attn, block.mlp
             for linear in (attn.c_q, attn.c_k, attn.c_v):
-                linear.weight.uniform_(-bound, bound, generator=generator)
-            mlp.c_fc.weight.uniform_(-0.4 * bound, 0.4 * bound, generator=generator)
-            attn.c_proj.weight.zero_()
-            mlp.c_proj.weight.zero_()
-        self.lm_head.weight.normal_(0, 0.001, generator=generator)
+                draw(linear.weight, Tensor.uniform_, -bound, bound)
+            draw(mlp.c_fc.weight, Tensor.uniform_, -0.4 * bound, 0.4 * bound)
+            local(attn.c_proj.weight).zero_()
+            local(mlp.c_proj.weight).zero_()
+        draw(self.lm_head.weight, Tensor.normal_, 0, 0.001)
 
     @property
     def device(self) -> torch.device:
-        return self.wte.weight.device
+        return compute_device(self.wte.weight)
 
     def hidden(
         self, idx: Tensor, dtype: torch.dtype, positions: Tensor | None = None, caches: list[LayerCache] | None = None
@@ -285,7 +295,10 @@ class GPT(nn.Module):
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_base)
         x = norm(self.wte(idx).to(dtype))
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, caches[i] if caches else None)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, cos, sin, caches[i] if caches else None)
         return norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -326,20 +339,24 @@ class GPT(nn.Module):
         return losses.view(targets.shape)
 
     def compile_parts(self) -> None:
-        """Compile the block and the loss slice in place, for fixed shapes. Parameter names do not change."""
+        """
+        Compile the block and the loss slice in place, for fixed shapes. Parameter names do not change. What gathers a
+        sharded block's weights stays outside of the compiled graph.
+        """
         for block in self.blocks:
-            block.compile(dynamic=False)
+            block.forward = torch.compile(block.forward, dynamic=False)  # type: ignore[method-assign]
         self.loss_slice = torch.compile(head_loss_slice, dynamic=False)
 
     def inference_copy(self, dtype: torch.dtype) -> "GPT":
         """
-        A separate model with the same weights in `dtype`, eager and without gradients. Later training does not reach
-        it.
+        A separate model with the same weights in `dtype`, whole, eager and without gradients. Later training does not
+        reach it. Collective for a sharded model.
         """
-        with torch.device("meta"):
-            model = GPT(self.config)
-        model.to(dtype).to_empty(device=self.device)
-        model.load_state_dict(self.state_dict())
+        model = build_model(self.config, self.device, dtype=dtype)
+        weights = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, weight in whole_weights(self):
+                weights[name].copy_(weight)
         return model.eval().requires_grad_(False)
 
     # -------------------------------------------------------------------------
@@ -382,11 +399,23 @@ class GPT(nn.Module):
         return [AdamW([embedding, head]), Muon(list(named.items()), matrix_lr, weight_decay=weight_decay, dtype=dtype)]
 
 
-def build_model(config: GPTConfig, device: torch.device, seed: int | None = None) -> GPT:
-    """A model on `device`: initialised from `seed`, or with memory only when weights are about to be loaded."""
+def build_model(
+    config: GPTConfig,
+    device: torch.device,
+    seed: int | None = None,
+    place: Place | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> GPT:
+    """
+    A model on `device`, or where sharding.placement() puts it: initialised from `seed`, or with memory only when
+    weights are about to be loaded.
+    """
     with torch.device("meta"):
-        model = GPT(config)
-    model.to_empty(device=device)
+        model = GPT(config).to(dtype)
+    if place:
+        place(model)
+    else:
+        model.to_empty(device=device)
     if seed is not None:
         model.init_weights(seed)
     return model

@@ -25,6 +25,7 @@ from torch import Tensor
 from nanochat.common import Stopped, get_base_dir, get_rank, write_atomic
 from nanochat.compute import Compute
 from nanochat.gpt import GPT
+from nanochat.sharding import local
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -166,10 +167,10 @@ def write_bundle(
     """
     Write down what a step saw whose numbers were not finite: one JSON file per rank in
     $NANOCHAT_BASE_DIR/failed/<name>-step_<step>/, with the token ids and targets of its batches, the position after
-    them, the norms of the parameters and of this rank's share of the mean gradient. Returns the directory.
+    them, the norms of the parameters and of the mean gradient as far as this rank has them. Returns the directory.
     """
     gradients = {key: tensor.norm().item() for optimizer in optimizers for key, tensor in optimizer.own_gradients()}
-    parameters = {key: tensor.norm().item() for key, tensor in model.state_dict().items()}
+    parameters = {key: local(p.detach()).norm().item() for key, p in model.named_parameters()}
     suspects = [key for norms in (gradients, parameters) for key, norm in norms.items() if not math.isfinite(norm)]
     content = {
         "step": step,

@@ -6,9 +6,12 @@ the steepest descent in the spectral norm: every direction the gradient points t
 Express (arXiv 2505.16932) instead of Newton-Schulz, NorMuon's row-wise variance reduction (arXiv 2510.05491) and
 cautious weight decay (arXiv 2510.12402).
 
-Ranks: matrices of one shape are stacked, gradients are summed by reduce-scatter, each rank updates the whole matrices
-it owns, and parameters come back by all-gather (ZeRO-2). What one stack sends travels while the next one is prepared
-or updated. With one rank the same loop sends nothing. State is about 1/N per rank.
+Ranks: matrices of one shape are stacked, and dealt out whole. Each rank gets the summed gradients of those it owns,
+makes their updates, and every rank applies all of them to what it holds (ZeRO-2). What one stack sends travels while
+the next one is prepared or updated. With one rank the same loop sends nothing. State is about 1/N per rank.
+
+--shard changes only what is sent: a rank holds some rows of every matrix and of its gradient, already summed, and an
+all-to-all turns rows of all matrices into all rows of some, and back.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanochat.compute import UnderWay, all_gather, ranks, reduce_scatter
+from nanochat.compute import UnderWay, all_gather, all_to_all, ranks, reduce_scatter
+from nanochat.sharding import compute_device, is_split, local, padded_rows, rows_per_rank
 
 # Five quintic steps x <- a x + b x^3 + c x^5 on the singular values, optimal in sequence for values in [1e-3, 1] (Polar
 # Express, with its safety factor of 1.01 and 2 % of cushion). The later ones converge fastest near 1.
@@ -72,7 +76,8 @@ def muon_update(
 @dataclass
 class Stack:
     """
-    All matrices of one shape, and this rank's share of their state: `per_rank` matrices, padded with zeros at the end.
+    All matrices of one shape (M, N), and this rank's share of their state: `per_rank` whole matrices, padded with zeros
+    at the end.
     """
 
     names: list[str]
@@ -82,19 +87,47 @@ class Stack:
     second_moment: Tensor  # (per_rank, M, 1) or (per_rank, 1, N)
     grad: Tensor | None = None  # (per_rank, M, N), from reduce_gradients() to step()
 
-    def gather_rows(self, tensors: list[Tensor]) -> Tensor:
-        """Stack whole matrices and pad to a multiple of the ranks."""
+    def padded(self, tensors: list[Tensor]) -> Tensor:
+        """The tensors of all matrices as one stack on the compute device, padded to a multiple of the ranks."""
         padding = self.per_rank * ranks()[1] - len(tensors)
-        return torch.stack(tensors + [torch.zeros_like(tensors[0])] * padding)
+        stacked = torch.stack(tensors + [torch.zeros_like(tensors[0])] * padding)
+        return stacked.to(compute_device(self.params[0]))
+
+    def reduce(self, grads: list[Tensor]) -> UnderWay:
+        """Begin to bring each matrix's gradient to its owner; own_matrices() makes of the result what has arrived."""
+        if not is_split(self.params[0]):
+            return reduce_scatter(self.padded(grads))
+        n = rows_per_rank(self.params[0])
+        return all_to_all(self.padded([padded_rows(local(grad), n) for grad in grads]))
+
+    def own_matrices(self, arrived: Tensor) -> Tensor:
+        """(per_rank, M, N) of what reduce() brought."""
+        if not is_split(self.params[0]):
+            return arrived
+        n, (M, N) = rows_per_rank(self.params[0]), self.params[0].shape
+        parts = arrived.view(ranks()[1], self.per_rank, n, N).transpose(0, 1)
+        return parts.reshape(self.per_rank, -1, N)[:, :M]
+
+    def send(self, update: Tensor) -> UnderWay:
+        """Begin to bring updates (per_rank, M, N) to where they are applied: (all matrices and padding, rows, N)."""
+        if not is_split(self.params[0]):
+            return all_gather(update)
+        world_size, n, N = ranks()[1], rows_per_rank(self.params[0]), update.size(-1)
+        rows = torch.nn.functional.pad(update, (0, 0, 0, world_size * n - update.size(1)))
+        return all_to_all(rows.view(self.per_rank, world_size, n, N).transpose(0, 1).reshape(-1, n, N))
+
+    def apply(self, updates: Tensor, lr: float, weight_decay: float) -> None:
+        """Step by lr times the updates, after a cautious decay: only of weights that the update shrinks anyway."""
+        for p, update in zip(map(local, self.params), updates, strict=False):  # the padding comes last
+            update = update[: p.size(0)].to(p.device)
+            if weight_decay:
+                p -= p * (update * p >= 0) * (lr * weight_decay)
+            p.sub_(update, alpha=lr)
 
     def own(self, tensors: list[Tensor]) -> Tensor:
-        """This rank's rows of the stack of whole tensors."""
-        return self.gather_rows(tensors)[ranks()[0] * self.per_rank :][: self.per_rank].clone()
-
-    def take(self, rows: Tensor) -> None:
-        """Set the parameters to the rows of all ranks."""
-        for p, new in zip(self.params, rows, strict=False):  # the padding comes last
-            p.copy_(new)
+        """This rank's share of whole tensors, one of each matrix."""
+        mine = tensors[ranks()[0] * self.per_rank :][: self.per_rank]
+        return torch.stack(mine + [torch.zeros_like(tensors[0])] * (self.per_rank - len(mine)))
 
 
 class Muon(torch.optim.Optimizer):
@@ -131,7 +164,7 @@ class Muon(torch.optim.Optimizer):
         names, params = [name for name, _ in members], [p for _, p in members]
         per_rank = -(-len(params) // ranks()[1])
         rows, columns = params[0].shape
-        zeros = params[0].new_zeros((per_rank, rows, columns), dtype=torch.float32)
+        zeros = torch.zeros((per_rank, rows, columns), device=params[0].device)
         second = zeros[:, :, :1] if rows >= columns else zeros[:, :1, :]
         return Stack(names, params, per_rank, zeros, second.clone())
 
@@ -142,16 +175,18 @@ class Muon(torch.optim.Optimizer):
         zeros. Returns the share's sum of squares (0-d fp32): adding these up over ranks and optimizers gives the
         squared gradient norm.
         """
-        squares = torch.zeros((), device=self.stacks[0].params[0].device)
+        squares = torch.zeros((), device=compute_device(self.stacks[0].params[0]))
         under_way = []
         for stack in self.stacks:
-            grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in stack.params]
-            under_way.append(reduce_scatter(stack.gather_rows(grads)))
+            under_way.append(
+                stack.reduce([p.grad if p.grad is not None else torch.zeros_like(p) for p in stack.params])
+            )
             for p in stack.params:
                 p.grad = None  # there is a copy now
         for stack, sent in zip(self.stacks, under_way, strict=True):
-            stack.grad = sent.wait().div_(divisor)
-            squares += stack.grad.square().sum()
+            grad = stack.own_matrices(sent.wait()).div_(divisor)
+            squares += grad.square().sum()
+            stack.grad = grad.to(stack.momentum_buffer.device)
         return squares
 
     def own_gradients(self) -> Iterator[tuple[str, Tensor]]:
@@ -165,24 +200,26 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:  # type: ignore[override]  # no closure: the gradients are already reduced
         """Update from the reduced gradients; every rank ends with the same parameters."""
         group = self.param_groups[0]
-        under_way: tuple[Stack, UnderWay] | None = None  # one at a time: the whole parameters of a stack are in it
+        under_way: tuple[Stack, UnderWay, float] | None = None  # one at a time: a stack's updates whole are in it
         for stack in self.stacks:
-            assert stack.grad is not None, "call reduce_gradients() first"
-            rows, columns = stack.params[0].shape
-            lr = group["lr"] * max(1.0, rows / columns) ** 0.5
-            state = (stack.momentum_buffer, stack.second_moment)
-            update = muon_update(stack.grad, *state, group["momentum"], group["beta2"], self.dtype)
-            own = stack.own([p.data for p in stack.params])
-            if group["weight_decay"]:  # cautious: only weights that the update is already shrinking
-                own -= own * (update * own >= 0) * (lr * group["weight_decay"])
-            own -= lr * update
-            stack.grad = None
-            sent = all_gather(own)
+            sent = stack.send(self.make_update(stack, group["momentum"], group["beta2"]))
             if under_way:
-                under_way[0].take(under_way[1].wait())
-            under_way = (stack, sent)
+                under_way[0].apply(under_way[1].wait(), under_way[2], group["weight_decay"])
+            rows, columns = stack.params[0].shape
+            under_way = (stack, sent, group["lr"] * max(1.0, rows / columns) ** 0.5)
         if under_way:
-            under_way[0].take(under_way[1].wait())
+            under_way[0].apply(under_way[1].wait(), under_way[2], group["weight_decay"])
+
+    def make_update(self, stack: Stack, momentum: float, beta2: float) -> Tensor:
+        """The updates (per_rank, M, N) of the matrices that this rank owns; their gradients are used up."""
+        assert stack.grad is not None, "call reduce_gradients() first"
+        device = compute_device(stack.params[0])
+        momentum_buffer, second_moment = stack.momentum_buffer.to(device), stack.second_moment.to(device)
+        update = muon_update(stack.grad.to(device), momentum_buffer, second_moment, momentum, beta2, self.dtype)
+        stack.grad = None
+        stack.momentum_buffer.copy_(momentum_buffer)  # itself, unless the state lives in the host's memory
+        stack.second_moment.copy_(second_moment)
+        return update
 
     def state_bytes(self) -> int:
         """Memory of this rank's share of the state."""
@@ -192,7 +229,8 @@ class Muon(torch.optim.Optimizer):
         """(name, whole tensor) of all state, one at a time. Collective: every rank must run through it."""
         for stack in self.stacks:
             for kind in ("momentum_buffer", "second_moment"):
-                for name, tensor in zip(stack.names, all_gather(getattr(stack, kind)).wait(), strict=False):
+                own = getattr(stack, kind).to(compute_device(stack.params[0]))
+                for name, tensor in zip(stack.names, all_gather(own).wait(), strict=False):
                     yield f"{name}.{kind}", tensor
 
     def load_full_state(self, read: Callable[[str], Tensor]) -> None:

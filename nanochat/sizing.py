@@ -129,13 +129,30 @@ def flops_per_token(config: GPTConfig) -> int:
 
 
 @dataclass(frozen=True)
+class Setup:
+    """How a run computes, as far as its memory depends on it."""
+
+    world_size: int = 1
+    size: int = 2  # of a number in the matmuls' dtype: 2 for bfloat16, 4 for float32
+    compiled: bool = True
+    cpu: bool = False
+    shard: bool = False  # --shard on several ranks; --offload is not counted
+    recompute: bool = False
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts weights and gradients are divided."""
+        return self.world_size if self.shard else 1
+
+
+@dataclass(frozen=True)
 class Memory:
     """Bytes on one rank, by what they hold."""
 
-    weights: int  # fp32 master weights, whole on every rank
+    weights: int  # fp32 master weights: all, or this rank's part
     optimizer: int  # Muon's momentum and AdamW's two moments, fp32: this rank's share
-    gradients: int  # fp32, whole on every rank until they are reduced
-    copies: int  # the blocks' weights in the dtype of the matmuls, kept for the backward pass
+    gradients: int  # fp32: all until they are reduced, or this rank's part
+    copies: int  # the blocks' weights in the dtype of the matmuls, kept for the backward pass; or what is gathered
     activations: int  # what the backward pass needs of every row
     head: int  # one slice of logits and what is made of it, the head's gradient, its weights in the matmuls' dtype
     update: int  # what reducing the gradients and the optimizers need while they run; activations are gone by then
@@ -156,29 +173,37 @@ def matrix_shapes(config: GPTConfig) -> Counter[tuple[int, int]]:
 
 def optimizer_bytes(config: GPTConfig, world_size: int) -> int:
     """
-    State of one rank. AdamW: 8 bytes per parameter of embedding and head, in equal slices. Muon: 4 per parameter of the
+    State of one rank. AdamW: 8 bytes per parameter of embedding and head, by rows. Muon: 4 per parameter of the
     matrices, dealt out whole among those of one shape, and 4 per row (or column) of each.
     """
     muon = sum(
         math.ceil(count / world_size) * (rows * columns + max(rows, columns))
         for (rows, columns), count in matrix_shapes(config).items()
     )
-    return 4 * muon + 2 * 8 * math.ceil(config.vocab_size * config.n_embd / world_size)
+    return 4 * muon + 2 * 8 * math.ceil(config.vocab_size / world_size) * config.n_embd
 
 
-def update_bytes(config: GPTConfig, world_size: int) -> int:
+def part_bytes(config: GPTConfig, parts: int) -> int:
+    """All parameters in fp32, or of each matrix the rows that one of `parts` ranks keeps."""
+    matrices = sum(n * math.ceil(rows / parts) * columns for (rows, columns), n in matrix_shapes(config).items())
+    return 4 * (matrices + 2 * math.ceil(config.vocab_size / parts) * config.n_embd)
+
+
+def update_bytes(config: GPTConfig, how: Setup) -> int:
     """
-    The most of three: a stack of matrices copied before it is reduced; AdamW's intermediates, 12 bytes per number of
-    its slice; Muon's, 14 per number of a stack's share beside the reduced gradients, when all others are freed. With
-    several ranks also what arrives from the others.
+    The most of three: a stack of matrices copied before it is reduced; AdamW's intermediates, 4 bytes per number of its
+    rows; Muon's, 12 per number of a stack's share (20 in an fp32 run) beside the reduced gradients, when all others are
+    freed. With several ranks also what arrives from the others.
     """
-    parameters = count_parameters(config)
+    parameters, world_size = count_parameters(config), how.world_size
     stack = max(count * rows * columns for (rows, columns), count in matrix_shapes(config).items())
     matrices, embedding = parameters["attention"] + parameters["mlp"], parameters["embedding"]
-    several = world_size > 1
+    several, muon_bytes = world_size > 1, 4 + 4 * how.size
+    if how.shard:
+        return (8 * matrices + muon_bytes * stack) // world_size
     reducing = 4 * stack + several * 4 * sum(parameters.values()) // world_size
-    adamw = 12 * embedding // world_size + several * 8 * embedding
-    muon = (4 * matrices + 14 * stack) // world_size + several * 8 * stack - 4 * sum(parameters.values())
+    adamw = 4 * embedding // world_size + several * (8 * embedding + 8 * embedding // world_size)
+    muon = (4 * matrices + muon_bytes * stack) // world_size + several * 8 * stack - 4 * sum(parameters.values())
     return max(reducing, adamw, muon)
 
 
@@ -227,42 +252,55 @@ def slice_count(tokens: int, vocab_size: int, cpu: bool) -> int:
     return math.ceil(tokens / max(1, (16 if cpu else 512) * 2**20 // (4 * vocab_size)))
 
 
-def memory(
-    config: GPTConfig, rows: int, world_size: int = 1, size: int = 2, compiled: bool = True, cpu: bool = False
-) -> Memory:
+def memory(config: GPTConfig, rows: int, how: Setup) -> Memory:
     """
     Memory of a training step with `rows` rows per micro-batch on each rank; the fullest moment is mostly the last loss,
-    when all activations are there. `size` is that of a number in the matmuls' dtype: 2 for bfloat16, 4 for float32.
+    when all activations are there. With recompute it may also come when one layer's are made again, after the loss.
     """
-    tokens = rows * config.sequence_len
-    written = cpu and config.sequence_len <= 1024
-    parameters = count_parameters(config)
-    blocks = sum(saved_per_token(config, window, size, compiled, written) for window in config.windows())
+    tokens, size = rows * config.sequence_len, how.size
+    written = how.cpu and config.sequence_len <= 1024
+    layers = [saved_per_token(config, window, size, how.compiled, written) for window in config.windows()]
+    head = head_bytes(config, tokens, size, how.compiled, how.cpu)
+    inputs = config.n_layer * size * config.n_embd
+    blocks = inputs + max(0, max(layers) - head / tokens) if how.recompute else sum(layers)
     around = config.n_embd * (8 + 3 * size)  # inputs of the first and last norm, the final states and their gradient
-    total = 4 * sum(parameters.values())
     return Memory(
-        weights=total,
-        optimizer=optimizer_bytes(config, world_size),
-        gradients=total,
-        copies=0 if size == 4 else size * (parameters["attention"] + parameters["mlp"]),
+        weights=part_bytes(config, how.parts),
+        optimizer=optimizer_bytes(config, how.world_size),
+        gradients=part_bytes(config, how.parts),
+        copies=copied_bytes(config, how),
         activations=round(tokens * (blocks + around)),
-        head=head_bytes(config, tokens, size, compiled, cpu),
-        update=update_bytes(config, world_size),
+        head=head,
+        update=update_bytes(config, how),
     )
+
+
+def copied_bytes(config: GPTConfig, how: Setup) -> int:
+    """
+    Weights beside the master weights: of all blocks in the matmuls' dtype, if it is another one. Sharded: embedding and
+    head whole in fp32, and three blocks (the one at work, its buffer, and the next).
+    """
+    parameters = count_parameters(config)
+    blocks = how.size * (parameters["attention"] + parameters["mlp"])
+    if how.shard:
+        return 4 * (parameters["embedding"] + parameters["head"]) + 3 * blocks // config.n_layer
+    if how.recompute:
+        blocks //= config.n_layer
+    return 0 if how.size == 4 else blocks
 
 
 # -----------------------------------------------------------------------------
 # The batch
 
 
-def most_rows(config: GPTConfig, budget: float, world_size: int, size: int, compiled: bool, cpu: bool) -> int:
+def most_rows(config: GPTConfig, budget: float, how: Setup) -> int:
     """The most rows per micro-batch whose memory stays within `budget` bytes; 0 where not even one does."""
     low, high = 0, 1
-    while memory(config, high, world_size, size, compiled, cpu).total <= budget:
+    while memory(config, high, how).total <= budget:
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        fits = memory(config, middle, world_size, size, compiled, cpu).total <= budget
+        fits = memory(config, middle, how).total <= budget
         low, high = (middle, high) if fits else (low, middle)
     return low
 

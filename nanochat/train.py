@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from nanochat.adamw import AdamW
 from nanochat.checkpoint_manager import Checkpoint, restore_rng
 from nanochat.common import NotFinite, Record, StepFailed, Stopped, UserError, get_rank, print0
-from nanochat.compute import Compute, can_compile, peak_flops, synchronize
+from nanochat.compute import Compute, can_compile, collective, peak_flops, synchronize
 from nanochat.conversation import Conversations, decode_parts, parts_text, render_for_completion
 from nanochat.dataloader import chat_stream, rows_in_epoch
 from nanochat.engine import Engine
@@ -28,6 +28,7 @@ from nanochat.gpt import GPT
 from nanochat.guard import Spikes, stop_votes, stopped_by, write_bundle
 from nanochat.muon import Muon
 from nanochat.schedule import BatchPlan, cosine_to_zero, muon_momentum, trapezoid
+from nanochat.sharding import is_sharded
 from nanochat.tokenizer import Tokenizer
 
 AnyPosition = TypeVar("AnyPosition")  # Position, ChatPosition, or the step of a stage that needs no more
@@ -79,22 +80,30 @@ def accumulate(
     """
     Forward and backward over the micro-batches of one step that begins at `position`. Gradients of the *sum* of the
     losses stay on the parameters; the division happens once, in update(). A UserError of the stream, such as a damaged
-    shard, is kept in the result.
+    shard file, is kept in the result. The other ranks of a sharded model need this one's weights all the same, so it
+    goes on with tokens that count nothing.
     """
     totals = torch.zeros(
         2, dtype=torch.float64 if compute.device.type != "mps" else torch.float32, device=compute.device
     )
     sums = Sums(totals, position, [])
+    sharded = is_sharded(model)
     for _ in range(grad_accum_steps):
-        try:
-            inputs, targets, sums.position = next(stream)
-        except UserError as error:
-            sums.error = error
-            return sums
-        loss = model(inputs, targets, loss_reduction="sum", dtype=compute.dtype)
-        loss.backward()
+        if not sums.error:
+            try:
+                inputs, targets, sums.position = next(stream)
+                sums.batches.append((inputs, targets))
+            except UserError as error:
+                sums.error = error
+        if sums.error:
+            if not sharded:
+                return sums
+            inputs = torch.zeros((1, 2), dtype=torch.long, device=compute.device)
+            targets = torch.full_like(inputs, -1)
+        with collective() if sharded else nullcontext():
+            loss = model(inputs, targets, loss_reduction="sum", dtype=compute.dtype)
+            loss.backward()
         totals += torch.stack([loss.detach(), (targets >= 0).sum()])
-        sums.batches.append((inputs, targets))
     return sums
 
 
@@ -426,14 +435,21 @@ def row_length(model: GPT, max_seq_len: int | None) -> int:
 # Looking at it
 
 
+def engine_on_master(model: GPT, tokenizer: Tokenizer | None, compute: Compute) -> Engine | None:
+    """An engine with a copy of the weights on rank 0, None elsewhere; all ranks call it, for a sharded model."""
+    engine = Engine(model, tokenizer, compute.dtype) if compute.is_master or is_sharded(model) else None
+    return engine if compute.is_master else None
+
+
 def show_chats(
     questions: Sequence[str], model: GPT, tokenizer: Tokenizer, compute: Compute, record: Record, step: int
 ) -> None:
-    """What the model answers to a few questions, the likeliest token each time; rank 0 only."""
-    if not compute.is_master:
+    """What the model answers to a few questions, the likeliest token each time; from rank 0, called by all."""
+    engine = engine_on_master(model, tokenizer, compute)
+    if not engine:
         return
     prompts = [render_for_completion([{"role": "user", "content": question}], tokenizer) for question in questions]
-    answers, _ = Engine(model, tokenizer, compute.dtype).generate_batch(prompts, max_tokens=96, temperature=0)
+    answers, _ = engine.generate_batch(prompts, max_tokens=96, temperature=0)
     for question, answer in zip(questions, answers, strict=True):
         text = parts_text(decode_parts(answer, tokenizer))
         record.write("sample", step=step, prompt=question, text=text)

@@ -51,6 +51,10 @@ warmup_ratio = 0.0  # share of the run in which learning rates rise from 0
 warmdown_ratio = 0.4  # share of the run in which they fall to final_lr_frac
 final_lr_frac = 0.0  # where they end
 skip_spikes = False  # no update by a step whose loss or gradient norm is 6 standard deviations too high
+# Memory (python -m scripts.plan says what fits without)
+shard = False  # FSDP2: weights, gradients and optimizer state in parts on all ranks; slower, same checkpoints
+offload = False  # with --shard: these parts in the host's memory, and on the GPU only while they are used
+recompute = False  # keep only each block's input, and compute the rest again in the backward pass; a third more FLOPs
 # Evaluation
 eval_every = 250  # steps between quick validations (-1 = never)
 eval_tokens = 20 * 524288  # tokens of each validation, quick or final; a smaller validation set is scored whole
@@ -86,12 +90,12 @@ from nanochat.core_eval import CoreTask, GPTScorer, evaluate_task, load_tasks
 from nanochat.dataloader import Position, training_stream
 from nanochat.dataset import Corpus, iter_text, load_corpus
 from nanochat.device_batch import find_device_batch
-from nanochat.engine import Engine
 from nanochat.eval_bundle import find_bundle
 from nanochat.gpt import GPT, build_model, config_from_depth
 from nanochat.guard import SaveClock, SignalWatch, Spikes
 from nanochat.loss_eval import BitsPerByte, evaluate_bpb
 from nanochat.schedule import BatchPlan, plan_batches, plan_horizon
+from nanochat.sharding import held_bytes, placement
 from nanochat.task_eval import mean_centred
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 
@@ -114,7 +118,8 @@ def main() -> None:
     # The model
     vocab_size = tokenizer.get_vocab_size()
     config = config_from_depth(depth, vocab_size, max_seq_len, aspect_ratio, head_dim, kv_heads, window_pattern)
-    model = build_model(config, compute.device, seed)
+    model = build_model(config, compute.device, seed, placement(compute, shard, offload))
+    model.recompute = recompute
     flops = model.estimate_flops()
     heads = f"{config.n_head} heads of {config.head_dim}"
     print0(f"model {tag}: {depth} layers x {aspect_ratio} = width {config.n_embd}, {heads}, vocabulary {vocab_size:,}")
@@ -166,6 +171,7 @@ def main() -> None:
         parameters=model.num_params(),
         matmul_parameters=model.num_matmul_params(),
         flops_per_token=flops,
+        parameter_bytes=held_bytes(model),
         optimizer_state_bytes=sum(optimizer.state_bytes() for optimizer in optimizers),
     )
     wandb_run = train.open_wandb(run, "base", settings, checkpoint)
@@ -302,10 +308,10 @@ def evaluate_core(
 
 
 def show_samples(model: GPT, tokenizer: Tokenizer, compute: Compute, record: Record, step: int) -> None:
-    """What the model writes after a few fixed beginnings; rank 0 only, with a copy of the weights."""
-    if not compute.is_master:
+    """What the model writes after a few fixed beginnings; from rank 0, with a copy of the weights, called by all."""
+    engine = train.engine_on_master(model, None, compute)
+    if not engine:
         return
-    engine = Engine(model, dtype=compute.dtype)
     for prompt in PROMPTS:
         ids = tokenizer.encode(prompt, prepend="<|bos|>")
         samples, _ = engine.generate_batch([ids], max_tokens=48, temperature=0.7, top_k=50)

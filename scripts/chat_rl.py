@@ -129,7 +129,8 @@ def main() -> None:
             return
     first_step = meter.steps
     record = open_record("rl", start.tag, settings, **compute.about())
-    record.write("plan", first_step=first_step, num_steps=num_steps, task=task, started_from=start.identity)
+    plan = {"task": task, "optimizer_state_bytes": sum(optimizer.state_bytes() for optimizer in optimizers)}
+    record.write("plan", first_step=first_step, num_steps=num_steps, started_from=start.identity, **plan)
     wandb_run = train.open_wandb(run, "rl", settings, checkpoint)
 
     def save() -> None:

@@ -44,6 +44,10 @@ warmup_ratio = 0.0  # share of the run in which learning rates rise from 0
 warmdown_ratio = 0.2  # share of the run in which they fall to final_lr_frac
 final_lr_frac = 0.0  # where they end
 skip_spikes = False  # no update by a step whose loss or gradient norm is 6 standard deviations too high
+# Memory
+shard = False  # FSDP2: weights, gradients and optimizer state in parts on all ranks; slower, same checkpoints
+offload = False  # with --shard: these parts in the host's memory, and on the GPU only while they are used
+recompute = False  # keep only each block's input, and compute the rest again in the backward pass; a third more FLOPs
 # Evaluation
 eval_every = 150  # steps between validations on held-out conversations (-1 = only at the end)
 # Checkpoints

@@ -38,6 +38,9 @@ target_param_data_ratio: float | None = None  # tokens per parameter
 # Batch
 device_batch_size: int | None = None  # rows per rank and micro-batch (None = what fits, with the fewest micro-batches)
 total_batch_size = 524288  # tokens per step over all ranks (rounded to whole micro-batches, which is printed)
+# Memory
+shard = False  # base_train --shard: weights, gradients and optimizer state in parts on all ranks
+recompute = False  # base_train --recompute: activations are computed again in the backward pass; a third more FLOPs
 # Checkpoints
 keep_last = 2  # checkpoints on the disk at a time
 # Output
@@ -56,6 +59,7 @@ from nanochat.sizing import (
     MARGIN,
     GPTConfig,
     Memory,
+    Setup,
     choose_batch,
     config_from_depth,
     count_parameters,
@@ -150,13 +154,15 @@ def make_plan(layers: int, machine: Machine) -> Plan:
     """Raises UserError where not a single row fits, or more than one horizon is given."""
     config = config_from_depth(layers, vocab_size, max_seq_len, aspect_ratio, head_dim, kv_heads, window_pattern)
     parameters, flops = count_parameters(config), flops_per_token(config)
-    how = (gpus, 2 if dtype == "bfloat16" else 4, compile, device_type == "cpu")
-    most = most_rows(config, machine.budget, *how) if machine.budget else None
+    size = 2 if dtype == "bfloat16" else 4
+    how = Setup(gpus, size, compile, device_type == "cpu", shard and gpus > 1, recompute)
+    most = most_rows(config, machine.budget, how) if machine.budget else None
     if most == 0:
-        need = memory(config, 1, *how).total / 1e9
+        need = memory(config, 1, how).total / 1e9
         raise UserError(
             f"d{layers} with one row of {max_seq_len} tokens needs {need:.1f} GB on each of {gpus}, and "
-            f"{1 - MARGIN:.0%} of {machine.gigabytes:g} GB may be used; try a smaller --depth or --max-seq-len"
+            f"{1 - MARGIN:.0%} of {machine.gigabytes:g} GB may be used; try --recompute, --shard on several, a "
+            "smaller --depth or --max-seq-len"
         )
     if device_batch_size or not most:
         batch = plan_batches(total_batch_size, device_batch_size or 32, max_seq_len, gpus)
@@ -171,7 +177,7 @@ def make_plan(layers: int, machine: Machine) -> Plan:
         "target_param_data_ratio": 20
     }
     steps, formula = plan_horizon(batch.tokens, flops, sum(parameters.values()), **given)
-    need = memory(config, batch.device_batch_size, *how)
+    need = memory(config, batch.device_batch_size, how)
     return Plan(config, parameters, flops, most, batch, need, steps, formula)
 
 
@@ -209,11 +215,12 @@ def show_memory(plan: Plan, machine: Machine) -> None:
     need, rows = plan.need, plan.batch.device_batch_size
     compiled = "compiled" if compile else "eager"
     print0(f"memory of each rank, {compiled}, {dtype}, {rows} rows of {max_seq_len} tokens:")
+    part, parted = f", 1/{gpus} of it", shard and gpus > 1
     labels = {
-        "weights": "weights, fp32",
-        "optimizer": "optimizer state, fp32" + f", 1/{gpus} of it" * (gpus > 1),
-        "gradients": "gradients, fp32",
-        "copies": f"copies of the blocks' weights in {dtype}",
+        "weights": "weights, fp32" + part * parted,
+        "optimizer": "optimizer state, fp32" + part * (gpus > 1),
+        "gradients": "gradients, fp32" + part * parted,
+        "copies": "gathered: embedding, head, three blocks" if parted else f"copies of the blocks' weights in {dtype}",
         "activations": f"activations, {need.activations / rows / 1e9:.3f} GB a row",
         "head": "loss: a slice of logits, the head's gradient",
         "update": "optimizer step, after the three above are freed",
@@ -265,7 +272,8 @@ def command(plan: Plan) -> str:
     if gpus > 1:
         start = f"torchrun --standalone --nproc_per_node={gpus} -m scripts.base_train --"
     names = (
-        "aspect_ratio head_dim kv_heads max_seq_len window_pattern num_iterations target_flops target_param_data_ratio"
+        "aspect_ratio head_dim kv_heads max_seq_len window_pattern num_iterations target_flops target_param_data_ratio "
+        "shard recompute"
     )
     defaults = {name: setting.default for name, setting in read_block(Path(__file__)).settings.items()}
     changed = {name: settings[name] for name in names.split() if settings[name] != defaults[name]}

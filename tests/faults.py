@@ -1,10 +1,11 @@
 """
-Training stages in processes that are killed, signalled and lied to at chosen points.
+Stages in forked processes, on any number of ranks, that are killed, signalled and lied to at chosen points.
 
     with Faults(base_dir) as faults:
-        status, output = faults.run("base", {"num_iterations": 6}, kill_at=("loop", 40))
+        code, output = faults.run("base", {"num_iterations": 6}, kill_at=("loop", 40))
+        code, output = faults.run("base", {"num_iterations": 6}, ranks=3)
 
-A server process imports torch and the scripts once and forks for every run: a run of ten steps takes about a second.
+A server process imports torch and the scripts once, which takes 4 s, and forks for every rank: 0.3 s and its steps.
 Points are lines of Python: `loop` counts those that main() or fine_tune() executes, `save` those of everything below
 save_checkpoint(). The server itself never computes, so that a fork of it is as good as a new process.
 """
@@ -27,6 +28,7 @@ from typing import Any, Self
 from tests import tiny
 
 SCRIPTS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}
+SCRIPTS |= {name: name for name in ("base_loss", "base_eval", "chat_eval")}
 FOLDERS = {
     "base": "base_checkpoints",
     "mid": "mid_checkpoints",
@@ -45,10 +47,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sft": CHAT,
     "rl": {
         **COMMON,
-        **{"source": "base", "task": "Arithmetic", "examples_per_step": 3, "num_samples": 4, "max_new_tokens": 12},
+        **{"source": "base", "task": "Arithmetic", "examples_per_step": 3, "num_samples": 4, "max_new_tokens": 6},
         **{"eval_examples": 2, "eval_samples": 2, "max_dead_steps": 100},
     },
+    **{name: {"device_type": "cpu", "dtype": "float32"} for name in ("base_loss", "base_eval", "chat_eval")},
+    "collectives": {},  # no stage, but tests/rank_faults.py
 }
+LIMIT = 300  # seconds of a run
 # What `save` stands for: the functions whose lines are points, by file. Everything that runs below them counts too.
 SAVING = {"checkpoint_manager.py", "tensors.py", "common.py", "tokenizer.py", "shutil.py", "tempfile.py"}
 
@@ -100,11 +105,35 @@ class Faults:
         answer = json.loads(self.server.stdout.readline())
         return answer["codes"], answer["output"]
 
-    def run(self, stage: str, settings: dict[str, Any], **fault: Any) -> tuple[int, str]:
-        """A run on one rank from beginning to end: exit code and output."""
-        self.start(stage, settings, **fault)
-        (code,), output = self.finish()
-        return code, output
+    def run(self, stage: str, settings: dict[str, Any], ranks: int = 1, **fault: Any) -> tuple[int, str]:
+        """A run from beginning to end: the exit code, which all ranks must share, and the output."""
+        self.start(stage, settings, ranks, **fault)
+        codes, output = self.finish()
+        assert len(set(codes)) == 1, (codes, output)
+        return codes[0], output
+
+    def prepare_chats(self, **settings: Any) -> None:
+        """
+        What the chat stages start from: a base model `t` of 256 tokens' context, and chats.jsonl: 300 conversations
+        with tools, and with uneven numbers of supervised tokens.
+        """
+        shape = {"max_seq_len": 256, "total_batch_size": 1024, "num_iterations": 8, "model_tag": "t"}
+        code, output = self.run("base", {**shape, **settings})
+        assert code == 0, output
+        chats = []
+        for i in range(300):
+            word = tiny.WORDS[i % len(tiny.WORDS)]
+            answer = [{"type": "text", "text": word}, {"type": "python", "text": f"{i}+1"}]
+            answer += [{"type": "python_output", "text": f"{i + 1}"}, {"type": "text", "text": f"\n#### {i + 1}"}]
+            question = {"role": "user", "content": f"Say {word} and add 1 to {i}" + "." * (i % 50)}
+            chats.append([question, {"role": "assistant", "content": answer}])
+        (self.base_dir / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+
+
+def start_from_t(base_dir: Path, tag: str) -> None:
+    """Give a tag the base model `t` to start from: a chat stage has its tag from there."""
+    if not (base_dir / FOLDERS["base"] / tag).exists():
+        (base_dir / FOLDERS["base"] / tag).symlink_to(base_dir / FOLDERS["base"] / "t")
 
 
 # -----------------------------------------------------------------------------
@@ -114,7 +143,8 @@ class Faults:
 def serve() -> None:
     for name in SCRIPTS.values():
         importlib.import_module(f"scripts.{name}")
-    importlib.import_module("torch._dynamo")  # which the first optimizer imports
+    for name in ("torch._dynamo", "torch.distributed.fsdp"):  # which optimizers and --shard import, in seconds
+        importlib.import_module(name)
     for line in sys.stdin:
         job = json.loads(line)
         log = Path(os.environ["NANOCHAT_BASE_DIR"]) / "faults.log"
@@ -130,10 +160,13 @@ def fork(job: dict[str, Any], rank: int, log: Path) -> int:
     if pid:
         return pid
     code = 1
+    signal.alarm(LIMIT)  # ends a rank that hangs
     try:
         output = os.open(log, os.O_WRONLY | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        for stream in (sys.stdout, sys.stderr):  # whole lines, also with PYTHONUNBUFFERED: ranks share the file
+            stream.reconfigure(line_buffering=True, write_through=False)  # type: ignore[union-attr]
         run(job, rank)
         code = 0
     except SystemExit as end:
@@ -154,10 +187,15 @@ def fork(job: dict[str, Any], rank: int, log: Path) -> int:
 def run(job: dict[str, Any], rank: int) -> None:
     """A stage's main() with settings by name, as run_main would run it, with something that goes wrong."""
     from nanochat.common import run_main
+    from tests import rank_faults
 
     if job["ranks"] > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(job["ranks"])}
         os.environ |= {"WORLD_SIZE": str(job["ranks"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
+    if job["stage"] == "collectives":
+        os.environ["RANK_AT_FAULT"] = str(job["fault"]["rank"])
+        run_main(lambda: rank_faults.compute_together(job["fault"]["kind"]))
+        return
     script = importlib.import_module(f"scripts.{SCRIPTS[job['stage']]}")
     everything = {**script.settings, **job["settings"]}
     assert everything.keys() == script.settings.keys(), everything.keys() ^ script.settings.keys()
@@ -180,27 +218,31 @@ def run(job: dict[str, Any], rank: int) -> None:
 # What goes wrong
 
 
-def at_point(place: str, number: int, act: Callable[[], None]) -> None:
-    """Act when the number-th line of a place is about to run; with number -1 never, but count, and print the count."""
-    seen = 0
+def on_points(act: Callable[[str, int], None]) -> None:
+    """Call act(place, number) before each line that is a point; numbers count from 1."""
+    seen = {"loop": 0, "save": 0}
 
-    def on_line(frame: FrameType, event: str, argument: object) -> Any:
-        nonlocal seen
-        if event == "line":
-            seen += 1
-            if seen == number:
-                act()
+    def watch(place: str) -> Callable[[FrameType, str, object], Any]:
+        def on_line(frame: FrameType, event: str, argument: object) -> Any:
+            if event == "line":
+                seen[place] += 1
+                act(place, seen[place])
+            return on_line
+
         return on_line
 
     def on_call(frame: FrameType, event: str, argument: object) -> Any:
         code = frame.f_code
-        if place == "loop":
-            return on_line if code.co_name in ("main", "fine_tune") and in_project(code.co_filename) else None
-        return on_line if below_save(frame) else None
+        if code.co_name in ("main", "fine_tune") and in_project(code.co_filename):
+            return in_loop
+        return in_save if below_save(frame) else None
 
+    in_loop, in_save = watch("loop"), watch("save")
     sys.settrace(on_call)
-    if number == -1:
-        AT_END.append(lambda: print(f"{place} has {seen} points"))
+
+
+def at_point(place: str, number: int, act: Callable[[], None]) -> None:
+    on_points(lambda *point: act() if point == (place, number) else None)
 
 
 AT_END: list[Callable[[], None]] = []
@@ -229,8 +271,11 @@ def send(point: tuple[str, int, int]) -> None:
     at_point(point[0], point[1], lambda: os.kill(os.getpid(), point[2]))
 
 
-def count(place: str) -> None:
-    at_point(place, -1, lambda: None)
+def count(_: bool) -> None:
+    """Nothing goes wrong, but in the end the number of points is printed."""
+    last = {}
+    on_points(lambda place, number: last.update({place: number}))
+    AT_END.append(lambda: print(f"points: {json.dumps(last)}"))
 
 
 def limit_file_size(size: int) -> None:
@@ -238,28 +283,64 @@ def limit_file_size(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-def spoil(where: tuple[str, int]) -> None:
-    """NaN in the loss, a gradient or a parameter, at the given step (from 1) of this process."""
-    import torch
-
+def at_step(number: int, instead: Callable[..., Any]) -> None:
+    """In the given step (from 1) of this process, call instead(accumulate, model, stream, ...)."""
     from nanochat import train
 
-    kind, step = where
     accumulate, calls = train.accumulate, []
 
-    def spoiled(model: Any, *values: Any) -> Any:
+    def counted(*values: Any) -> Any:
         calls.append(1)
-        if len(calls) == step and kind == "parameter":
+        return instead(accumulate, *values) if len(calls) == number else accumulate(*values)
+
+    train.accumulate = counted
+
+
+def spoil(where: tuple[str, int]) -> None:
+    """NaN in the loss, a gradient or a parameter, at the given step."""
+    import torch
+
+    kind, step = where
+
+    def spoiled(accumulate: Any, model: Any, *values: Any) -> Any:
+        if kind == "parameter":
             with torch.no_grad():
                 model.lm_head.weight[1, 1] = torch.nan
         sums = accumulate(model, *values)
-        if len(calls) == step and kind == "loss":
+        if kind == "loss":
             sums.totals[0] = torch.nan
-        if len(calls) == step and kind == "gradient":
+        if kind == "gradient":
             model.lm_head.weight.grad[2, 3] = torch.inf
         return sums
 
-    train.accumulate = spoiled
+    at_step(step, spoiled)
+
+
+def lose_text(where: tuple[int, int]) -> None:
+    """What a damaged shard file does to its rank: no batch for the given micro-batch of a step (both from 1)."""
+    from nanochat.common import UserError
+
+    step, micro_batch = where
+
+    def starved(accumulate: Any, model: Any, stream: Any, *values: Any) -> Any:
+        def few() -> Any:
+            for _ in range(micro_batch - 1):
+                yield next(stream)
+            raise UserError("shard_00003.parquet is damaged")
+
+        return accumulate(model, few(), *values)
+
+    at_step(step, starved)
+
+
+def leave_after(step: int) -> None:
+    """SIGTERM during the given step: it is the last one of this process."""
+
+    def told(accumulate: Any, *values: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return accumulate(*values)
+
+    at_step(step, told)
 
 
 def sleep(seconds: float) -> None:
@@ -272,6 +353,8 @@ FAULTS: dict[str, Callable[[Any], None]] = {
     "count": count,
     "limit_file_size": limit_file_size,
     "spoil": spoil,
+    "lose_text": lose_text,
+    "leave_after": leave_after,
     "sleep": sleep,
 }
 

@@ -3,8 +3,10 @@ Memory of a training step on a CPU, counted by the allocator itself: torch's pro
 compiled code too.
 
     python -m tests.step_memory '{"n_layer": 2, "n_embd": 256, "n_head": 4, "sequence_len": 256}' 4 bfloat16 eager
+    torchrun --nproc_per_node=3 -m tests.step_memory '{"n_layer": 4}' 4 bfloat16 compiled+shard+recompute
 
-Last line: weights and optimizer state, and the most that forward, backward and update held beside them, in bytes.
+Last line: weights and optimizer state, and the most that forward, backward and update held beside them, in bytes, on
+rank 0.
 """
 
 import json
@@ -15,9 +17,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from nanochat.compute import compute_init
+from nanochat.common import print0
+from nanochat.compute import compute_cleanup, compute_init
 from nanochat.device_batch import random_rows
 from nanochat.gpt import GPTConfig, build_model
+from nanochat.sharding import held_bytes, placement
 from nanochat.train import Rates, accumulate, update
 
 
@@ -35,17 +39,20 @@ def most_held(work: Callable[[], Any]) -> tuple[Any, int, int]:
 
 def main(shape: str, rows: str, dtype: str, mode: str) -> None:
     compute = compute_init("cpu", dtype)
-    model = build_model(GPTConfig(**json.loads(shape)), compute.device, seed=0)
-    if mode == "compiled":
+    place = placement(compute, "shard" in mode, offload=False)
+    model = build_model(GPTConfig(**json.loads(shape)), compute.device, 0, place)
+    model.recompute = "recompute" in mode
+    if "compiled" in mode:
         model.compile_parts()
     optimizers = model.setup_optimizers(dtype=compute.dtype)
     stream = random_rows(model, int(rows), model.config.sequence_len)
     rates = Rates(lr=0.1, momentum=0.9, weight_decay=0.0)
     update(optimizers, accumulate(model, stream, None, 1, compute), rates, compute)  # compiles, and fills caches
-    lasting = sum(p.nbytes for p in model.parameters()) + sum(optimizer.state_bytes() for optimizer in optimizers)
+    lasting = held_bytes(model) + sum(optimizer.state_bytes() for optimizer in optimizers)
     sums, gradients_most, left = most_held(lambda: accumulate(model, stream, None, 2, compute))
     _, update_most, _ = most_held(lambda: update(optimizers, sums, rates, compute))
-    print(json.dumps({"lasting": lasting, "gradients": gradients_most, "update": left + update_most}))
+    print0(json.dumps({"lasting": lasting, "gradients": gradients_most, "update": left + update_most}))
+    compute_cleanup()
 
 
 if __name__ == "__main__":

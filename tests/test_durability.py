@@ -22,8 +22,7 @@ import pytest
 from nanochat import checkpoint_manager as manager
 from nanochat.common import UserError
 from tests import tiny
-from tests.faults import FOLDERS, Faults
-from tests.tiny import EAGER, RUN
+from tests.faults import FOLDERS, Faults, start_from_t
 
 STEPS, SAVE_EVERY = 8, 2
 QUICK, LONG = 2, 20
@@ -35,24 +34,18 @@ def tiers(quick: int, long: int) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Corpus, tokenizer, a base model of 256 tokens' context called `t`, and conversations."""
-    base_dir = tmp_path_factory.mktemp("durable")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
+    base_dir: Path = tmp_path_factory.mktemp("durable")
     tiny.prepare(base_dir)
-    flags = [*RUN, *EAGER, "--num-iterations=4", "--max-seq-len=256", "--total-batch-size=1024", "--eval-every=-1"]
-    tiny.run(base_dir, "scripts.base_train", *flags, "--model-tag=t")
-    chats = [
-        [{"role": "user", "content": f"Say {word} {i}" + "." * (i % 40)}, {"role": "assistant", "content": word * 3}]
-        for i, word in enumerate(tiny.WORDS * 8)
-    ]
-    (base_dir / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-    return base_dir
+    with Faults(base_dir) as running:
+        running.prepare_chats(num_iterations=4)
+        yield running
 
 
 @pytest.fixture(scope="module")
-def faults(home: Path) -> Iterator[Faults]:
-    with Faults(home) as running:
-        yield running
+def home(faults: Faults) -> Path:
+    """Corpus, tokenizer, a base model of 256 tokens' context called `t`, and conversations."""
+    return faults.base_dir
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +56,8 @@ def in_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 class Lab:
     """A stage's runs under tags of their own."""
 
+    counted: dict[str, dict[str, int]] = {}  # points of the runs that nothing happens to, by tag
+
     def __init__(self, home: Path, faults: Faults, stage: str, **settings: Any):
         self.home, self.faults, self.stage = home, faults, stage
         self.settings = {"num_iterations": STEPS, "save_every": SAVE_EVERY, **settings}
@@ -70,8 +65,8 @@ class Lab:
             self.settings |= {"mixture": str(home / "chats.jsonl")}
 
     def start(self, tag: str, ranks: int = 1, **changes: Any) -> list[int]:
-        if self.stage != "base" and not (self.home / "base_checkpoints" / tag).exists():
-            (self.home / "base_checkpoints" / tag).symlink_to(self.home / "base_checkpoints" / "t")
+        if self.stage != "base":
+            start_from_t(self.home, tag)
         fault = {key: changes.pop(key) for key in list(changes) if key in FAULT_NAMES}
         resume = {"resume": bool(self.steps(tag))} if "resume_from_step" not in changes else {}
         return self.faults.start(self.stage, {**self.settings, "model_tag": tag, **resume, **changes}, ranks, **fault)
@@ -103,8 +98,7 @@ class Lab:
         """The last weights of a run that nothing happens to."""
         tag = f"{self.stage}-whole{ranks}"
         if not self.steps(tag):
-            code, output = self.run(tag, ranks)
-            assert code == 0, output
+            self.counted[tag] = self.points(tag, ranks)
         return self.weights(tag, STEPS)
 
     def copy_steps(self, tag: str, *steps: int) -> None:
@@ -114,11 +108,12 @@ class Lab:
             name = f"step_{step:06d}"
             shutil.copytree(self.folder(f"{self.stage}-whole1") / name, self.folder(tag) / name)
 
-    def points(self, place: str) -> int:
-        """How many points a run from the beginning has."""
-        code, output = self.run(f"{self.stage}-count-{place}-{time.time_ns()}", count=place)
+    def points(self, tag: str, ranks: int = 1) -> dict[str, int]:
+        """How many points a run has by place; a run to its end."""
+        code, output = self.run(tag, ranks, count=True)
         assert code == 0, output
-        return int(re.search(rf"{place} has (\d+) points", output)[1])
+        counts: dict[str, int] = json.loads(re.search(r"points: (.*)", output)[1])
+        return counts
 
     def check_newest(self, tag: str) -> None:
         """Every checkpoint that counts is whole, and at most save_every steps are lost."""
@@ -145,7 +140,8 @@ def test_kill_9_anywhere_loses_at_most_save_every_steps(home, faults, stage, pla
     the end the bits of the run that nobody killed.
     """
     lab, rng = Lab(home, faults, stage), random.Random(f"{stage}{place}")
-    points, kills, tag = lab.points(place), 0, ""
+    lab.whole()
+    points, kills, tag = lab.counted[f"{stage}-whole1"][place], 0, ""
     while kills < trials:
         tag = f"{stage}-killed-{place}-{trials}-{kills}"
         code = -signal.SIGKILL
@@ -253,14 +249,18 @@ def test_a_small_file_system_says_what_is_needed(home, faults):
 
 @pytest.mark.parametrize("trials", tiers(3, 20))
 def test_sigterm_to_one_of_two_ranks_stops_both_and_resumes_bit_for_bit(home, faults, trials):
-    """At random lines of the loop and of saving, among them those of evaluations and samples; to one rank only."""
+    """
+    At lines of the loop and of saving, spread over the run, among them those of evaluations and samples; to one rank
+    only.
+    """
     lab, rng = Lab(home, faults, "base", eval_every=3, sample_every=5), random.Random(trials)
-    points = {place: lab.points(place) for place in ("loop", "save")}
+    points = lab.points(f"counted{trials}")
     stopped = 0
     for trial in range(trials):
         tag, place = f"sigterm{trials}-{trial}", rng.choice(["loop", "loop", "save"])
         rank = 0 if place == "save" else rng.randrange(2)
-        point = rng.randint(60, points[place]) if place == "loop" else rng.randint(1, points[place])
+        first = 60 if place == "loop" else 1
+        point = first + int((points[place] - first) * (trial + rng.random()) / trials)
         signum = rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
         lab.start(tag, 2, signal_at=(place, point, int(signum)), rank=rank)
         codes, output = faults.finish()

@@ -340,7 +340,7 @@ def test_amd_cards_that_torch_does_not_see_are_counted_by_rocm_smi_and_else_npro
         ({"TORCH": "2.13.0+cu130 none 6 24"}, "TORCH_BUILD=rocm7.2 bash dev/setup.sh"),
         ({"TORCH": "2.13.0 7.2 4 24", "NPROC": "6"}, "NPROC=6, but there are 4 cards"),
         ({"PYTORCH_HIP_ALLOC_CONF": "expandable_segments:True"}, "unset it"),
-        ({"TORCH": "2.13.0 7.2 6 24", "DEPTH": "32"}, "try a smaller --depth"),
+        ({"TORCH": "2.13.0 7.2 6 24", "DEPTH": "32"}, "a smaller --depth"),
     ],
 )
 def test_amd_launcher_refuses_what_cannot_work(checkout: Checkout, settings: dict[str, str], said: str) -> None:
@@ -348,6 +348,14 @@ def test_amd_launcher_refuses_what_cannot_work(checkout: Checkout, settings: dic
     assert result.returncode == 2
     assert said in result.stderr and result.stderr.count("\n") == 1
     assert checkout.modules() in ([], ["plan"])
+
+
+def test_a_model_that_does_not_fit_is_sharded_in_every_stage_that_can(checkout: Checkout) -> None:
+    settings = {"TORCH": "2.13.0 7.2 6 24", "DEPTH": "32", "MEMORY_ARGS": "--shard --recompute"}
+    assert checkout.run("launch_6x_amd_xtx.sh", STAGES="tok base mid sft", **settings).returncode == 0
+    for stage in ("base_train", "mid_train", "chat_sft"):
+        assert {"--shard", "--recompute"} <= set(checkout.calls(stage)[0])
+    assert flag(checkout.calls("base_train")[0], "device-batch-size") == "33"
 
 
 def test_amd_environment_has_levels_that_rccl_knows_and_hides_no_card(checkout: Checkout) -> None:

@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     "calculator common configurator download eval_bundle execution jail_stub report_page report_runs schedule sizing "
     "task_data",
-    "adamw compute dataset docs_corpus folder_corpus muon peers shards tensors tokenizer",
+    "adamw compute dataset docs_corpus folder_corpus muon peers sharding shards tensors tokenizer",
     "conversation dataloader gpt",
     "checkpoint_manager core_eval engine guard hf_model loss_eval task_eval",
     "device_batch finetune report report_compare server train",
@@ -27,9 +27,10 @@ SIBLINGS = {
     "hf_model": {"core_eval"},
     "finetune": {"train"},
     "device_batch": {"train"},
-    "adamw": {"compute"},
+    "adamw": {"compute", "sharding"},
     "compute": {"peers"},
-    "muon": {"compute"},
+    "muon": {"compute", "sharding"},
+    "sharding": {"compute"},
     "dataset": {"docs_corpus", "folder_corpus", "shards"},
     "folder_corpus": {"shards"},
 }

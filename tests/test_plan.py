@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat import adamw, gpt, muon, sizing
+from nanochat import gpt, muon, sharding, sizing
 from nanochat.common import UserError
 from nanochat.compute import Compute
 from nanochat.configurator import parse_args, read_block
@@ -63,7 +63,7 @@ def test_shape_parameters_and_flops_are_those_of_the_model(depth: int, options: 
 
 @pytest.mark.parametrize("world_size", [1, 3, 6, 8])
 def test_optimizer_state_is_that_of_one_rank(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (adamw, muon):
+    for module in (muon, sharding):
         monkeypatch.setattr(module, "ranks", lambda: (0, world_size))
     config = sizing.config_from_depth(5, 1001, 64, kv_heads=1)
     with torch.device("meta"):
@@ -89,21 +89,23 @@ def test_cards_are_those_whose_peak_is_known() -> None:
 # Memory against measurement
 
 
-def measured_and_planned(shape: tuple, mode: str) -> tuple[int, int]:
-    """Bytes of a training step on this CPU: counted by the allocator in a process of its own, and planned."""
+def measured_and_planned(shape: tuple, mode: str, ranks: int = 1) -> tuple[int, int]:
+    """Bytes of a training step on this CPU: counted by the allocator in processes of their own, and planned."""
     layers, width, head_dim, context, rows, vocab_size, dtype = shape
     sizes = {"n_layer": layers, "n_embd": width, "n_head": width // head_dim, "n_kv_head": width // head_dim}
     sizes |= {"sequence_len": context, "vocab_size": vocab_size}
-    command = [sys.executable, "-m", "tests.step_memory", json.dumps(sizes), str(rows), dtype, mode]
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"] if ranks > 1 else []
+    command = [sys.executable, "-m", *launcher, "tests.step_memory", json.dumps(sizes), str(rows), dtype, mode]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
-    counted = json.loads(result.stdout.splitlines()[-1])
-    planned = sizing.memory(
-        sizing.GPTConfig(**sizes), rows, 1, 2 if dtype == "bfloat16" else 4, mode == "compiled", cpu=True
-    )
+    counted = json.loads(re.findall(r"\{.lasting.+\}", result.stdout)[-1])
+    size, words = 2 if dtype == "bfloat16" else 4, mode.split("+")
+    how = sizing.Setup(ranks, size, "compiled" in words, True, "shard" in words, "recompute" in words)
+    planned = sizing.memory(sizing.GPTConfig(**sizes), rows, how)
     assert planned.weights + planned.optimizer == counted["lasting"]
-    assert planned.gradients + planned.update <= 1.5 * counted["update"]
-    assert planned.gradients + planned.update >= 0.9 * counted["update"]
+    if not how.shard:  # there all buffers of the optimizers are small
+        assert planned.gradients + planned.update <= 1.5 * counted["update"]
+        assert planned.gradients + planned.update >= 0.9 * counted["update"]
     return counted["lasting"] + max(counted["gradients"], counted["update"]), planned.total
 
 
@@ -119,6 +121,21 @@ def test_planned_memory_is_what_an_eager_step_takes() -> None:
 def test_planned_memory_is_what_a_step_takes(shape: tuple, mode: str) -> None:
     measured, planned = measured_and_planned(shape, mode)
     print(f"| {mode} | {' | '.join(map(str, shape))} | {measured / 1e6:.1f} | {planned / 1e6:.1f} |")
+    assert abs(planned / measured - 1) < 0.15
+
+
+SHARDED = [(4, 256, 64, 256, 4, 4096, "bfloat16"), (8, 128, 64, 512, 2, 1024, "bfloat16")]
+SHARDED += [(6, 512, 128, 2048, 1, 2048, "bfloat16"), (2, 256, 64, 256, 4, 32768, "bfloat16")]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("ranks", "mode"), [(1, "eager+recompute"), (2, "eager+shard"), (3, "eager+shard+recompute"), (2, "compiled+shard")]
+)
+@pytest.mark.parametrize("shape", SHARDED, ids=str)
+def test_planned_memory_is_what_a_sharded_or_recomputed_step_takes(shape: tuple, ranks: int, mode: str) -> None:
+    measured, planned = measured_and_planned(shape, mode, ranks)
+    print(f"| {ranks} x {mode} | {' | '.join(map(str, shape))} | {measured / 1e6:.1f} | {planned / 1e6:.1f} |")
     assert abs(planned / measured - 1) < 0.15
 
 
@@ -141,8 +158,9 @@ def test_any_number_of_cards_steps_by_about_as_many_tokens(
 ) -> None:
     config = sizing.config_from_depth(20, 65536, 2048)
     budget = gigabytes * 1e9 * (1 - sizing.MARGIN)
-    most = sizing.most_rows(config, budget, cards, 2, True, False)
-    assert sizing.memory(config, most, cards).total <= budget < sizing.memory(config, most + 1, cards).total
+    how = sizing.Setup(cards)
+    most = sizing.most_rows(config, budget, how)
+    assert sizing.memory(config, most, how).total <= budget < sizing.memory(config, most + 1, how).total
     batch = sizing.choose_batch(524288, most, 2048, cards)
     assert (batch.device_batch_size, batch.grad_accum_steps, batch.tokens) == (rows, micro_batches, tokens)
 
@@ -214,7 +232,7 @@ def test_the_command_that_a_plan_ends_with_is_one_of_base_train(words: list[str]
     ("words", "says"),
     [
         (["--card=RTX 9999"], "--card='RTX 9999' is not in the table; give --vram-gb=GB, or one of: GB200"),
-        (["--depth=32", "--vram-gb=8"], "try a smaller --depth or --max-seq-len"),
+        (["--depth=32", "--vram-gb=8"], "a smaller --depth or --max-seq-len"),
         (["--num-iterations=5", "--target-flops=1e18"], "exactly one must be set"),
         (["--gpus=0"], "--gpus=0: expected more than 0"),
         (["--mfu=40"], "--mfu=40.0: expected a share"),
