@@ -10,22 +10,29 @@ from nanochat.common import UserError
 from nanochat.compute import Compute
 from scripts import base_eval
 from tests import tiny
+from tests.faults import Faults
 from tests.test_core_eval import write_bundle
-from tests.tiny import EAGER, RUN
 
 NAMES = ("choose", "fill", "say")
 MODEL = "base-t-000002"
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A tiny checkpoint, and tasks of 16, 2 and 16 items."""
+def faults(tmp_path_factory):
     base_dir = tmp_path_factory.mktemp("base_eval")
     tiny.prepare(base_dir)
-    tiny.run(base_dir, "scripts.base_train", *RUN, *EAGER, "--num-iterations=2", "--model-tag=t")
-    path = write_bundle(base_dir / "bundle") / "eval_data" / "words" / "fill.jsonl"
+    with Faults(base_dir) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def home(faults):
+    """A tiny checkpoint, and tasks of 16, 2 and 16 items."""
+    code, output = faults.run("base", {"num_iterations": 2, "model_tag": "t"})
+    assert code == 0, output
+    path = write_bundle(faults.base_dir / "bundle") / "eval_data" / "words" / "fill.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
-    return base_dir
+    return faults.base_dir
 
 
 @pytest.fixture
@@ -75,13 +82,13 @@ def test_every_task_is_recorded_and_a_second_run_scores_only_what_is_missing(hom
     assert "(at most 5 items of each task)" in score(max_per_task=5, eval="core,bpb")
 
 
-def test_three_ranks_give_the_answers_of_one(home, score):
+def test_three_ranks_give_the_answers_of_one(home, faults, score):
     """16 items do not divide evenly, and of 2 one rank gets none. What an earlier run has scored, only rank 0 knows."""
     score(tasks="choose", rescore=True)
     for name in ("fill", "say"):
         (home / "core" / MODEL / f"{name}.json").unlink(missing_ok=True)
-    flags = [f"--bundle={home / 'bundle'}", "--device-type=cpu", "--dtype=float32"]
-    output = tiny.torchrun(home, 3, "scripts.base_eval", "--", *flags).stdout
+    code, output = faults.run("base_eval", {"bundle": str(home / "bundle")}, ranks=3)
+    assert code == 0, output
     assert output.count("scored before") == 1 and output.count("CORE: ") == 1
     together = answers(home)
     score(rescore=True)

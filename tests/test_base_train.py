@@ -5,14 +5,17 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from nanochat.common import UserError
 from tests import tiny
+from tests.faults import Faults
 from tests.tiny import EAGER, RUN
 
+SAME_RUN = {"num_iterations": 20, "eval_every": 10, "eval_tokens": 2000}  # as RUN and EAGER, with tests/faults.py's
 GOLDEN = Path(__file__).parent / "golden.json"
 
 
@@ -25,16 +28,28 @@ def home(tmp_path_factory):
     return base_dir
 
 
+@pytest.fixture(scope="module")
+def faults(home):
+    with Faults(home) as running:
+        yield running
+
+
+def train(faults: Faults, tag: str, **changes: object) -> None:
+    """The run of RUN and EAGER, in a fork of a process that has imported everything: a second instead of five."""
+    code, output = faults.run("base", {**SAME_RUN, "model_tag": tag, **changes})
+    assert code == 0, output
+
+
 def losses(home: Path, tag: str) -> list[float]:
     return [event["loss"] for event in tiny.events(home, "base", tag, "step")]
 
 
-def test_golden_run(home):
+def test_golden_run(home, faults):
     """
-    Twenty steps at depth 2: the same bits in another fresh process, and near the stored losses on any machine. A change
+    Twenty steps at depth 2: the same bits in another process, and near the stored losses on any machine. A change
     of the mathematics must say so and store new ones: set NANOCHAT_STORE_GOLDEN=1 and run this test.
     """
-    tiny.run(home, "scripts.base_train", *RUN, *EAGER, "--model-tag=second")
+    train(faults, "second")
     assert tiny.weights(home, "whole", 20) == tiny.weights(home, "second", 20)
     if os.environ.get("NANOCHAT_STORE_GOLDEN"):
         GOLDEN.write_text(json.dumps(losses(home, "whole")) + "\n")
@@ -42,26 +57,20 @@ def test_golden_run(home):
     assert losses(home, "whole")[-1] < 0.75 * losses(home, "whole")[0]
 
 
-def stop_at(home: Path, tag: str, step: int, signum: int, *flags: str) -> int:
-    """Start a run, send it a signal when it has logged `step` steps, and return its exit code."""
-    command = [sys.executable, "-m", "scripts.base_train", *RUN, *flags, f"--model-tag={tag}"]
-    options = {"env": tiny.environment(home), "cwd": tiny.ROOT, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **options) as process:
-        for line in process.stdout:
-            if line.startswith(f"step {step}/"):
-                process.send_signal(signum)
-                break
-        process.stdout.read()
-        return process.wait(timeout=120)
-
-
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_continues_bit_for_bit(home, signum, code):
+def test_a_stopped_run_continues_bit_for_bit(home, faults, signum, code):
+    """Stopped from outside, when it has logged 7 steps."""
     tag = f"stopped{code}"
-    assert stop_at(home, tag, 7, signum, *EAGER) == code
+    (pid,) = faults.start("base", {**SAME_RUN, "model_tag": tag})
+    deadline = time.monotonic() + 120
+    while "step 7/20" not in (home / "faults.log").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(pid, signum)
+    assert faults.finish()[0] == [code]
     saved = [path.name for path in (home / "base_checkpoints" / tag).iterdir()]
     assert len(saved) == 1 and saved[0] != "step_000020"
-    tiny.run(home, "scripts.base_train", *RUN, *EAGER, f"--model-tag={tag}", "--resume")
+    train(faults, tag, resume=True)
     assert tiny.weights(home, tag, 20) == tiny.weights(home, "whole", 20)
     assert losses(home, tag) == losses(home, "whole")
 
@@ -100,12 +109,12 @@ def test_a_reader_that_has_gone_does_not_end_a_run(home):
     assert tiny.weights(home, "unheard", 20) == tiny.weights(home, "whole", 20)
 
 
-def test_compiled_bf16_continues_bit_for_bit(home):
+def test_compiled_bf16_continues_bit_for_bit(home, faults):
     """The fast path, on the CPU that is here: compiled blocks, bf16 matmuls, an intermediate checkpoint."""
-    flags = [*RUN, "--dtype=bfloat16"]
-    tiny.run(home, "scripts.base_train", *flags, "--model-tag=fast", "--save-every=8")
+    fast = {"compile": True, "dtype": "bfloat16", "save_every": 8}
+    train(faults, "fast", **fast)
     whole = tiny.weights(home, "fast", 20)
-    tiny.run(home, "scripts.base_train", *flags, "--model-tag=fast", "--save-every=8", "--resume-from-step=8")
+    train(faults, "fast", **fast, resume_from_step=8)
     assert tiny.weights(home, "fast", 20) == whole
     assert (
         len(list((home / "base_checkpoints").glob("fast-before-*/step_*"))) == 2
@@ -180,10 +189,10 @@ def test_mistakes_are_told_in_one_line(train_here, changes, message):
 
 
 def test_missing_corpus_and_tokenizer_name_the_command(tmp_path, home, train_here, monkeypatch):
-    result = tiny.run(tmp_path, "scripts.base_train", *RUN, *EAGER, check=False)
-    assert result.returncode == 2 and "python -m nanochat.dataset --source=docs" in result.stderr
-    (tmp_path / "data").symlink_to(home / "data")
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    with pytest.raises(UserError, match=r"python -m nanochat\.dataset --source=docs"):
+        train_here()
+    (tmp_path / "data").symlink_to(home / "data")
     with pytest.raises(UserError, match=r"python -m scripts\.tok_train"):
         train_here()
 
@@ -212,9 +221,10 @@ def test_a_finished_run_has_nothing_to_do(home, train_here, capsys):
     assert tiny.events(home, "base", "done", "start") == before
 
 
-def test_base_loss_and_chat_cli_read_what_base_train_wrote(home):
+def test_base_loss_and_chat_cli_read_what_base_train_wrote(home, faults):
     flags = ["--device-type=cpu", "--dtype=float32", "--model-tag=whole"]
-    scored = tiny.run(home, "scripts.base_loss", *flags, "--split-tokens=2000", "--device-batch-size=2").stdout
+    code, scored = faults.run("base_loss", {"model_tag": "whole", "split_tokens": 2000, "device_batch_size": 2})
+    assert code == 0, scored
     ended = tiny.events(home, "base", "whole", "eval")[-1]["val_bpb"]
     assert f"val bpb {ended:.4f}" in scored and "byte frequencies" in scored and "xz -9" in scored
     options = ["--source=base", "-p", "The small", "--max-tokens=12", "--temperature=0"]

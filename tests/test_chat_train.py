@@ -1,9 +1,7 @@
-"""Midtraining, SFT and RL as a user runs them: what they learn, how they stop and go on, on one rank and on two."""
+"""Midtraining, SFT and RL: what they learn, how they stop and go on, what they refuse. On ranks: test_ranks.py."""
 
-import json
 import os
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +12,9 @@ from nanochat.compute import Compute
 from nanochat.guard import SignalWatch
 from scripts import chat_rl, chat_sft, mid_train
 from tests import tiny
-from tests.faults import FOLDERS, Faults
+from tests.faults import FOLDERS, Faults, start_from_t
 from tests.rewarded_rl import even_length
 from tests.test_gpt import small_model
-from tests.tiny import EAGER, RUN
 
 SCRIPTS = {"mid": mid_train, "sft": chat_sft, "rl": chat_rl}
 DEFAULTS = {name: dict(script.settings) for name, script in SCRIPTS.items()}
@@ -28,25 +25,9 @@ def home(tmp_path_factory):
     """A base directory with a base model of 256 tokens' context, and conversations in a file."""
     base_dir = tmp_path_factory.mktemp("chat")
     tiny.prepare(base_dir)
-    flags = [*RUN, *EAGER, "--num-iterations=8", "--max-seq-len=256", "--total-batch-size=1024", "--eval-every=-1"]
-    tiny.run(base_dir, "scripts.base_train", *flags, "--model-tag=t")
-    chats = []
-    for i in range(300):
-        word = tiny.WORDS[i % len(tiny.WORDS)]
-        answer = [{"type": "text", "text": word}, {"type": "python", "text": f"{i}+1"}]
-        answer += [{"type": "python_output", "text": f"{i + 1}"}, {"type": "text", "text": f"\n#### {i + 1}"}]
-        question = {"role": "user", "content": f"Say {word} and add 1 to {i}" + "." * (i % 50)}
-        chats.append([question, {"role": "assistant", "content": answer}])
-    (base_dir / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    with Faults(base_dir) as faults:
+        faults.prepare_chats()
     return base_dir
-
-
-def start_from(home: Path, source: str, tag: str) -> None:
-    """Give a tag a checkpoint to start from: the base model, whatever it passes for."""
-    folder = home / FOLDERS[source]
-    folder.mkdir(exist_ok=True)
-    if not (folder / tag).exists():
-        (folder / tag).symlink_to(home / FOLDERS["base"] / "t")
 
 
 @pytest.fixture
@@ -56,7 +37,7 @@ def stage(home, monkeypatch):
 
     def run(name: str, tag: str, **changes: object) -> bytes:
         script = SCRIPTS[name]
-        start_from(home, "base", tag)
+        start_from_t(home, tag)
         values = {"source": "base", "dtype": "float32", "device_type": "cpu", "model_tag": tag, "num_iterations": 6}
         if name == "rl":
             values |= {"task": "Arithmetic", "examples_per_step": 3, "num_samples": 4, "max_new_tokens": 20}
@@ -166,31 +147,6 @@ def test_a_batch_without_a_supervised_token_changes_no_weight(home):
     result = train.update(optimizers, sums, train.Rates(1.0, 0.9, 1.0), compute)
     assert result.tokens == 0 and result.loss == 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-@pytest.fixture(scope="module")
-def faults(home):
-    with Faults(home) as running:
-        yield running
-
-
-@pytest.mark.parametrize("name", ["mid", "sft", "rl"])
-def test_two_ranks_equal_one(home, faults, name):
-    """Rows of the file have uneven numbers of supervised tokens; RL deals 3 prompts to 2 ranks."""
-    source = "mid" if name == "rl" else "base"
-    settings = {"num_iterations": 5, "source": source, "init_lr_frac": 1.0}
-    settings |= {"max_new_tokens": 40} if name == "rl" else {"mixture": str(home / "chats.jsonl")}
-    losses = []
-    for ranks in (1, 2):
-        tag = f"{name}_on_{ranks}"
-        start_from(home, source, tag)
-        faults.start(name, {**settings, "model_tag": tag}, ranks)
-        codes, output = faults.finish()
-        assert codes == [0] * ranks, output
-        losses.append(tiny.events(home, name, tag, "step"))
-    assert len(losses[0]) == len(losses[1]) == 5
-    for a, b in zip(*losses, strict=True):
-        assert a["tokens"] == b["tokens"] > 0 and a["loss"] == pytest.approx(b["loss"], abs=1e-5)
 
 
 def test_mistakes_are_one_line(stage, home):

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from nanochat.common import EXIT_RANK_DIED
+from tests.faults import Faults
 from tests.tiny import ROOT
 
 PROMISE = 30  # seconds
@@ -51,19 +52,18 @@ def launch(folder: Path, name: str, words: list[str], **variables: object) -> su
 
 
 def start(
-    folder: Path, fault: str, ranks: int, at_fault: int = 1, torch: bool = False, machines: tuple[str, ...] = ()
+    folder: Path, fault: str, ranks: int, at_fault: int = 1, machines: tuple[str, ...] = ()
 ) -> list[subprocess.Popen]:
     """The ranks, as srun or a person starts them; with `machines`, half of them in each network namespace."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    store = "" if torch else folder / "store"
     processes = []
     for rank in range(ranks):
         words = ["ip", "netns", "exec", machines[2 * rank // ranks]] if machines else []
         words += [sys.executable, "-m", "tests.rank_faults", fault]
         place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
         place |= {"MASTER_ADDR": "10.77.0.1" if machines else "127.0.0.1", "MASTER_PORT": port}
-        processes.append(launch(folder, str(rank), words, **place, STORE=store, RANK_AT_FAULT=at_fault))
+        processes.append(launch(folder, str(rank), words, **place, STORE=folder / "store", RANK_AT_FAULT=at_fault))
     return processes
 
 
@@ -235,12 +235,29 @@ def test_a_cut_cable_ends_both_sides_within_30_seconds(tmp_path, side):
 
 
 # -----------------------------------------------------------------------------
-# Ranks that compute
+# Ranks that compute: torch is imported once for most of them
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
+    with Faults(tmp_path_factory.mktemp("faults")) as running:
+        yield running
+
+
+def collectives(faults: Faults, kind: str, ranks: int, at_fault: int = 1) -> Run:
+    """Ranks that compute together until one of them has a fault; `err` is what they say beside where they are."""
+    began = time.monotonic()
+    faults.start("collectives", {}, ranks, kind=kind, rank=at_fault)
+    codes, output = faults.finish()
+    assert time.monotonic() - began < 2 * PROMISE, output
+    usual = ("ready", "device: ")
+    lines = [line for line in output.splitlines() if not line.startswith(usual)]
+    return Run(codes, "", "\n".join(lines))
 
 
 @pytest.mark.parametrize("at_fault", [0, 1])
-def test_a_collective_with_a_dead_rank_has_no_traceback(tmp_path, at_fault):
-    run = finish(tmp_path, start(tmp_path, "kill", 3, at_fault, torch=True))
+def test_a_collective_with_a_dead_rank_has_no_traceback(faults, at_fault):
+    run = collectives(faults, "kill", 3, at_fault)
     assert run.deaths == [(str(at_fault), "died")] and len(run.err.splitlines()) == 1, run.err
     assert sorted(run.codes) == [-signal.SIGKILL, EXIT_RANK_DIED, EXIT_RANK_DIED]
 
@@ -251,15 +268,15 @@ def test_a_rank_that_dies_under_torchrun(tmp_path):
     assert "Connection closed by peer" not in run.err  # gloo's part of a traceback; torchrun prints one of its own
 
 
-def test_a_traceback_on_one_rank_is_the_only_one(tmp_path):
+def test_a_traceback_on_one_rank_is_the_only_one(faults):
     """The others' collectives fail: no grace is waited for."""
-    run = finish(tmp_path, start(tmp_path, "traceback", 3, torch=True))
+    run = collectives(faults, "traceback", 3)
     assert run.err.count("Traceback") == run.err.count("RuntimeError: a bug on one rank") == 1, run.err
     assert run.deaths == [("1", "ended early")] and run.codes == [EXIT_RANK_DIED, 1, EXIT_RANK_DIED]
 
 
-def test_a_collective_that_fails_for_another_reason_keeps_its_error(tmp_path):
-    run = finish(tmp_path, start(tmp_path, "wrong_shape", 2, torch=True))
+def test_a_collective_that_fails_for_another_reason_keeps_its_error(faults):
+    run = collectives(faults, "wrong_shape", 2)
     assert "Traceback" in run.err and "reduce_scatter" in run.err and 1 in run.codes, run.err
 
 
@@ -271,6 +288,6 @@ def test_a_rank_that_never_comes_is_one_line(tmp_path):
     assert "2 ranks did not meet at MASTER_ADDR=127.0.0.1" in run.err
 
 
-def test_one_rank_opens_no_socket_and_starts_no_thread(tmp_path):
-    run = finish(tmp_path, start(tmp_path, "none", 1, torch=True))
+def test_one_rank_opens_no_socket_and_starts_no_thread(faults):
+    run = collectives(faults, "none", 1)
     assert run.codes == [0] and not run.err

@@ -1,32 +1,132 @@
-"""The same run on 1, 2 and 3 ranks: gloo on CPU, the code path of many GPUs."""
+"""
+The same run on 1, 2, 3 and 6 ranks, every stage and every evaluation: gloo on CPU, the code path of many GPUs.
+
+The parts are tested elsewhere: the rows of a rank (test_dataloader.py, test_chat_loader.py), its share of the
+optimizers (test_optimizers.py), continuing on another number of ranks (test_durability.py).
+"""
+
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+from nanochat.task_data import write_rows
+from tests import faults as forked
 from tests import tiny
-from tests.tiny import EAGER, RUN
+from tests.faults import Faults
+
+STEPS = 20
+VOCABULARY, WIDTH = 320, 48
+LAYERS = {"base": 6, "mid": 2, "sft": 2, "rl": 2}
+ROWS = {"total_batch_size": 12 * 64, "max_seq_len": 64, "init_lr_frac": 1.0, "eval_every": 10}
+SETTINGS: dict[str, dict[str, Any]] = {
+    # 6 rows a step, one micro-batch on each rank; validation is all there is, 4,009 tokens.
+    "base": {"depth": 6, "aspect_ratio": 8, "max_seq_len": 64, "total_batch_size": 6 * 64, "eval_tokens": 5_000},
+    # 12 rows a step, two micro-batches on each rank.
+    "mid": ROWS,
+    "sft": ROWS,
+    # Five prompts a step and seven to evaluate: no number of ranks divides them, and of six one has none to train on.
+    "rl": {"examples_per_step": 5, "eval_examples": 7, "max_new_tokens": 4, "init_lr_frac": 1.0},
+}
+QUICK = {("base", 2), ("base", 6), ("mid", 2), ("sft", 3), ("rl", 3)}  # base on 3: also in test_durability.py
+RUNS = [
+    pytest.param(stage, ranks, marks=[] if (stage, ranks) in QUICK else pytest.mark.soak)
+    for stage in SETTINGS
+    for ranks in (2, 3, 6)
+]
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
     base_dir = tmp_path_factory.mktemp("ranks")
     tiny.prepare(base_dir)
-    return base_dir
+    with Faults(base_dir) as running:
+        running.prepare_chats(depth=2, aspect_ratio=24, max_seq_len=128)
+        yield running
 
 
-def test_losses_and_optimizer_state_on_1_2_and_3_ranks(home):
+def train(faults: Faults, stage: str, ranks: int) -> dict[str, list[dict[str, Any]]]:
+    """{kind: events} of a run, which happens once."""
+    tag = f"{stage}{ranks}"
+    if not tiny.events(faults.base_dir, stage, tag, "end"):
+        settings = {**SETTINGS[stage], "num_iterations": STEPS, "model_tag": tag}
+        if stage != "base":
+            forked.start_from_t(faults.base_dir, tag)
+        if stage != "rl":
+            settings["device_batch_size"] = 6 // ranks
+        if stage in ("mid", "sft"):
+            settings["mixture"] = str(faults.base_dir / "chats.jsonl")
+        if (stage, ranks) == ("base", 2):  # once as it is typed
+            flags = {**forked.SETTINGS["base"], **settings}.items()
+            words = [f"--{name.replace('_', '-')}={str(value).lower()}" for name, value in flags]
+            tiny.torchrun(faults.base_dir, ranks, "scripts.base_train", "--", *words)
+        else:
+            code, output = faults.run(stage, settings, ranks)
+            assert code == 0, output
+    return {kind: tiny.events(faults.base_dir, stage, tag, kind) for kind in ("plan", "step", "eval")}
+
+
+def state_bytes(layers: int, ranks: int) -> int:
     """
-    12 rows a step: 6 micro-batches of 2 on one rank, 3 on two, 2 on three. Same rows, same losses, state divided by the
-    ranks.
+    Optimizer state of one rank, in fp32: of each stack of equal matrices ceil(n / ranks) whole ones, with a momentum
+    and a number per row (or column of a wide one); of embedding and head ceil(rows / ranks) rows of two moments.
     """
-    flags = [*RUN, *EAGER, f"--total-batch-size={12 * 32}"]
-    tiny.run(home, "scripts.base_train", *flags, "--model-tag=one")
-    for ranks, tag in ((2, "two"), (3, "three")):
-        tiny.torchrun(home, ranks, "scripts.base_train", "--", *flags, f"--model-tag={tag}")
-    one, *others = (tiny.events(home, "base", tag, "step") for tag in ("one", "two", "three"))
-    plan, *plans = (tiny.events(home, "base", tag, "plan")[0] for tag in ("one", "two", "three"))
-    for ranks, steps, its_plan in zip((2, 3), others, plans, strict=True):
-        assert len(steps) == len(one) == 20
-        for a, b in zip(one, steps, strict=True):
-            assert a["tokens"] == b["tokens"] and a["loss"] == pytest.approx(b["loss"], abs=1e-5)
-            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-        assert its_plan["optimizer_state_bytes"] == pytest.approx(plan["optimizer_state_bytes"] / ranks, rel=0.35)
+
+    def share(n: int) -> int:
+        return -(-n // ranks)
+
+    matrices = share(4 * layers) * (WIDTH + 1) * WIDTH + 2 * share(layers) * (WIDTH + 1) * 4 * WIDTH
+    return 4 * (matrices + 2 * 2 * share(VOCABULARY) * WIDTH)
+
+
+@pytest.mark.parametrize(("stage", "ranks"), RUNS)
+def test_losses_are_those_of_one_rank_and_optimizer_state_is_divided(faults, stage, ranks):
+    """
+    And so are the validations, whose batches the ranks do not share evenly: of 15 rows of chats in batches of 6, three
+    are left for the last one, which leaves ranks with none.
+    """
+    one, many = train(faults, stage, 1), train(faults, stage, ranks)
+    assert len(one["step"]) == len(many["step"]) == STEPS
+    for a, b in zip(one["step"], many["step"], strict=True):
+        assert a["tokens"] == b["tokens"] > 0 and b["loss"] == pytest.approx(a["loss"], abs=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+    whole, share = (run["plan"][0]["optimizer_state_bytes"] for run in (one, many))
+    assert (whole, share) == (state_bytes(LAYERS[stage], 1), state_bytes(LAYERS[stage], ranks))
+    if stage == "base":  # whose 24, 6 and 6 matrices of a shape ranks share evenly
+        assert share * ranks == pytest.approx(whole, rel=0.01)
+    value = {"base": "val_bpb", "rl": "pass_at"}.get(stage, "val_loss")
+    assert len(one["eval"]) == len(many["eval"]) == (1 if stage == "base" else 2)
+    for a, b in zip(one["eval"], many["eval"], strict=True):
+        assert b[value] == (a[value] if stage == "rl" else pytest.approx(a[value], abs=1e-5))
+
+
+# -----------------------------------------------------------------------------
+# Evaluations on three ranks; base_eval's is in test_base_eval.py
+
+
+def test_base_loss_on_three_ranks(faults):
+    """Batches of 6 windows either way; in the last one of `quick` two are left, which the first rank gets."""
+    common = {"model_tag": "t", "split_tokens": 5_000, "baselines": False}
+    for ranks, rows in ((1, 6), (3, 2)):
+        code, output = faults.run("base_loss", {**common, "device_batch_size": rows}, ranks)
+        assert code == 0, output
+    for kind in ("bpb", "bpb_quick"):
+        train, val, *on_three = tiny.events(faults.base_dir, "base_loss", "t-step8", kind)
+        assert -(-val["tokens"] // 128) % 6 == 2
+        for a, b in zip((train, val), on_three, strict=True):
+            assert b[kind] == pytest.approx(a[kind], abs=1e-6) and b["tokens"] == a["tokens"]
+
+
+def test_chat_eval_on_three_ranks(faults, monkeypatch):
+    """Seven answers to write, and two letters to choose: one rank has none."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(faults.base_dir))
+    choices = {"text": ["p", "q", "r", "s"], "label": ["A", "B", "C", "D"]}
+    rows = [{"id": str(i), "question": f"q{i}", "choices": choices, "answerKey": "AB"[i]} for i in range(2)]
+    write_rows("allenai/ai2_arc", "ARC-Easy", "test", rows, "test")
+    settings = {"source": "base", "model_tag": "t", "task_name": "Arithmetic|ARC-Easy", "max_problems": 7}
+    for ranks in (1, 3):
+        code, output = faults.run("chat_eval", {**settings, "max_new_tokens": 8, "log_answers": True}, ranks)
+        assert code == 0, output
+    assert [event["n"] for event in tiny.events(faults.base_dir, "chat_eval", "base-t", "task")] == [7, 2, 7, 2]
+    one, three = (faults.base_dir / "records" / "answers").glob("*.jsonl")
+    assert one.read_text() == three.read_text()
