@@ -13,6 +13,7 @@ default, type (the annotation, or that of the default), help (the trailing comme
 its section.
 
     --depth=4   --model-tag=x   --model_tag x   -g x   --dry-run   --no-dry-run   --model-tag=None   tiny.py
+    --device-batch-size=auto   # None, for a number that the program can find itself
 
 A bare word, one without dashes, is a settings file, written like the block (`depth = 4  # why`). What comes later on
 the command line wins.
@@ -89,7 +90,8 @@ class Setting:
 
     def parse(self, text: str, given: str) -> object:
         """The value that a command line gives as text; UserError when it does not fit."""
-        value: object = None if self.optional and text == "None" else text
+        nothing = ("None",) if self.kind is str else ("None", "auto")
+        value: object = None if self.optional and text in nothing else text
         if value is not None:
             with contextlib.suppress(KeyError, ValueError):  # then it is still text, which check() refuses
                 value = TRUTH[text.lower()] if self.kind is bool else self.kind(text)

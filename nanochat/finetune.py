@@ -26,6 +26,7 @@ from nanochat.common import Stopped, open_record, print0
 from nanochat.compute import compute_cleanup, compute_init, peak_memory_bytes
 from nanochat.conversation import Conversations, fingerprint
 from nanochat.dataloader import ChatPosition, chat_stream
+from nanochat.device_batch import find_device_batch
 from nanochat.guard import SaveClock, SignalWatch, Spikes
 from nanochat.loss_eval import evaluate_chats
 from nanochat.schedule import plan_batches
@@ -55,7 +56,8 @@ def fine_tune(
 
     # The batch, and what a checkpoint and the run that continues it must agree on
     T = train.row_length(model, s.max_seq_len)
-    batch = plan_batches(s.total_batch_size, s.device_batch_size, T, compute.world_size)
+    rows = s.device_batch_size or find_device_batch(model, s.total_batch_size, T, compute, s.compile)
+    batch = plan_batches(s.total_batch_size, rows, T, compute.world_size)
     print0(f"batch: {batch} (asked for {s.total_batch_size:,})")
     identity = {"model_config": model.config_dict(), "rows_per_step": batch.rows, "row_length": T, "seed": s.seed}
     identity |= {"conversations": fingerprint(conversations), "started_from": start.identity}
@@ -100,7 +102,7 @@ def fine_tune(
         optimizer_state_bytes=sum(optimizer.state_bytes() for optimizer in optimizers),
     )
     wandb_run = train.open_wandb(s.run, stage, settings, checkpoint)
-    stream = chat_stream(conversations, tokenizer, s.device_batch_size, T, compute, all_tokens, s.seed, position)
+    stream = chat_stream(conversations, tokenizer, rows, T, compute, all_tokens, s.seed, position)
 
     def save() -> None:
         """The state after the last whole step, whatever has happened since."""
@@ -132,7 +134,7 @@ def fine_tune(
             if clock.due(done) or done == num_steps:
                 save()
             if train.every(s.eval_every, done) or done == num_steps:
-                options = (s.device_batch_size, T, all_tokens, watch.poll)
+                options = (rows, T, all_tokens, watch.poll)
                 val_loss = evaluate_chats(model, held_out, tokenizer, compute, *options)
                 record.write("eval", step=done, val_loss=val_loss)
                 print0(f"step {done:,}: validation loss {val_loss:.4f}")

@@ -334,7 +334,7 @@ def whole_steps(
     """
     Around a loop: what ends it early on every rank (a signal, a step that failed) leaves the weights as they were after
     the last whole step, so these are saved if they are new. What a step saw whose numbers are not finite is written
-    down.
+    down. A rank without memory is a UserError, and nothing is saved.
     """
     first_step = meter.steps
     try:
@@ -352,6 +352,11 @@ def whole_steps(
             save()
         record.close()
         raise
+    except torch.OutOfMemoryError as error:  # perhaps in the middle of an update: what there is now is not saved
+        raise UserError(
+            f"{str(error).splitlines()[0]} Go on with --resume and fewer rows per micro-batch (--device-batch-size); "
+            "python -m scripts.plan says what fits, and what --recompute and --shard save"
+        ) from None
 
 
 # -----------------------------------------------------------------------------

@@ -38,7 +38,7 @@ minutes: float | None = (
     None  # training time, turned into steps once at the start; evaluation, saving and compiling not counted
 )
 # Batch
-device_batch_size: int | None = 32  # rows per rank and micro-batch (None = the most that fit, tried at the start)
+device_batch_size: int | None = 32  # rows per rank and micro-batch (auto = the most that fit, tried at the start)
 total_batch_size = (
     524288  # tokens per step over all ranks, by accumulating micro-batches (rounded to whole ones, which is printed)
 )

@@ -333,6 +333,16 @@ def lose_text(where: tuple[int, int]) -> None:
     at_step(step, starved)
 
 
+def run_out_of_memory(step: int) -> None:
+    """What a GPU says that is too small, during the given step."""
+    import torch
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+    at_step(step, full)
+
+
 def leave_after(step: int) -> None:
     """SIGTERM during the given step: it is the last one of this process."""
 
@@ -355,6 +365,7 @@ FAULTS: dict[str, Callable[[Any], None]] = {
     "spoil": spoil,
     "lose_text": lose_text,
     "leave_after": leave_after,
+    "run_out_of_memory": run_out_of_memory,
     "sleep": sleep,
 }
 

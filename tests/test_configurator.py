@@ -99,6 +99,7 @@ def test_block_is_what_stands_above_configure(script: Path) -> None:
         (["--model-tag=4"], {"model_tag": "4"}),
         (["--model-tag=None"], {"model_tag": None}),
         (["--prompt=None"], {"prompt": "None"}),
+        (["--num-files=auto", "--model-tag=auto"], {"num_files": None, "model_tag": "auto"}),
         (["--prompt="], {"prompt": ""}),
         (["--prompt", ""], {"prompt": ""}),
         (["--prompt=a=b # c"], {"prompt": "a=b # c"}),

@@ -128,7 +128,7 @@ class Lab:
         assert list(self.home.rglob(".*.tmp")) == []
 
 
-FAULT_NAMES = {"kill_at", "signal_at", "count", "limit_file_size", "spoil", "rank", "sleep"}
+FAULT_NAMES = {"kill_at", "signal_at", "count", "limit_file_size", "spoil", "rank", "sleep", "run_out_of_memory"}
 
 
 @pytest.mark.parametrize("trials", tiers(QUICK, LONG))
@@ -350,6 +350,16 @@ def test_a_failing_record_is_a_full_disk_and_not_a_traceback(home, faults):
     lab = Lab(home, faults, "base")
     code, output = lab.run("record", limit_file_size=2_000)
     assert code == 2 and "cannot write to" in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_gpu_that_is_too_small_is_one_line_and_nothing_half_updated_is_saved(home, faults, ranks):
+    lab, tag = Lab(home, faults, "base"), f"small{ranks}"
+    lab.start(tag, ranks, run_out_of_memory=6, rank=ranks - 1)
+    codes, output = faults.finish()
+    assert codes == [4, 2][-ranks:] and "Traceback" not in output, output
+    assert output.count("CUDA out of memory. Tried to allocate 2.00 GiB. Go on with --resume and fewer rows") == 1
+    assert lab.steps(tag) == [2, 4]
 
 
 def test_damaged_checkpoints_are_refused_where_nothing_is_to_be_resumed(home):

@@ -25,7 +25,7 @@ SIBLINGS = {
     "dataloader": {"conversation"},
     "task_eval": {"engine"},
     "hf_model": {"core_eval"},
-    "finetune": {"train"},
+    "finetune": {"device_batch", "train"},
     "device_batch": {"train"},
     "adamw": {"compute", "sharding"},
     "compute": {"peers"},

@@ -168,7 +168,15 @@ def test_a_loss_that_is_not_finite_ends_a_sharded_run_before_the_update(faults):
 
 
 # -----------------------------------------------------------------------------
-# One rank
+# The batch that fits, and one rank
+
+
+@pytest.mark.parametrize(("stage", "changes"), [("base", {"shard": True}), ("mid", {"recompute": True})])
+def test_auto_takes_the_rows_that_need_the_fewest_micro_batches(faults, stage, changes):
+    """Twelve rows a step on two ranks; this machine has memory for all of them at once."""
+    settings = settings_of(faults, stage, f"{stage}-auto", 2) | {"num_iterations": 1, "device_batch_size": None}
+    code, output = faults.run(stage, {**settings, **changes}, 2)
+    assert code == 0 and "1 micro-batch x 6 rows" in output, output
 
 
 def test_one_rank_has_nothing_to_shard_and_says_so(faults):
