@@ -61,6 +61,8 @@ def shard_model(model: Any, compute: Compute, offload: bool) -> None:
         module.set_force_sum_reduction_for_comms(True)
     model.register_forward_hook(reshard_without_backward)
     model.to_empty(device="cpu" if offload else compute.device)
+    where = " in the host's memory" if offload else ""
+    print0(f"shard: {held_bytes(model) / 1e6:,.1f} MB of weights on each of {compute.world_size} ranks{where}")
 
 
 def reshard_without_backward(model: Any, *_: Any) -> None:

@@ -271,12 +271,13 @@ def progress_bar(num_steps: int, first_step: int) -> Any:
 def show_progress(bar: Any, meter: Meter, logged: dict[str, Any]) -> None:
     """Move the bar; without a terminal print 20 lines per run, which a log can hold."""
     bar.update()
-    bar.set_postfix_str(f"loss {meter.smooth_loss:.4f}, {describe_rates(meter)}")
+    rates = describe_rates(meter) if meter.timed_steps else "warming up"
+    bar.set_postfix_str(f"loss {meter.smooth_loss:.4f}, {rates}")
     if bar.disable and (meter.steps % max(1, meter.num_steps // 20) == 0 or meter.steps == 1):
         left = f", {meter.eta_seconds / 60:.1f} min left" if meter.timed_steps else ""
         print0(
             f"step {meter.steps:,}/{meter.num_steps:,}: loss {meter.smooth_loss:.4f}, "
-            f"gradient norm {logged['grad_norm']:.3f}, {1000 * logged['seconds']:.0f} ms, {describe_rates(meter)}{left}"
+            f"gradient norm {logged['grad_norm']:.3f}, {1000 * logged['seconds']:.0f} ms, {rates}{left}"
         )
 
 
