@@ -1,6 +1,7 @@
 """The doctor finds what is wrong, names the command that mends it, and never ends in a traceback."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -33,11 +34,6 @@ def path_with(*folders: Path) -> str:
     return os.pathsep.join([*map(str, folders), os.environ["PATH"]])
 
 
-def only(findings: object) -> Finding:
-    (finding,) = findings  # type: ignore[misc]
-    return finding
-
-
 # -----------------------------------------------------------------------------
 # As a user calls it
 
@@ -52,6 +48,7 @@ def test_a_machine_that_is_well_ends_with_0(tmp_path: Path) -> None:
         "attention in bfloat16: 4 ways",
         "torch.compile works",
         "add up with gloo",
+        "packages",
     ):
         assert what in result.stdout
     assert not (tmp_path / "base").exists()  # looking leaves nothing behind
@@ -68,7 +65,7 @@ def test_a_sick_machine_ends_with_1_and_names_what_mends_it(tmp_path: Path) -> N
     lines = [line for line in result.stdout.splitlines() if line.startswith("MEND")]
     assert all(" -> " in line for line in lines)
     assert any("cannot be written" in line and "NANOCHAT_BASE_DIR" in line for line in lines)
-    assert {"devices", "compile", "ranks"} <= {line.split()[1] for line in lines if "libcudart" in line}
+    assert {"devices", "compile", "gloo"} <= {line.split()[1] for line in lines if "libcudart" in line}
 
 
 @pytest.mark.soak
@@ -87,20 +84,46 @@ def test_a_torch_and_a_compiler_that_do_not_fit_the_machine(tmp_path: Path) -> N
 
 def test_without_a_compiler_it_says_what_to_install(tmp_path: Path) -> None:
     result = run_doctor("--probe=compile", PATH=str(tmp_path), CXX="no-such-compiler")
-    found = Finding(**json.loads(result.stdout.splitlines()[-1]))
+    found = Finding(*json.loads(result.stdout.splitlines()[-1]))
     assert (found.level, found.mend) == ("MEND", "apt-get install g++")
 
 
 def test_a_probe_that_crashes_or_hangs_ends_the_probe_alone() -> None:
-    def probe(program: str, seconds: float) -> tuple[str, str, str]:
+    def probe(program: str, seconds: float) -> list[Finding]:
         command = [sys.executable, "-c", program]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-        return doctor.finish(subprocess.Popen(command, **pipes), seconds)  # type: ignore[call-overload]
+        return list(doctor.results("x", subprocess.Popen(command, **pipes), seconds))  # type: ignore[call-overload]
 
-    assert probe("import os; os.abort()", 30)[2] == "ended by SIGABRT"
-    assert probe("print('a', flush=True); import time; time.sleep(60)", 1)[::2] == ("a\n", "took more than 1 s")
-    assert probe("import sys; sys.exit(5)", 30)[2] == "exit code 5"
-    assert probe("", 30)[2] == ""
+    say = 'print(\'["ok", "fine", "", "x"]\', flush=True); '
+    fine = Finding("ok", "fine", "", "x")
+    assert probe(say, 30) == [fine]
+    for program, seconds, why in (
+        ("import os; os.abort()", 30, "ended by SIGABRT"),
+        ("import time; time.sleep(60)", 1, "took more than 1 s"),
+        ("import sys; sys.exit(5)", 30, "exit code 5"),
+    ):
+        kept, failure = probe(say + program, seconds)
+        assert kept == fine
+        assert failure.level == "MEND" and failure.text.startswith(why)
+
+
+def test_ranks_that_hang_are_named_as_such_and_do_not_live_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probe that waits for them longer than it may live is killed without them, and cannot say what hung."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, time\n"
+        "if 'RANK' in os.environ:\n"
+        f"    open(r'{tmp_path}/' + str(os.getpid()), 'w').close()\n"
+        "    time.sleep(300)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = doctor.check_ranks("gloo", "cpu", "mend it", seconds=3)
+    assert found and (found.level, found.mend) == ("MEND", "mend it") and "took more than 3 s" in found.text
+    pids = [int(path.name) for path in tmp_path.iterdir() if path.name.isdecimal()]
+    assert len(pids) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert doctor.PROBE_SECONDS > 2 * doctor.RANK_SECONDS  # the ranks are waited for one after the other
 
 
 # -----------------------------------------------------------------------------
@@ -162,16 +185,16 @@ def test_the_torch_build_against_the_machine(
 ) -> None:
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
-    found = only(check_torch_build(driver, "2.13.0", cuda, hip, seen))
+    found = check_torch_build(driver, "2.13.0", cuda, hip, seen)
     assert (found.level, found.mend) == (level, mend)
 
 
 def test_hidden_and_forbidden_gpus_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("HIP_VISIBLE_DEVICES", raising=False)
-    assert "usermod" in only(check_torch_build(Driver("AMD", 6), "2.13.0", None, "7.2", 0, kfd_readable=False)).mend
+    assert "usermod" in check_torch_build(Driver("AMD", 6), "2.13.0", None, "7.2", 0, kfd_readable=False).mend
     monkeypatch.setenv("HIP_VISIBLE_DEVICES", "")
-    assert only(check_torch_build(Driver("AMD", 6), "2.13.0", None, "7.2", 0)).mend == "unset HIP_VISIBLE_DEVICES"
+    assert check_torch_build(Driver("AMD", 6), "2.13.0", None, "7.2", 0).mend == "unset HIP_VISIBLE_DEVICES"
 
 
 # -----------------------------------------------------------------------------
@@ -204,7 +227,7 @@ def test_the_formula_is_attention() -> None:
 
 
 def test_an_old_python_is_named() -> None:
-    found = next(doctor.check_python((3, 10, 4)))
+    found = doctor.check_python((3, 10, 4))
     assert (found.level, found.mend) == ("MEND", "PYTHON=python3.11 bash dev/setup.sh")
 
 
@@ -212,25 +235,44 @@ def test_more_threads_than_a_container_may_run(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "cpu.max").write_text("150000 100000\n")
     assert doctor.cpu_quota(tmp_path / "cpu.max") == 1.5
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert doctor.cpu_quota(tmp_path / "cpu.max") is None
-    assert doctor.cpu_quota(tmp_path / "absent") is None
+    assert doctor.cpu_quota(tmp_path / "cpu.max") == math.inf
+    assert doctor.cpu_quota(tmp_path / "absent") == math.inf
     monkeypatch.setenv("OMP_NUM_THREADS", "4096")
-    found = only(doctor.check_cpu())
+    found = doctor.check_cpu()
     assert found.level == "hint" and found.mend.startswith("export OMP_NUM_THREADS=")
 
 
-def test_the_file_system_is_that_of_the_longest_mount(tmp_path: Path) -> None:
-    mounts = tmp_path / "mountinfo"
-    mounts.write_text(
-        "22 1 8:1 / / rw shared:1 - ext4 /dev/sda1 rw\n"
-        f"40 22 0:40 / {tmp_path} rw,relatime shared:9 - nfs4 server:/home rw\n"
-        f"41 40 0:41 / {tmp_path}/fast rw - tmpfs tmpfs rw\n"
-    )
-    assert doctor.file_system(Path("/"), mounts) == "ext4"
-    assert doctor.file_system(tmp_path / "slow", mounts) == "nfs4"
-    assert doctor.file_system(tmp_path / "fast" / "deep", mounts) == "tmpfs"
-    assert doctor.file_system(tmp_path / "faster", mounts) == "nfs4"
-    assert doctor.file_system(tmp_path, tmp_path / "absent") == ""
+def test_a_package_that_the_project_names_and_nobody_installed(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text('[project]\ndependencies = ["markdown-it-py", "numpy>=2", "no-such-one"]')
+    found = doctor.check_python(project=tmp_path)
+    assert found.level == "MEND" and found.text.endswith("without no-such-one")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks GNU df")
+def test_the_file_system_is_named_as_linux_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.file_system(Path("/proc/self")) == "proc"
+    monkeypatch.setenv("PATH", "")
+    assert doctor.file_system(tmp_path) == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "mend"), [("nfs4", "prefetch from one machine"), ("tmpfs", "export NANOCHAT_BASE_DIR")]
+)
+def test_a_disk_that_is_slow_or_does_not_stay(
+    kind: str, mend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake(tmp_path / "bin", "df", f"Type\n{kind}")
+    monkeypatch.setenv("PATH", path_with(tmp_path / "bin"))
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    found = doctor.check_disk()
+    assert (found.level, kind in found.text) == ("hint", True) and found.mend.startswith(mend)
+
+
+def test_a_base_dir_that_no_disk_can_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking for it fails, not only writing; that was a finding about the installation."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / ("x" * 300)))
+    found = doctor.check_disk()
+    assert "cannot be written" in found.text and "NANOCHAT_BASE_DIR" in found.mend
 
 
 def test_a_hub_that_is_not_there_is_a_hint_and_offline_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,16 +280,15 @@ def test_a_hub_that_is_not_there_is_a_hint_and_offline_is_well(monkeypatch: pyte
     for proxy in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(proxy, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
-    assert only(doctor.check_hub()).level == "hint"
+    assert doctor.check_hub().level == "hint"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert only(doctor.check_hub()).level == "ok"
+    assert doctor.check_hub().level == "ok"
 
 
 def test_a_check_that_fails_in_its_own_way_is_a_finding() -> None:
-    def check() -> doctor.Findings:
-        yield Finding("ok", "a", "first")
-        raise KeyError("no such thing")
+    def check(key: str) -> Finding:
+        return {"a": Finding("ok", "first")}[key]
 
-    first, second = doctor.guarded("b", check)
-    assert first.level == "ok"
-    assert second.level == "MEND" and "KeyError" in second.text
+    assert list(doctor.examine("x", check, "a")) == [Finding("ok", "first", what="x")]
+    (finding,) = doctor.examine("x", check, "b")
+    assert finding.level == "MEND" and "KeyError" in finding.text
