@@ -2,9 +2,9 @@
 AdamW (arXiv 1711.05101) for embedding and head. One class for any number of ranks and any tensor size, moments in fp32.
 
 Ranks: each rank owns ceil(rows / N) rows of a parameter; gradients are summed by reduce-scatter, each rank updates its
-rows, and parameters come back by all-gather (ZeRO-2), while the next one is prepared or updated. With one rank the same
-loop sends nothing. State is 1/N per rank. With --shard a rank holds just those rows, and their gradient, already
-summed: nothing is sent at all.
+rows, and parameters come back by all-gather (after ZeRO, arXiv 1910.02054), while the next one is prepared or updated.
+With one rank the same loop sends nothing. State is 1/N per rank. With --shard a rank holds just those rows, and their
+gradient, already summed: nothing is sent at all.
 """
 
 from collections.abc import Callable, Iterator

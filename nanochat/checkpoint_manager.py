@@ -231,8 +231,10 @@ def on_master(compute: Compute, work: Callable[[], int | None]) -> int:
         except UserError as problem:
             error = problem
             error.everywhere = True
-    if compute.any(error is not None):
-        raise error or UserError("rank 0 said why", everywhere=True)
+    exit_code = int(compute.sum(torch.tensor(error.exit_code if error else 0, dtype=torch.int32)))
+    if exit_code:
+        kind = NotFinite if exit_code == NotFinite.exit_code else UserError
+        raise error or kind("rank 0 said why", everywhere=True)
     return int(compute.sum(torch.tensor(result, dtype=torch.float64)))
 
 

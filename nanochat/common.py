@@ -74,6 +74,12 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         say_why("interrupted", everywhere=False)
         sys.exit(130)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        less = "Fewer rows (--device-batch-size) need less, python -m scripts.plan says what else; training: --resume"
+        say_why(f"{str(error).splitlines()[0]} {less}", everywhere=False)
+        sys.exit(2)
 
 
 def say_why(reason: str, everywhere: bool) -> None:

@@ -176,10 +176,13 @@ def join_ranks(device: torch.device) -> None:
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT, device_id=device_id
         )
-    if (
-        device.type == "cpu"
-    ):  # ranks share the cores; torchrun sets 1 thread, which is right from as many ranks as cores on
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
+    if device.type == "cpu":
+        share_cores()
+
+
+def share_cores() -> None:
+    """As many threads as there are cores for each rank; torchrun sets one, right from as many ranks as cores on."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
 
 
 def meet() -> tuple[dist.Store, int, int]:

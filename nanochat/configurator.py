@@ -13,7 +13,6 @@ default, type (the annotation, or that of the default), help (the trailing comme
 its section.
 
     --depth=4   --model-tag=x   --model_tag x   -g x   --dry-run   --no-dry-run   --model-tag=None   tiny.py
-    --device-batch-size=auto   # None, for a number that the program can find itself
 
 A bare word, one without dashes, is a settings file, written like the block (`depth = 4  # why`). What comes later on
 the command line wins.
@@ -63,6 +62,7 @@ class Setting:
     name: str
     kind: type  # bool, int, float or str
     choices: tuple[object, ...]  # of a Literal; empty = any
+    word: str | None  # allowed instead, as in int | Literal["auto"]
     optional: bool  # None is allowed
     default: object
     help: str
@@ -70,13 +70,14 @@ class Setting:
 
     @property
     def type_name(self) -> str:
-        """As --help shows it: `int`, `str or None`, `base, mid`."""
-        return (", ".join(map(str, self.choices)) or self.kind.__name__) + (" or None" if self.optional else "")
+        """As --help shows it: `int`, `int or auto`, `str or None`, `base, mid`."""
+        others = ([self.word] if self.word else []) + (["None"] if self.optional else [])
+        return " or ".join([", ".join(map(str, self.choices)) or self.kind.__name__, *others])
 
     def check(self, value: object, given: str) -> object:
         """The value as this setting holds it (an int as a float where one is wanted); UserError if it does not fit."""
-        if value is None and self.optional:
-            return None
+        if (value is None and self.optional) or (value == self.word and self.word):
+            return value
         if self.kind is float and type(value) is int:
             with contextlib.suppress(OverflowError):
                 value = float(value)
@@ -90,9 +91,8 @@ class Setting:
 
     def parse(self, text: str, given: str) -> object:
         """The value that a command line gives as text; UserError when it does not fit."""
-        nothing = ("None",) if self.kind is str else ("None", "auto")
-        value: object = None if self.optional and text in nothing else text
-        if value is not None:
+        value: object = None if self.optional and text == "None" else text
+        if value is not None and value != self.word:
             with contextlib.suppress(KeyError, ValueError):  # then it is still text, which check() refuses
                 value = TRUTH[text.lower()] if self.kind is bool else self.kind(text)
         return self.check(value, given)
@@ -150,19 +150,24 @@ def ends_block(node: ast.stmt) -> bool:
     return is_configure or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
 
 
-def read_type(annotation: ast.expr | None, default: object) -> tuple[type, tuple[object, ...], bool]:
-    """(kind, choices, optional) of a setting; ValueError when that is none of the allowed types."""
+def read_type(annotation: ast.expr | None, default: object) -> tuple[type, tuple[object, ...], str | None, bool]:
+    """(kind, choices, word, optional) of a setting; ValueError when that is none of the allowed types."""
     match annotation:
         case None if type(default) in KINDS.values():
-            return type(default), (), False
+            return type(default), (), None, False
         case ast.BinOp(left=inner, op=ast.BitOr(), right=ast.Constant(value=None)):
-            return *read_type(inner, default)[:2], True
+            return *read_type(inner, default)[:3], True
+        case ast.BinOp(
+            left=ast.Name(id="int" | "float" as name),
+            right=ast.Subscript(ast.Name(id="Literal"), ast.Constant(str(word))),
+        ):
+            return KINDS[name], (), word, False
         case ast.Name(id=name) if name in KINDS:
-            return KINDS[name], (), False
+            return KINDS[name], (), None, False
         case ast.Subscript(value=ast.Name(id="Literal"), slice=inner):
             choices = tuple(literal(choice) for choice in (inner.elts if isinstance(inner, ast.Tuple) else [inner]))
             if {type(choice) for choice in choices} in ({int}, {str}):
-                return type(choices[0]), choices, False
+                return type(choices[0]), choices, None, False
     raise ValueError
 
 
@@ -212,11 +217,11 @@ def read_block(path: Path) -> Block:
             if value is None:
                 raise ValueError
             default = literal(value)
-            kind, choices, optional = read_type(annotation, default)
+            kind, choices, word, optional = read_type(annotation, default)
         except ValueError:
-            allowed = "bool, int, float, str or a Literal of int or str, perhaps | None"
+            allowed = 'bool, int, float, str or a Literal of int or str, perhaps | None; or int | Literal["auto"]'
             raise UserError(f"{where} needs a literal default and one of the types {allowed}") from None
-        unchecked = Setting(name, kind, choices, optional, default, help, section)
+        unchecked = Setting(name, kind, choices, word, optional, default, help, section)
         settings[name] = replace(unchecked, default=unchecked.check(default, f"{where} = {default!r}"))
     for node in body:
         if assignment(node)[0] == "SHORT":

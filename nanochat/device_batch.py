@@ -2,6 +2,7 @@
 
 import gc
 import os
+from typing import Literal
 
 import torch
 
@@ -11,6 +12,15 @@ from nanochat.gpt import GPT
 from nanochat.sharding import is_sharded
 from nanochat.sizing import MARGIN, GPTConfig, Setup, choose_batch, most_rows
 from nanochat.train import Rates, Stream, accumulate, update
+
+
+def choose_rows(
+    asked: int | Literal["auto"], model: GPT, total_batch_size: int, sequence_len: int, compute: Compute, compiled: bool
+) -> int:
+    """What --device-batch-size says; for auto the most that fit."""
+    if asked != "auto":
+        return asked
+    return find_device_batch(model, total_batch_size, sequence_len, compute, compiled)
 
 
 def find_device_batch(model: GPT, total_batch_size: int, sequence_len: int, compute: Compute, compiled: bool) -> int:
@@ -25,14 +35,16 @@ def find_device_batch(model: GPT, total_batch_size: int, sequence_len: int, comp
     budget, sharded = memory_budget(compute), is_sharded(model)
     config = GPTConfig(**{**model.config_dict(), "sequence_len": sequence_len})
     size, cpu = compute.dtype.itemsize, compute.device.type == "cpu"
-    most = most_rows(config, budget, Setup(compute.world_size, size, compiled, cpu, sharded, model.recompute))
+    offload = model.wte.weight.device != model.device
+    how = Setup(compute.world_size, size, compiled, cpu, sharded, offload, model.recompute)
+    most = most_rows(config, budget, how)
     while most and compute.device.type == "cuda" and not sharded and not step_fits(model, most, sequence_len, compute):
         print0(f"device batch: {most} rows do not fit, trying {most // 2}")
         most //= 2
     if not most:
         raise UserError(
-            f"not one row of {sequence_len} tokens fits into {budget / 1e9:.1f} GB; try --recompute, --shard on "
-            "several, a smaller --depth or --max-seq-len (python -m scripts.plan says what they need)",
+            f"not one row of {sequence_len} tokens fits into {budget / 1e9:.1f} GB; try {how.untried} "
+            "(python -m scripts.plan says what they need)",
             everywhere=True,
         )
     rows = choose_batch(total_batch_size, most, sequence_len, compute.world_size).device_batch_size

@@ -296,7 +296,7 @@ class GPT(nn.Module):
         x = norm(self.wte(idx).to(dtype))
         for i, block in enumerate(self.blocks):
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, cos, sin, use_reentrant=False)
             else:
                 x = block(x, cos, sin, caches[i] if caches else None)
         return norm(x)

@@ -25,6 +25,7 @@ from nanochat.compute import Compute
 from nanochat.conversation import Conversations
 from nanochat.dataloader import ChatPosition, chat_blocks, to_device
 from nanochat.gpt import GPT
+from nanochat.sharding import gathering
 from nanochat.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
@@ -111,7 +112,8 @@ def evaluate_bpb(
         tokens, counts = window_rows([(window, first) for _, window, first in mine], rows, T)
         inputs, counted = torch.from_numpy(tokens).to(compute.device), torch.from_numpy(counts).to(compute.device)
         targets = inputs[:, 1:].masked_fill(~counted, -1)
-        losses = model(inputs[:, :-1], targets, loss_reduction="none", dtype=compute.dtype)
+        with gathering(model):
+            losses = model(inputs[:, :-1], targets, loss_reduction="none", dtype=compute.dtype)
         of_rows = [losses.sum(1), (token_bytes[targets.clamp(min=0)] * counted).sum(1), counted.sum(1)]
         of_mine = torch.stack([column.cpu().double() for column in of_rows], dim=1)[: len(mine)]
         sums = torch.cat([sums, sums.new_zeros(max(0, batch[-1][0] + 1 - len(sums)), 3)])
@@ -177,7 +179,8 @@ def evaluate_chats(
             mine[:, 0] = np.maximum(mine[:, 0], 0)
             tokens = to_device(mine, compute)
             targets = tokens[:, 1, 1:]
-            loss = model(tokens[:, 0, :-1], targets, loss_reduction="sum", dtype=compute.dtype)
+            with gathering(model):
+                loss = model(tokens[:, 0, :-1], targets, loss_reduction="sum", dtype=compute.dtype)
             totals += torch.stack([loss, (targets >= 0).sum()]).double().cpu()
     loss_sum, count = compute.sum(totals).tolist()
     return float(loss_sum / max(1.0, count))

@@ -7,8 +7,9 @@ Express (arXiv 2505.16932) instead of Newton-Schulz, NorMuon's row-wise variance
 cautious weight decay (arXiv 2510.12402).
 
 Ranks: matrices of one shape are stacked, and dealt out whole. Each rank gets the summed gradients of those it owns,
-makes their updates, and every rank applies all of them to what it holds (ZeRO-2). What one stack sends travels while
-the next one is prepared or updated. With one rank the same loop sends nothing. State is about 1/N per rank.
+makes their updates, and every rank applies all of them to what it holds (after ZeRO, arXiv 1910.02054). What one stack
+sends travels while the next one is prepared or updated. With one rank the same loop sends nothing. State is about 1/N
+per rank.
 
 --shard changes only what is sent: a rank holds some rows of every matrix and of its gradient, already summed, and an
 all-to-all turns rows of all matrices into all rows of some, and back.
@@ -124,10 +125,9 @@ class Stack:
                 p -= p * (update * p >= 0) * (lr * weight_decay)
             p.sub_(update, alpha=lr)
 
-    def own(self, tensors: list[Tensor]) -> Tensor:
-        """This rank's share of whole tensors, one of each matrix."""
-        mine = tensors[ranks()[0] * self.per_rank :][: self.per_rank]
-        return torch.stack(mine + [torch.zeros_like(tensors[0])] * (self.per_rank - len(mine)))
+    def own_names(self) -> list[str]:
+        """The matrices that this rank owns; the last ranks may have fewer than per_rank."""
+        return self.names[ranks()[0] * self.per_rank :][: self.per_rank]
 
 
 class Muon(torch.optim.Optimizer):
@@ -183,8 +183,8 @@ class Muon(torch.optim.Optimizer):
             )
             for p in stack.params:
                 p.grad = None  # there is a copy now
-        for stack, sent in zip(self.stacks, under_way, strict=True):
-            grad = stack.own_matrices(sent.wait()).div_(divisor)
+        for stack in self.stacks:
+            grad = stack.own_matrices(under_way.pop(0).wait()).div_(divisor)  # what has arrived is freed with it
             squares += grad.square().sum()
             stack.grad = grad.to(stack.momentum_buffer.device)
         return squares
@@ -192,9 +192,8 @@ class Muon(torch.optim.Optimizer):
     def own_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(name, reduced gradient) of the matrices that this rank owns, between reduce_gradients() and step()."""
         for stack in self.stacks:
-            own_names = stack.names[ranks()[0] * stack.per_rank :][: stack.per_rank]
             if stack.grad is not None:
-                yield from zip(own_names, stack.grad, strict=False)  # the padding comes last
+                yield from zip(stack.own_names(), stack.grad, strict=False)  # the padding comes last
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # no closure: the gradients are already reduced
@@ -226,15 +225,20 @@ class Muon(torch.optim.Optimizer):
         return sum(stack.momentum_buffer.nbytes + stack.second_moment.nbytes for stack in self.stacks)
 
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole tensor) of all state, one at a time. Collective: every rank must run through it."""
+        """
+        (name, whole tensor) of all state; one matrix of each rank is gathered at a time. Collective: every rank must
+        run through it.
+        """
         for stack in self.stacks:
             for kind in ("momentum_buffer", "second_moment"):
-                own = getattr(stack, kind).to(compute_device(stack.params[0]))
-                for name, tensor in zip(stack.names, all_gather(own).wait(), strict=False):
-                    yield f"{name}.{kind}", tensor
+                for i, own in enumerate(getattr(stack, kind).to(compute_device(stack.params[0])).split(1)):
+                    of_ranks = all_gather(own).wait()
+                    for name, tensor in zip(stack.names[i :: stack.per_rank], of_ranks, strict=False):
+                        yield f"{name}.{kind}", tensor
 
     def load_full_state(self, read: Callable[[str], Tensor]) -> None:
         """Take over a state saved by any number of ranks; `read` returns the whole tensor of a name."""
         for stack in self.stacks:
             for kind in ("momentum_buffer", "second_moment"):
-                getattr(stack, kind).copy_(stack.own([read(f"{name}.{kind}") for name in stack.names]))
+                for own, name in zip(getattr(stack, kind), stack.own_names(), strict=False):
+                    own.copy_(read(f"{name}.{kind}"))

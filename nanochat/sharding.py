@@ -1,18 +1,20 @@
 """
 --shard: every parameter lies in parts on all ranks, and so do its gradient and its optimizer state. torch's FSDP2.
 
-Without it each rank holds all weights and gradients, 8 bytes per parameter, and 1/N of the optimizer state (ZeRO-2);
-with it 1/N of everything (ZeRO-3, arXiv 1910.02054; FSDP, arXiv 2304.11277). A rank keeps ceil(rows / N) rows of each
+Without it each rank holds all weights, all gradients until they are reduced, and 1/N of the optimizer state; with it
+1/N of everything (ZeRO-3, arXiv 1910.02054; FSDP, arXiv 2304.11277). A rank keeps ceil(rows / N) rows of each
 parameter in fp32. A block's weights are gathered for its forward pass, in the dtype of its matmuls, freed, and gathered
 again for its backward pass, whose gradient is summed in fp32 and scattered. Embedding and head are gathered in fp32 and
 stay until the end of the micro-batch: the embedding's gradient is added up where it is looked up, and bf16 would lose
 the small ones.
 
-That is three times a block's weights on the wire per micro-batch, instead of twice per step: slower, so only for models
-that do not fit otherwise. All ranks must run the same number of forward passes, in training and in evaluation.
+On the wire that is 8 bytes per parameter of the blocks and micro-batch in bf16 (two gathers of 2, a sum of 4), where
+whole models send 8 per parameter and step: slower, so only for models that do not fit otherwise. All ranks must run the
+same number of forward passes, in training and in evaluation.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from nanochat.common import UserError, print0
-from nanochat.compute import Compute, all_gather, ranks
+from nanochat.compute import Compute, all_gather, collective, ranks, share_cores
 
 Place = Callable[[nn.Module], None]  # gives a model on "meta" its memory
 
@@ -30,15 +32,16 @@ def placement(compute: Compute, shard: bool, offload: bool) -> Place | None:
     What --shard and --offload ask for, as build_model takes it: None for a whole model on each rank. Raises UserError
     for --offload without anything to shard.
     """
-    if offload and not (shard and compute.world_size > 1):
+    sharded = shard and compute.world_size > 1
+    if offload and not sharded:
         raise UserError(
             f"--offload --shard={str(shard).lower()} on {compute.world_size} ranks: --offload goes with --shard on at "
             "least 2; torchrun starts them, --recompute saves memory on one",
             everywhere=True,
         )
-    if shard and compute.world_size == 1:
+    if shard and not sharded:
         print0("shard: one rank holds everything anyway")
-    return partial(shard_model, compute=compute, offload=offload) if shard and compute.world_size > 1 else None
+    return partial(shard_model, compute=compute, offload=offload) if sharded else None
 
 
 def shard_model(model: Any, compute: Compute, offload: bool) -> None:
@@ -61,6 +64,8 @@ def shard_model(model: Any, compute: Compute, offload: bool) -> None:
         module.set_force_sum_reduction_for_comms(True)
     model.register_forward_hook(reshard_without_backward)
     model.to_empty(device="cpu" if offload else compute.device)
+    if offload:
+        share_cores()  # AdamW and the weights' update run where the weights are
     where = " in the host's memory" if offload else ""
     print0(f"shard: {held_bytes(model) / 1e6:,.1f} MB of weights on each of {compute.world_size} ranks{where}")
 
@@ -74,6 +79,11 @@ def reshard_without_backward(model: Any, *_: Any) -> None:
 def is_sharded(model: nn.Module) -> bool:
     """Whether a forward pass of it takes all ranks."""
     return hasattr(model, "reshard")
+
+
+def gathering(model: nn.Module) -> AbstractContextManager[None]:
+    """Around a forward or backward pass, which for a sharded model is a collective."""
+    return collective() if is_sharded(model) else nullcontext()
 
 
 # -----------------------------------------------------------------------------
@@ -124,7 +134,7 @@ def whole(p: Tensor) -> Tensor:
     """All of p. Collective for a sharded one: all ranks ask for the same."""
     if not is_split(p):
         return p
-    own = padded_rows(local(p.detach()), rows_per_rank(p)).to(compute_device(p))
+    own = padded_rows(local(p), rows_per_rank(p)).to(compute_device(p))
     return all_gather(own).wait()[: p.size(0)]
 
 

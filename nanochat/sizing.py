@@ -136,8 +136,15 @@ class Setup:
     size: int = 2  # of a number in the matmuls' dtype: 2 for bfloat16, 4 for float32
     compiled: bool = True
     cpu: bool = False
-    shard: bool = False  # --shard on several ranks; --offload is not counted
+    shard: bool = False  # --shard on several ranks
+    offload: bool = False  # its parts in the host's memory, of which this counts nothing
     recompute: bool = False
+
+    @property
+    def untried(self) -> str:
+        """The settings that would need less memory."""
+        saving = {"--recompute": self.recompute, "--shard on several": self.shard, "--offload": self.offload}
+        return ", ".join([name for name, used in saving.items() if not used] + ["a smaller --depth or --max-seq-len"])
 
     @property
     def parts(self) -> int:
@@ -264,10 +271,11 @@ def memory(config: GPTConfig, rows: int, how: Setup) -> Memory:
     inputs = config.n_layer * size * config.n_embd
     blocks = inputs + max(0, max(layers) - head / tokens) if how.recompute else sum(layers)
     around = config.n_embd * (8 + 3 * size)  # inputs of the first and last norm, the final states and their gradient
+    here = 0 if how.offload else 1
     return Memory(
-        weights=part_bytes(config, how.parts),
-        optimizer=optimizer_bytes(config, how.world_size),
-        gradients=part_bytes(config, how.parts),
+        weights=here * part_bytes(config, how.parts),
+        optimizer=here * optimizer_bytes(config, how.world_size),
+        gradients=here * part_bytes(config, how.parts),
         copies=copied_bytes(config, how),
         activations=round(tokens * (blocks + around)),
         head=head,

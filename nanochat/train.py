@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from nanochat.adamw import AdamW
 from nanochat.checkpoint_manager import Checkpoint, restore_rng
 from nanochat.common import NotFinite, Record, StepFailed, Stopped, UserError, get_rank, print0
-from nanochat.compute import Compute, can_compile, collective, peak_flops, synchronize
+from nanochat.compute import Compute, can_compile, peak_flops, synchronize
 from nanochat.conversation import Conversations, decode_parts, parts_text, render_for_completion
 from nanochat.dataloader import chat_stream, rows_in_epoch
 from nanochat.engine import Engine
@@ -28,7 +28,7 @@ from nanochat.gpt import GPT
 from nanochat.guard import Spikes, stop_votes, stopped_by, write_bundle
 from nanochat.muon import Muon
 from nanochat.schedule import BatchPlan, cosine_to_zero, muon_momentum, trapezoid
-from nanochat.sharding import is_sharded
+from nanochat.sharding import gathering, is_sharded
 from nanochat.tokenizer import Tokenizer
 
 AnyPosition = TypeVar("AnyPosition")  # Position, ChatPosition, or the step of a stage that needs no more
@@ -87,7 +87,6 @@ def accumulate(
         2, dtype=torch.float64 if compute.device.type != "mps" else torch.float32, device=compute.device
     )
     sums = Sums(totals, position, [])
-    sharded = is_sharded(model)
     for _ in range(grad_accum_steps):
         if not sums.error:
             try:
@@ -96,11 +95,11 @@ def accumulate(
             except UserError as error:
                 sums.error = error
         if sums.error:
-            if not sharded:
+            if not is_sharded(model):
                 return sums
             inputs = torch.zeros((1, 2), dtype=torch.long, device=compute.device)
             targets = torch.full_like(inputs, -1)
-        with collective() if sharded else nullcontext():
+        with gathering(model):
             loss = model(inputs, targets, loss_reduction="sum", dtype=compute.dtype)
             loss.backward()
         totals += torch.stack([loss.detach(), (targets >= 0).sum()])
@@ -335,7 +334,7 @@ def whole_steps(
     """
     Around a loop: what ends it early on every rank (a signal, a step that failed) leaves the weights as they were after
     the last whole step, so these are saved if they are new. What a step saw whose numbers are not finite is written
-    down. A rank without memory is a UserError, and nothing is saved.
+    down.
     """
     first_step = meter.steps
     try:
@@ -353,11 +352,6 @@ def whole_steps(
             save()
         record.close()
         raise
-    except torch.OutOfMemoryError as error:  # perhaps in the middle of an update: what there is now is not saved
-        raise UserError(
-            f"{str(error).splitlines()[0]} Go on with --resume and fewer rows per micro-batch (--device-batch-size); "
-            "python -m scripts.plan says what fits, and what --recompute and --shard save"
-        ) from None
 
 
 # -----------------------------------------------------------------------------

@@ -38,7 +38,7 @@ minutes: float | None = (
     None  # training time, turned into steps once at the start; evaluation, saving and compiling not counted
 )
 # Batch
-device_batch_size: int | None = 32  # rows per rank and micro-batch (auto = the most that fit, tried at the start)
+device_batch_size: int | Literal["auto"] = 32  # rows per rank and micro-batch (auto = the most that fit)
 total_batch_size = (
     524288  # tokens per step over all ranks, by accumulating micro-batches (rounded to whole ones, which is printed)
 )
@@ -89,7 +89,7 @@ from nanochat.compute import Compute, compute_cleanup, compute_init, peak_memory
 from nanochat.core_eval import CoreTask, GPTScorer, evaluate_task, load_tasks
 from nanochat.dataloader import Position, training_stream
 from nanochat.dataset import Corpus, iter_text, load_corpus
-from nanochat.device_batch import find_device_batch
+from nanochat.device_batch import choose_rows
 from nanochat.eval_bundle import find_bundle
 from nanochat.gpt import GPT, build_model, config_from_depth
 from nanochat.guard import SaveClock, SignalWatch, Spikes
@@ -130,7 +130,7 @@ def main() -> None:
         train.compile_model(model, compute.device)
 
     # The batch, and what a checkpoint and the run that continues it must agree on
-    rows = device_batch_size or find_device_batch(model, total_batch_size, max_seq_len, compute, compile)
+    rows = choose_rows(device_batch_size, model, total_batch_size, max_seq_len, compute, compile)
     batch = plan_batches(total_batch_size, rows, max_seq_len, compute.world_size)
     print0(f"batch: {batch} (asked for {total_batch_size:,})")
     identity = {"model_config": model.config_dict(), "rows_per_step": batch.rows, "packing": packing, "seed": seed}

@@ -35,7 +35,7 @@ max_seq_len: int | None = None  # tokens per row (None = the model's context); l
 num_iterations: int | None = None  # optimizer steps (the only one that changes the plan of a resumed run)
 minutes: float | None = None  # training time, turned into steps once; evaluation, saving, compiling not counted
 # Batch
-device_batch_size: int | None = 4  # rows per rank and micro-batch (auto = the most that fit, tried at the start)
+device_batch_size: int | Literal["auto"] = 4  # rows per rank and micro-batch (auto = the most that fit)
 total_batch_size = 65536  # tokens per step over all ranks, rounded to whole micro-batches
 # Optimizers
 matrix_lr = 0.02  # Muon, for the matrices in the blocks

@@ -36,10 +36,11 @@ num_iterations: int | None = None  # optimizer steps
 target_flops: float | None = None  # training FLOPs
 target_param_data_ratio: float | None = None  # tokens per parameter
 # Batch
-device_batch_size: int | None = None  # rows per rank and micro-batch (None = what fits, with the fewest micro-batches)
+device_batch_size: int | Literal["auto"] = "auto"  # rows per rank and micro-batch (auto = the most that fit)
 total_batch_size = 524288  # tokens per step over all ranks (rounded to whole micro-batches, which is printed)
 # Memory
 shard = False  # base_train --shard: weights, gradients and optimizer state in parts on all ranks
+offload = False  # base_train --offload: these parts in the host's memory
 recompute = False  # base_train --recompute: activations are computed again in the backward pass; a third more FLOPs
 # Checkpoints
 keep_last = 2  # checkpoints on the disk at a time
@@ -68,6 +69,7 @@ from nanochat.sizing import (
     memory,
     most_rows,
     optimizer_bytes,
+    part_bytes,
 )
 
 DEPTHS = (4, 6, 8, 10, 12, 16, 20, 24, 26, 32)  # of the table
@@ -131,7 +133,7 @@ def main() -> None:
 def check_settings() -> None:
     counts = {"gpus": gpus, "vocab_size": vocab_size, "total_batch_size": total_batch_size, "keep_last": keep_last}
     for name, value in {**counts, "vram_gb": vram_gb, "device_batch_size": device_batch_size, "mfu": mfu}.items():
-        if value is not None and value <= 0:
+        if value not in (None, "auto") and value <= 0:
             raise UserError(f"--{name.replace('_', '-')}={value}: expected more than 0")
     if mfu is not None and mfu > 1:
         raise UserError(f"--mfu={mfu}: expected a share of the peak, at most 1")
@@ -155,17 +157,18 @@ def make_plan(layers: int, machine: Machine) -> Plan:
     config = config_from_depth(layers, vocab_size, max_seq_len, aspect_ratio, head_dim, kv_heads, window_pattern)
     parameters, flops = count_parameters(config), flops_per_token(config)
     size = 2 if dtype == "bfloat16" else 4
-    how = Setup(gpus, size, compile, device_type == "cpu", shard and gpus > 1, recompute)
+    sharded = shard and gpus > 1
+    how = Setup(gpus, size, compile, device_type == "cpu", sharded, offload and sharded, recompute)
     most = most_rows(config, machine.budget, how) if machine.budget else None
     if most == 0:
         need = memory(config, 1, how).total / 1e9
         raise UserError(
             f"d{layers} with one row of {max_seq_len} tokens needs {need:.1f} GB on each of {gpus}, and "
-            f"{1 - MARGIN:.0%} of {machine.gigabytes:g} GB may be used; try --recompute, --shard on several, a "
-            "smaller --depth or --max-seq-len"
+            f"{1 - MARGIN:.0%} of {machine.gigabytes:g} GB may be used; try {how.untried}"
         )
-    if device_batch_size or not most:
-        batch = plan_batches(total_batch_size, device_batch_size or 32, max_seq_len, gpus)
+    if device_batch_size != "auto" or not most:
+        rows = 32 if device_batch_size == "auto" else device_batch_size
+        batch = plan_batches(total_batch_size, rows, max_seq_len, gpus)
     else:
         batch = choose_batch(total_batch_size, most, max_seq_len, gpus)
     horizons = {
@@ -215,12 +218,12 @@ def show_memory(plan: Plan, machine: Machine) -> None:
     need, rows = plan.need, plan.batch.device_batch_size
     compiled = "compiled" if compile else "eager"
     print0(f"memory of each rank, {compiled}, {dtype}, {rows} rows of {max_seq_len} tokens:")
-    part, parted = f", 1/{gpus} of it", shard and gpus > 1
+    sharded, part = shard and gpus > 1, f", 1/{gpus} of it"
     labels = {
-        "weights": "weights, fp32" + part * parted,
+        "weights": "weights, fp32" + part * sharded,
         "optimizer": "optimizer state, fp32" + part * (gpus > 1),
-        "gradients": "gradients, fp32" + part * parted,
-        "copies": "gathered: embedding, head, three blocks" if parted else f"copies of the blocks' weights in {dtype}",
+        "gradients": "gradients, fp32" + part * sharded,
+        "copies": "gathered: embedding, head, three blocks" if sharded else f"copies of the blocks' weights in {dtype}",
         "activations": f"activations, {need.activations / rows / 1e9:.3f} GB a row",
         "head": "loss: a slice of logits, the head's gradient",
         "update": "optimizer step, after the three above are freed",
@@ -228,6 +231,9 @@ def show_memory(plan: Plan, machine: Machine) -> None:
     for part, size in asdict(need).items():
         print0(f"  {size / 1e9:8.2f} GB  {labels[part]}")
     print0(f"  {need.total / 1e9:8.2f} GB  at the fullest moment")
+    if offload and sharded:
+        host = 2 * part_bytes(plan.config, gpus) + optimizer_bytes(plan.config, gpus)
+        print0(f"  {host / 1e9:8.2f} GB  of the host's memory for each rank: weights, gradients, optimizer state")
     if machine.budget and plan.most:
         print0(
             f"fits: {plan.most} rows in {machine.budget / 1e9:.1f} GB, {machine.gigabytes:g} less {MARGIN:.0%} for "
@@ -273,7 +279,7 @@ def command(plan: Plan) -> str:
         start = f"torchrun --standalone --nproc_per_node={gpus} -m scripts.base_train --"
     names = (
         "aspect_ratio head_dim kv_heads max_seq_len window_pattern num_iterations target_flops target_param_data_ratio "
-        "shard recompute"
+        "shard offload recompute"
     )
     defaults = {name: setting.default for name, setting in read_block(Path(__file__)).settings.items()}
     changed = {name: settings[name] for name in names.split() if settings[name] != defaults[name]}

@@ -300,17 +300,19 @@ def spoil(where: tuple[str, int]) -> None:
     """NaN in the loss, a gradient or a parameter, at the given step."""
     import torch
 
+    from nanochat.sharding import local
+
     kind, step = where
 
     def spoiled(accumulate: Any, model: Any, *values: Any) -> Any:
         if kind == "parameter":
             with torch.no_grad():
-                model.lm_head.weight[1, 1] = torch.nan
+                local(model.lm_head.weight)[1, 1] = torch.nan
         sums = accumulate(model, *values)
         if kind == "loss":
             sums.totals[0] = torch.nan
         if kind == "gradient":
-            model.lm_head.weight.grad[2, 3] = torch.inf
+            local(model.lm_head.weight.grad)[2, 3] = torch.inf
         return sums
 
     at_step(step, spoiled)
@@ -343,6 +345,21 @@ def run_out_of_memory(step: int) -> None:
     at_step(step, full)
 
 
+def interrupt_validation(batch: int) -> None:
+    """A second Ctrl-C before the given batch of validation."""
+    from nanochat import loss_eval
+
+    window_rows, calls = loss_eval.window_rows, []
+
+    def counted(*values: Any) -> Any:
+        calls.append(1)
+        if len(calls) == batch:
+            raise KeyboardInterrupt
+        return window_rows(*values)
+
+    loss_eval.window_rows = counted
+
+
 def leave_after(step: int) -> None:
     """SIGTERM during the given step: it is the last one of this process."""
 
@@ -366,6 +383,7 @@ FAULTS: dict[str, Callable[[Any], None]] = {
     "lose_text": lose_text,
     "leave_after": leave_after,
     "run_out_of_memory": run_out_of_memory,
+    "interrupt_validation": interrupt_validation,
     "sleep": sleep,
 }
 

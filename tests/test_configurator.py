@@ -24,6 +24,7 @@ depth = 20  # number of layers
 model_tag: str | None = None  # directory name (None = d<depth>)
 source: Literal["base", "mid"] = "mid"  # where from
 head_dim: Literal[64, 128] | None = None  # channels
+rows: int | Literal["auto"] = 32  # rows
 # Horizon: one of these
 num_files: int | None = None  # files
 matrix_lr = 0.02  # Muon
@@ -79,7 +80,7 @@ def run(script: Path, *argv: str, rank: str = "0") -> subprocess.CompletedProces
 def test_block_is_what_stands_above_configure(script: Path) -> None:
     settings = read_block(script).settings
     assert list(settings) == (
-        "depth model_tag source head_dim num_files matrix_lr minutes tokens prompt compile quiet".split()
+        "depth model_tag source head_dim rows num_files matrix_lr minutes tokens prompt compile quiet".split()
     )
     assert settings["tokens"].default == 10485760
     assert settings["minutes"].help == "training time"  # ruff moves a long comment inside parentheses
@@ -99,7 +100,8 @@ def test_block_is_what_stands_above_configure(script: Path) -> None:
         (["--model-tag=4"], {"model_tag": "4"}),
         (["--model-tag=None"], {"model_tag": None}),
         (["--prompt=None"], {"prompt": "None"}),
-        (["--num-files=auto", "--model-tag=auto"], {"num_files": None, "model_tag": "auto"}),
+        (["--rows=auto", "--model-tag=auto"], {"rows": "auto", "model_tag": "auto"}),
+        (["--rows=auto", "--rows=4"], {"rows": 4}),
         (["--prompt="], {"prompt": ""}),
         (["--prompt", ""], {"prompt": ""}),
         (["--prompt=a=b # c"], {"prompt": "a=b # c"}),
@@ -162,6 +164,9 @@ def test_accepted_forms(script: Path, argv: list[str], expected: dict[str, objec
         (["--matrix-lr=nan"], "--matrix-lr=nan: expected float"),
         (["--matrix-lr=1e999"], "--matrix-lr=1e999: expected float"),
         (["--source=sft"], "--source=sft: expected one of base, mid"),
+        (["--rows=all"], "--rows=all: expected int or auto"),
+        (["--depth=auto"], "--depth=auto: expected int"),
+        (["--num-files=auto"], "--num-files=auto: expected int or None"),
         (["--head-dim=96"], "--head-dim=96: expected one of 64, 128 or None"),
         (["--quiet=maybe"], "--quiet=maybe: expected bool"),
         (["--quiet", "false"], "--quiet false: a value for a bool is not spaced; write --quiet=false"),

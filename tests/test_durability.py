@@ -358,7 +358,7 @@ def test_a_gpu_that_is_too_small_is_one_line_and_nothing_half_updated_is_saved(h
     lab.start(tag, ranks, run_out_of_memory=6, rank=ranks - 1)
     codes, output = faults.finish()
     assert codes == [4, 2][-ranks:] and "Traceback" not in output, output
-    assert output.count("CUDA out of memory. Tried to allocate 2.00 GiB. Go on with --resume and fewer rows") == 1
+    assert output.count("CUDA out of memory. Tried to allocate 2.00 GiB. Fewer rows (--device-batch-size)") == 1
     assert lab.steps(tag) == [2, 4]
 
 

@@ -159,10 +159,20 @@ def test_a_rank_that_is_killed_in_a_sharded_run_ends_the_others_with_one_line(fa
     assert output.count("the others stop") == 1 and "Traceback" not in output
 
 
-def test_a_loss_that_is_not_finite_ends_a_sharded_run_before_the_update(faults):
-    codes, output = ends(faults, "nan", 2, spoil=("loss", 6), rank=1)
-    assert codes == [3, 3] and "step_000005" in output, output
-    bundles = sorted((faults.base_dir / "failed" / "base-nan-step_000005").iterdir())
+def test_a_rank_that_leaves_in_validation_ends_the_others_without_a_traceback(faults):
+    """A batch of validation is a collective, too; when it failed, each rank said so in its own way."""
+    codes, output = ends(faults, "left", 3, interrupt_validation=2, rank=1)
+    assert codes == [4, 130, 4] and output.count("the others stop") == 1 and "Traceback" not in output, output
+
+
+@pytest.mark.parametrize(
+    "kind", ["loss", *(pytest.param(kind, marks=pytest.mark.soak) for kind in ("gradient", "parameter"))]
+)
+def test_a_number_that_is_not_finite_ends_a_sharded_run_before_the_update(faults, kind):
+    """A NaN in a parameter is found by the loss of the rank that sees it, and not saved: all ranks end with 3."""
+    codes, output = ends(faults, f"nan-{kind}", 2, spoil=(kind, 6), rank=1)
+    assert codes == [3, 3] and ("saved" in output.replace("is not saved", "")) == (kind != "parameter"), output
+    bundles = sorted((faults.base_dir / "failed" / f"base-nan-{kind}-step_000005").iterdir())
     norms = [json.loads(path.read_text())["parameter_norms"] for path in bundles]
     assert len(norms) == 2 and norms[0].keys() == norms[1].keys() and "wte.weight" in norms[0]
 
@@ -174,7 +184,7 @@ def test_a_loss_that_is_not_finite_ends_a_sharded_run_before_the_update(faults):
 @pytest.mark.parametrize(("stage", "changes"), [("base", {"shard": True}), ("mid", {"recompute": True})])
 def test_auto_takes_the_rows_that_need_the_fewest_micro_batches(faults, stage, changes):
     """Twelve rows a step on two ranks; this machine has memory for all of them at once."""
-    settings = settings_of(faults, stage, f"{stage}-auto", 2) | {"num_iterations": 1, "device_batch_size": None}
+    settings = settings_of(faults, stage, f"{stage}-auto", 2) | {"num_iterations": 1, "device_batch_size": "auto"}
     code, output = faults.run(stage, {**settings, **changes}, 2)
     assert code == 0 and "1 micro-batch x 6 rows" in output, output
 
