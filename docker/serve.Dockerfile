@@ -10,18 +10,19 @@ FROM rust:1-slim-bookworm AS rust
 FROM python:3.12-slim-bookworm AS build
 WORKDIR /nanochat
 COPY . .
+# hadolint ignore=DL3008
 RUN --mount=type=bind,from=rust,source=/usr/local/rustup,target=/usr/local/rustup \
     apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev \
     && rm -rf .git /var/lib/apt/lists/* \
-    && export PATH="$(echo /usr/local/rustup/toolchains/*/bin):$PATH" \
+    && PATH="$(echo /usr/local/rustup/toolchains/*/bin):$PATH" \
     && TORCH_BUILD=cpu PIP_NO_CACHE_DIR=1 bash dev/setup.sh
 
 FROM python:3.12-slim-bookworm
 RUN useradd --uid 1000 nanochat && mkdir /data && chown nanochat:nanochat /data
 COPY --from=build /nanochat /nanochat
 WORKDIR /nanochat
-USER nanochat
+USER 1000
 ENV NANOCHAT_BASE_DIR=/data PATH=/nanochat/.venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1
 VOLUME /data
 EXPOSE 8000

@@ -11,7 +11,8 @@ FROM rust:1-slim-bookworm AS rust
 
 FROM python:3.12-slim-bookworm
 ARG TORCH_BUILD=cu130
-# A compiler for torch.compile and Triton; git for the commit in the records.
+# A compiler for torch.compile and Triton; git for the commit in the records. Debian keeps no older versions to pin.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ git \
     && rm -rf /var/lib/apt/lists/* \
@@ -19,11 +20,11 @@ RUN apt-get update \
     && mkdir /data /nanochat \
     && chown nanochat:nanochat /data /nanochat
 WORKDIR /nanochat
-USER nanochat
+USER 1000
 COPY --chown=nanochat:nanochat . .
 # cargo and rustc are there for this step alone.
 RUN --mount=type=bind,from=rust,source=/usr/local/rustup,target=/usr/local/rustup \
-    export PATH="$(echo /usr/local/rustup/toolchains/*/bin):$PATH" \
+    PATH="$(echo /usr/local/rustup/toolchains/*/bin):$PATH" \
     && TORCH_BUILD="$TORCH_BUILD" PIP_NO_CACHE_DIR=1 bash dev/setup.sh
 # docker-init passes signals on to the whole group: the ranks save, the script waits for them.
 ENV NANOCHAT_BASE_DIR=/data \
