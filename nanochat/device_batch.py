@@ -34,9 +34,15 @@ def find_device_batch(model: GPT, total_batch_size: int, sequence_len: int, comp
     """
     budget, sharded = memory_budget(compute), is_sharded(model)
     config = GPTConfig(**{**model.config_dict(), "sequence_len": sequence_len})
-    size, cpu = compute.dtype.itemsize, compute.device.type == "cpu"
-    offload = model.wte.weight.device != model.device
-    how = Setup(compute.world_size, size, compiled, cpu, sharded, offload, model.recompute)
+    how = Setup(
+        world_size=compute.world_size,
+        size=compute.dtype.itemsize,
+        compiled=compiled,
+        cpu=compute.device.type == "cpu",
+        shard=sharded,
+        offload=model.wte.weight.device != model.device,
+        recompute=model.recompute,
+    )
     most = most_rows(config, budget, how)
     while most and compute.device.type == "cuda" and not sharded and not step_fits(model, most, sequence_len, compute):
         print0(f"device batch: {most} rows do not fit, trying {most // 2}")

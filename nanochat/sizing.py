@@ -128,7 +128,7 @@ def flops_per_token(config: GPTConfig) -> int:
 # Memory
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Setup:
     """How a run computes, as far as its memory depends on it."""
 

@@ -156,9 +156,16 @@ def make_plan(layers: int, machine: Machine) -> Plan:
     """Raises UserError where not a single row fits, or more than one horizon is given."""
     config = config_from_depth(layers, vocab_size, max_seq_len, aspect_ratio, head_dim, kv_heads, window_pattern)
     parameters, flops = count_parameters(config), flops_per_token(config)
-    size = 2 if dtype == "bfloat16" else 4
     sharded = shard and gpus > 1
-    how = Setup(gpus, size, compile, device_type == "cpu", sharded, offload and sharded, recompute)
+    how = Setup(
+        world_size=gpus,
+        size=2 if dtype == "bfloat16" else 4,
+        compiled=compile,
+        cpu=device_type == "cpu",
+        shard=sharded,
+        offload=offload and sharded,
+        recompute=recompute,
+    )
     most = most_rows(config, machine.budget, how) if machine.budget else None
     if most == 0:
         need = memory(config, 1, how).total / 1e9

@@ -100,7 +100,8 @@ def measured_and_planned(shape: tuple, mode: str, ranks: int = 1) -> tuple[int, 
     assert result.returncode == 0, result.stderr
     counted = json.loads(re.findall(r"\{.lasting.+\}", result.stdout)[-1])
     size, words = 2 if dtype == "bfloat16" else 4, mode.split("+")
-    how = sizing.Setup(ranks, size, "compiled" in words, True, "shard" in words, "recompute" in words)
+    on = {"compiled": "compiled" in words, "shard": "shard" in words, "recompute": "recompute" in words}
+    how = sizing.Setup(world_size=ranks, size=size, cpu=True, **on)
     planned = sizing.memory(sizing.GPTConfig(**sizes), rows, how)
     assert planned.weights + planned.optimizer == counted["lasting"]
     if not how.shard:  # there all buffers of the optimizers are small
@@ -139,6 +140,16 @@ def test_planned_memory_is_what_a_sharded_or_recomputed_step_takes(shape: tuple,
     assert abs(planned / measured - 1) < 0.15
 
 
+def test_what_does_not_fit_is_told_only_the_settings_that_are_still_off() -> None:
+    words = ["--depth=48", "--gpus=6", "--vram-gb=24"]
+    said = "try --recompute, --shard on several, --offload, a smaller --depth"
+    assert said in plan(*words).stderr
+    assert "try --offload, a smaller --depth" in plan(*words, "--shard", "--recompute").stderr
+    offloaded = plan(*words, "--shard", "--recompute", "--offload").stdout
+    assert "of the host's memory for each rank" in offloaded
+    assert "--shard=True --offload=True --recompute=True" in offloaded.splitlines()[-1]
+
+
 # -----------------------------------------------------------------------------
 # Batches
 
@@ -158,7 +169,7 @@ def test_any_number_of_cards_steps_by_about_as_many_tokens(
 ) -> None:
     config = sizing.config_from_depth(20, 65536, 2048)
     budget = gigabytes * 1e9 * (1 - sizing.MARGIN)
-    how = sizing.Setup(cards)
+    how = sizing.Setup(world_size=cards)
     most = sizing.most_rows(config, budget, how)
     assert sizing.memory(config, most, how).total <= budget < sizing.memory(config, most + 1, how).total
     batch = sizing.choose_batch(524288, most, 2048, cards)
