@@ -8,33 +8,18 @@
 #   BUDGETS="1e18" DEPTHS="6 8 10" bash dev/scaling_laws.sh
 #
 # Needs text and a tokenizer: STAGES=tok bash speedrun.sh. Rows that are finished are skipped. Ends with report/SERIES.csv.
-# shellcheck disable=SC2046,SC2086 # $(row) and BASE_ARGS are several words, $(resume) is one or none
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export OMP_NUM_THREADS=1
 SERIES="${SERIES:-law}"
 BUDGETS="${BUDGETS:-1e18 2e18 5e18 1e19}"
 DEPTHS="${DEPTHS:-8 10 12 14 16 18}"
-NPROC="${NPROC:-8}"
-DEVICE_BATCH_SIZE="${DEVICE_BATCH_SIZE:-32}"
-CORPUS="${CORPUS:-climbmix}"
-WANDB_RUN="${WANDB_RUN:-dummy}"
-BASE_ARGS="${BASE_ARGS:-}"
-
 STAGES="${STAGES-base report}"
-source dev/stages.sh
-enter_venv
-read -ra ranks <<<"${LAUNCHER:-torchrun --standalone --nproc_per_node=$NPROC}"
-
 row() { echo "--depth=$depth --target-flops=$budget"; }
+source dev/series.sh # NPROC, DEVICE_BATCH_SIZE, CORPUS, WANDB_RUN, BASE_ARGS; train_row
 
 for budget in $BUDGETS; do
   for depth in $DEPTHS; do
-    tag="$SERIES-$budget-d$depth"
-    something_ran="" # rows do not depend on each other
-    stage base "base_train_$tag" "${ranks[@]}" -m scripts.base_train -- \
-      $(row) --device-batch-size="$DEVICE_BATCH_SIZE" --corpus="$CORPUS" \
-      --model-tag="$tag" --keep-last=1 --sample-every=-1 --run="$WANDB_RUN" $BASE_ARGS $(resume base "$tag")
+    train_row "$SERIES-$budget-d$depth"
   done
 done
 stage report "$SERIES" python -m dev.series_table --prefix="$SERIES-"

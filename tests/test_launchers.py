@@ -71,7 +71,7 @@ class Checkout:
 
     def __init__(self, folder: Path) -> None:
         self.path, self.base, self.calls_file = folder / "checkout", folder / "base", folder / "calls"
-        for name in [*LAUNCHERS, *SLURM, "dev/stages.sh", "dev/runcpu.sh"]:
+        for name in [*LAUNCHERS, *SLURM, "dev/stages.sh", "dev/series.sh", "dev/runcpu.sh"]:
             (self.path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.path / name)
         self.bin = self.path / ".venv" / "bin"
@@ -571,7 +571,7 @@ def test_hadolint_has_nothing_to_say() -> None:
 def test_shellcheck_has_nothing_to_say() -> None:
     if not shutil.which("shellcheck"):
         pytest.skip("shellcheck is not here")
-    files = [ROOT / name for name in [*LAUNCHERS, *SLURM, "dev/stages.sh", "dev/runcpu.sh"]]
+    files = [ROOT / name for name in [*LAUNCHERS, *SLURM, "dev/stages.sh", "dev/series.sh", "dev/runcpu.sh"]]
     result = subprocess.run(["shellcheck", "-x", *files], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == ""
 
