@@ -10,7 +10,7 @@ import json
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,6 +34,7 @@ class Fault:
     seconds_per_chunk: float = 0
     whole: bool = False  # the Range header is not honoured
     content: bytes | None = None
+    when: Callable[[], bool] | None = None  # the answer waits until this is true, at most 20 s
 
 
 @dataclass
@@ -95,6 +96,9 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(302, b"", {"Location": f"{self.hub.url}/lfs/{repository}/{path}"})
             return
         fault = faults.pop(0) if faults and self.command == "GET" else Fault()
+        deadline = time.monotonic() + 20
+        while fault.when and not fault.when() and time.monotonic() < deadline:
+            time.sleep(0.01)
         if content is None:
             self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
         elif fault.status != 200:
