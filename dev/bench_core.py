@@ -1,5 +1,4 @@
-"""
-Time CORE against tests/reference/core.py, which takes one item at a time as nanochat does.
+"""Time CORE against tests/reference/core.py, which takes one item at a time as nanochat does.
 
     python dev/bench_core.py --bundle=../shared/data/eval_bundle
 

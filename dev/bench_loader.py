@@ -1,5 +1,4 @@
-"""
-Time the loader into a loop that does nothing, beside the usual way: tiktoken on four threads and a packer in Python.
+"""Time the loader into a loop that does nothing, beside the usual way: tiktoken on four threads and a packer in Python.
 
     python dev/bench_loader.py --corpus=../shared/data/pretrain
 

@@ -1,5 +1,5 @@
-"""
-Time our tokenizer beside PyPI's rustbpe, tiktoken and Hugging Face tokenizers: training and encoding of the same text.
+"""Time our tokenizer beside PyPI's rustbpe, tiktoken and Hugging Face tokenizers: training and encoding of the same
+text.
 
     python dev/bench_tokenizer.py --corpus=../shared/data/pretrain --megabytes=100
 

@@ -1,5 +1,5 @@
-"""
-Make conversations in which the model says who it is: questions about itself, in many wordings, with short true answers.
+"""Make conversations in which the model says who it is: questions about itself, in many wordings, with short true
+answers.
 
     python -m dev.gen_identity
     python -m dev.gen_identity --num-train=20000 --seed=7
@@ -28,15 +28,15 @@ two_turns = 0.25  # chance that a training question comes second, after a greeti
 seed = 42  # of which wordings, openers and answers meet
 settings = configure(__name__)
 
-from nanochat.common import UserError, get_base_dir, run_main, write_atomic
+from nanochat.common import UserError, get_base_dir, run_main
+from nanochat.files import write_atomic
 from tasks.common import Conversation, assistant, user, write_rows
 
 
 @dataclass
 class Intent:
-    """
-    One thing that people ask. Wordings and answers are separated by " | "; [smart/clever] in a wording stands for both,
-    and where that gives a wording of dev or test, training leaves it out. An answer is right when each group of
+    """One thing that people ask. Wordings and answers are separated by " | "; [smart/clever] in a wording stands for
+    both, and where that gives a wording of dev or test, training leaves it out. An answer is right when each group of
     `expect` has a string that occurs in it.
     """
 

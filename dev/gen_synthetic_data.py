@@ -1,5 +1,4 @@
-"""
-Conversations in which a model tells who it is, written by a larger one behind any OpenAI-compatible endpoint.
+"""Conversations in which a model tells who it is, written by a larger one behind any OpenAI-compatible endpoint.
 
     OPENAI_API_KEY=... python -m dev.gen_synthetic_data --base-url=https://HOST/v1 --model=NAME
     python -m dev.gen_synthetic_data --base-url=http://127.0.0.1:8000/v1 --model=NAME --api-key-env=None
@@ -166,8 +165,7 @@ def ask(prompt: str) -> str:
 
 
 def get_conversation(index: int, about_text: str, troubles: list[str]) -> Messages | None:
-    """
-    Ask until there is a conversation; None where ATTEMPTS answers were none, UserError where the last did not come.
+    """Ask until there is a conversation; None where ATTEMPTS answers were none, UserError where the last did not come.
     What went wrong is added to `troubles`.
     """
     for attempt in range(ATTEMPTS):
@@ -216,9 +214,8 @@ def conversations(first: int, about_text: str, troubles: list[str]) -> Iterator[
 
 
 def count_lines(file: Path) -> int:
-    """
-    How many conversations a file has; 0 where there is none. A last line that a crash cut short is taken away. Raises
-    UserError for other lines that are no conversation.
+    """How many conversations a file has; 0 where there is none. A last line that a crash cut short is taken away.
+    Raises UserError for other lines that are no conversation.
     """
     data = file.read_bytes() if file.exists() else b""
     head, newline, last = data.rpartition(b"\n")

@@ -1,5 +1,4 @@
-"""
-Write rustbpe/src/unicode.rs: the code point ranges of \\p{L}, \\p{N} and \\s.
+"""Write rustbpe/src/unicode.rs: the code point ranges of \\p{L}, \\p{N} and \\s.
 
 The ranges are found by asking tiktoken's regex engine about every code point, because the scanner promises tiktoken's
 splits and tiktoken's Unicode is newer than Python's. `--check` writes nothing and fails when the committed file

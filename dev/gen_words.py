@@ -1,5 +1,4 @@
-"""
-A word list for the spelling tasks, taken from a corpus that is already here: no download.
+"""A word list for the spelling tasks, taken from a corpus that is already here: no download.
 
     python -m dev.gen_words
     python -m dev.gen_words --corpus=climbmix --min-count=10

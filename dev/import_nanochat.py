@@ -1,5 +1,4 @@
-"""
-Bring a checkpoint of karpathy/nanochat here: its model_000500.pt, meta_000500.json and tokenizer.pkl.
+"""Bring a checkpoint of karpathy/nanochat here: its model_000500.pt, meta_000500.json and tokenizer.pkl.
 
     python -m dev.import_nanochat --checkpoint=DIR --tokenizer=FILE --source=sft --model-tag=d20
     python -m scripts.chat_cli -i sft -g d20
@@ -42,8 +41,9 @@ from torch import Tensor
 
 import rustbpe
 from nanochat.checkpoint_manager import checkpoints_dir, save_checkpoint, saved_steps
-from nanochat.common import UserError, print0, run_main, sha256_file
+from nanochat.common import UserError, print0, run_main
 from nanochat.compute import Compute
+from nanochat.files import sha256_file
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -59,10 +59,9 @@ HARD_TEXT = "I'll  don't 1234567 x=3.14\t\r\n\n \u00e9\u00df \u4f60\u597d \u0417
 
 
 def read_encoding(data: bytes) -> Any:
-    """
-    What a pickled tiktoken.Encoding holds. A pickle is a program; of its instructions this one knows those that build
-    dictionaries of bytes, strings and numbers, and of all classes the name of that one: nothing is imported or called.
-    Raises ValueError for any other instruction, and what a broken program leads to.
+    """What a pickled tiktoken.Encoding holds. A pickle is a program; of its instructions this one knows those that
+    build dictionaries of bytes, strings and numbers, and of all classes the name of that one: nothing is imported or
+    called. Raises ValueError for any other instruction, and what a broken program leads to.
     """
     stack: list[Any] = []
     marks: list[int] = []
@@ -146,9 +145,8 @@ def split_token(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def import_tokenizer(path: Path) -> Tokenizer:
-    """
-    The tokenizer of a tokenizer.pkl. It has the merges as ranks only; the pair behind each is what encoding the token
-    with the earlier ones leaves. Raises UserError where it does not encode as tiktoken does with these ranks.
+    """The tokenizer of a tokenizer.pkl. It has the merges as ranks only; the pair behind each is what encoding the
+    token with the earlier ones leaves. Raises UserError where it does not encode as tiktoken does with these ranks.
     """
     tokens = read_ranks(path)
     ranks = {token: rank for rank, token in enumerate(tokens)}
@@ -237,8 +235,7 @@ def rename_prefix(match: re.Match[str]) -> str:
 
 
 def fit_state(state: dict[str, Tensor], config: GPTConfig, path: Path) -> dict[str, Tensor]:
-    """
-    The tensors in fp32 for our model of `config`. Rows of padding, which stand for no token, are cut off and that is
+    """The tensors in fp32 for our model of `config`. Rows of padding, which stand for no token, are cut off and that is
     printed. Raises UserError naming every tensor that the model does not have, and the first that does not fit.
     """
     if config.n_layer > len(state):

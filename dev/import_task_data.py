@@ -1,5 +1,4 @@
-"""
-Fill $NANOCHAT_BASE_DIR/task_data from the original published files of the tasks, for machines without a hub.
+"""Fill $NANOCHAT_BASE_DIR/task_data from the original published files of the tasks, for machines without a hub.
 
     python -m dev.import_task_data FOLDER
 

@@ -1,5 +1,4 @@
-"""
-Evaluate a checkpoint on the tasks of EleutherAI's lm-eval, to compare with numbers that others publish.
+"""Evaluate a checkpoint on the tasks of EleutherAI's lm-eval, to compare with numbers that others publish.
 
     pip install -e ".[eval]"                             # without constraints.txt: it wants an older dateutil
     python -m dev.lm_eval_adapter --tasks=arc_easy,hellaswag              # the base model that was saved last
@@ -40,19 +39,19 @@ from typing import Any
 import numpy as np
 
 from nanochat.checkpoint_manager import find_checkpoint, open_model
-from nanochat.common import UserError, open_record, print0, run_main
+from nanochat.common import UserError, print0, run_main
 from nanochat.compute import Compute, compute_cleanup, compute_init
 from nanochat.conversation import decode_parts, parts_text, render_for_completion
 from nanochat.core_eval import GPTScorer, batch_units, make_units
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.loss_eval import windows
+from nanochat.record import open_record
 from nanochat.tokenizer import Tokenizer
 
 
 class Adapter:
-    """
-    The three methods of lm_eval.api.model.LM on one of our models. Requests are objects whose `args` are (context,
+    """The three methods of lm_eval.api.model.LM on one of our models. Requests are objects whose `args` are (context,
     continuation), (text,), or (context, options); answers come in their order.
     """
 
@@ -96,9 +95,9 @@ class Adapter:
         return [(-loss, not missed) for loss, missed in zip(losses.tolist(), misses.tolist(), strict=True)]
 
     def encode_pair(self, context: str, continuation: str) -> tuple[np.ndarray, int]:
-        """
-        BOS, context and continuation as tokens, and where the continuation begins, by lm-eval's rule: spaces at the end
-        of the context belong to the continuation, and what the context alone is encoded to is its share of the whole.
+        """BOS, context and continuation as tokens, and where the continuation begins, by lm-eval's rule: spaces at the
+        end of the context belong to the continuation, and what the context alone is encoded to is its share of the
+        whole.
         """
         if context in self.chats:
             before = self.chats[context]
@@ -111,10 +110,9 @@ class Adapter:
     # Texts
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """
-        The text after each context, up to the first of the strings in options["until"], of at most max_gen_toks tokens
-        (default 256); greedy unless do_sample and a temperature are given. A context that leaves no room for them, or
-        for half the model's context if they are more, loses its beginning.
+        """The text after each context, up to the first of the strings in options["until"], of at most max_gen_toks
+        tokens (default 256); greedy unless do_sample and a temperature are given. A context that leaves no room for
+        them, or for half the model's context if they are more, loses its beginning.
         """
         answers = [""] * len(requests)
         alike: dict[str, list[int]] = {}  # requests with the same options are answered together
@@ -143,9 +141,8 @@ class Adapter:
     # Chats
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """
-        A name for the tokens of this chat: it is JSON, and stands for them wherever it is the whole context. Text never
-        becomes a special token, whatever it says. Raises UserError for an answer that is already begun.
+        """A name for the tokens of this chat: it is JSON, and stands for them wherever it is the whole context. Text
+        never becomes a special token, whatever it says. Raises UserError for an answer that is already begun.
         """
         if not add_generation_prompt:
             raise UserError(

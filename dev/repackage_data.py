@@ -1,6 +1,5 @@
-"""
-Repackage text for publishing: shards of about 250M characters, shuffled as a whole, in the form that the known corpora
-have. Row groups of 1,024 documents, zstd level 3, one `text` column, shard_00000.parquet and so on.
+"""Repackage text for publishing: shards of about 250M characters, shuffled as a whole, in the form that the known
+corpora have. Row groups of 1,024 documents, zstd level 3, one `text` column, shard_00000.parquet and so on.
 
     python -m dev.repackage_data --path=DIR --out=DIR
 

@@ -1,5 +1,4 @@
-"""
-One table of several base runs, from their records: size, tokens, FLOPs, bits per byte, CORE, time.
+"""One table of several base runs, from their records: size, tokens, FLOPs, bits per byte, CORE, time.
 
     python -m dev.series_table --prefix=mini-
 
@@ -17,7 +16,8 @@ import csv
 import io
 from typing import Any
 
-from nanochat.common import UserError, get_base_dir, run_main, write_atomic
+from nanochat.common import UserError, get_base_dir, run_main
+from nanochat.files import write_atomic
 from nanochat.report_runs import Event, Events, last, merged, newest, read_runs
 
 COLUMNS = "tag depth parameters tokens tokens_per_parameter flops val_bpb core train_seconds".split()

@@ -1,5 +1,5 @@
-"""
-AdamW (arXiv 1711.05101) for embedding and head. One class for any number of ranks and any tensor size, moments in fp32.
+"""AdamW (arXiv 1711.05101) for embedding and head. One class for any number of ranks and any tensor size, moments in
+fp32.
 
 Ranks: each rank owns ceil(rows / N) rows of a parameter; gradients are summed by reduce-scatter, each rank updates its
 rows, and parameters come back by all-gather (after ZeRO, arXiv 1910.02054), while the next one is prepared or updated.
@@ -77,9 +77,8 @@ class Slice:
 
 
 class AdamW(torch.optim.Optimizer):
-    """
-    AdamW over groups of dict(params=[(name, tensor), ...], lr=..., [betas, eps, weight_decay]).
-    Each step: reduce_gradients(divisor) on every rank, then step(). A group's lr may be set between steps.
+    """AdamW over groups of dict(params=[(name, tensor), ...], lr=..., [betas, eps, weight_decay]). Each step:
+    reduce_gradients(divisor) on every rank, then step(). A group's lr may be set between steps.
     """
 
     def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float] = (0.8, 0.95), eps: float = 1e-10):
@@ -99,9 +98,8 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def reduce_gradients(self, divisor: Tensor | float) -> Tensor:
-        """
-        Sum the gradients over ranks in a fixed order, divide once, keep this rank's share; a missing gradient counts as
-        zeros. Returns the share's sum of squares (0-d fp32), as Muon.reduce_gradients does.
+        """Sum the gradients over ranks in a fixed order, divide once, keep this rank's share; a missing gradient counts
+        as zeros. Returns the share's sum of squares (0-d fp32), as Muon.reduce_gradients does.
         """
         squares = torch.zeros((), device=compute_device(self.slices[0][0].param))
         parts, under_way = [part for group in self.slices for part in group], []

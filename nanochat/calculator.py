@@ -1,5 +1,4 @@
-"""
-The assistant's tool: arithmetic, and counting letters in a word.
+"""The assistant's tool: arithmetic, and counting letters in a word.
 
 Promises: never `eval`; nothing but numbers, + - * / % and parentheses, or `"word".count("w")`, is ever computed;
 results are exact where they have a finite decimal form; every call is over in microseconds, in any thread. Does not:
@@ -27,9 +26,8 @@ OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
 
 
 def use_calculator(expression: str) -> str | None:
-    """
-    The value of an expression as text, or None where it is none: "12*(3+4)" gives "84", "7/2" gives "3.5", "1/3" gives
-    "0.333333333333", and "'strawberry'.count('r')" gives "3". Commas between digits are left out ("1,000").
+    """The value of an expression as text, or None where it is none: "12*(3+4)" gives "84", "7/2" gives "3.5", "1/3"
+    gives "0.333333333333", and "'strawberry'.count('r')" gives "3". Commas between digits are left out ("1,000").
     """
     if len(expression) > MAX_CHARS:
         return None

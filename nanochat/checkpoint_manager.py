@@ -1,5 +1,4 @@
-"""
-Checkpoints: one directory per step that exists whole or not at all.
+"""Checkpoints: one directory per step that exists whole or not at all.
 
     $NANOCHAT_BASE_DIR/base_checkpoints/d20/step_000500/
         model.safetensors    fp32 master weights
@@ -30,21 +29,12 @@ import torch
 from torch import Tensor
 
 from nanochat.adamw import AdamW
-from nanochat.common import (
-    NotFinite,
-    UserError,
-    fsync_dir,
-    get_base_dir,
-    print0,
-    provenance,
-    read_sealed,
-    seal,
-    sha256_file,
-    write_atomic,
-)
+from nanochat.common import NotFinite, UserError, get_base_dir, print0
 from nanochat.compute import Compute
+from nanochat.files import flush, read_sealed, seal, sha256_file, write_atomic
 from nanochat.gpt import GPT, GPTConfig, build_model
 from nanochat.muon import Muon
+from nanochat.record import provenance
 from nanochat.sharding import Place, local, own_rows, whole_weights
 from nanochat.tensors import check_tensors, open_tensors, read_header, save_tensors
 from nanochat.tokenizer import Tokenizer
@@ -130,8 +120,7 @@ def find_tag(source: str, model_tag: str | None) -> str:
 
 
 def find_checkpoint(source: str, model_tag: str | None = None, step: int | None = None) -> Checkpoint:
-    """
-    The checkpoint of a stage: by default of the tag saved last, and its last step. Raises UserError where there is
+    """The checkpoint of a stage: by default of the tag saved last, and its last step. Raises UserError where there is
     none.
     """
     directory = checkpoints_dir(source, find_tag(source, model_tag))
@@ -179,8 +168,7 @@ def find_resume(
     fresh: bool,
     compute: Compute,
 ) -> Checkpoint | None:
-    """
-    The checkpoint that a run asked to continue, verified, or None for a run from the start. Without a step it is the
+    """The checkpoint that a run asked to continue, verified, or None for a run from the start. Without a step it is the
     newest one that is whole; damaged ones after it are named and moved aside. Takes the tag for this process, and
     sweeps up what a killed save has left.
 
@@ -221,9 +209,7 @@ def find_resume(
 
 
 def on_master(compute: Compute, work: Callable[[], int | None]) -> int:
-    """
-    Do what only rank 0 may do, and give its number to every rank. A UserError of it ends all of them, told once.
-    """
+    """Do what only rank 0 may do, and give its number to every rank. A UserError of it ends all of them, told once."""
     result, error = 0, None
     if compute.is_master:
         try:
@@ -253,8 +239,7 @@ TAKEN: dict[Path, int] = {}  # directories this process has a lock on; the end o
 
 
 def take_directory(directory: Path) -> None:
-    """
-    Make this process the only one that writes there, and sweep up what killed ones have left. Raises UserError where
+    """Make this process the only one that writes there, and sweep up what killed ones have left. Raises UserError where
     another one lives. Not held on Windows, nor on file systems without locks.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -276,9 +261,8 @@ def take_directory(directory: Path) -> None:
 
 
 def set_aside(directory: Path, steps: list[int], compute: Compute) -> None:
-    """
-    Move checkpoints that this run is going to write again to `<tag>-before-<time>`: never deleted, never mistaken for
-    new ones.
+    """Move checkpoints that this run is going to write again to `<tag>-before-<time>`: never deleted, never mistaken
+    for new ones.
     """
     if steps and compute.is_master:
         aside = directory.with_name(f"{directory.name}-before-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -307,8 +291,7 @@ def save_checkpoint(
     compute: Compute,
     keep_last: int = -1,
 ) -> Path:
-    """
-    Write a checkpoint, say so, and return its directory; then, unless keep_last is -1, delete all but the last
+    """Write a checkpoint, say so, and return its directory; then, unless keep_last is -1, delete all but the last
     keep_last steps and the best one. Collective: every rank calls it, rank 0 writes. A verified checkpoint already in
     the place is kept as it is.
 
@@ -381,7 +364,7 @@ def write_step_directory(
         if path.exists():  # only reached when what stands there is damaged
             os.replace(path, path.with_name(f"{path.name}-damaged-{time.strftime('%Y%m%d-%H%M%S')}"))
         os.replace(temporary, path)
-        fsync_dir(path.parent)
+        flush(path.parent)
     except (OSError, UserError) as error:  # save_tensors raises UserError
         why, free = getattr(error, "strerror", None) or error, shutil.disk_usage(path.parent).free
         raise UserError(
@@ -426,9 +409,8 @@ def read_best(directory: Path) -> tuple[int, float] | None:
 
 
 def rng_state() -> dict[str, str]:
-    """
-    torch's default generators. No stage draws from them (all randomness comes from the seed and a step's number), but
-    an experiment that adds dropout does. The same on every rank, so rank 0's stand for all.
+    """torch's default generators. No stage draws from them (all randomness comes from the seed and a step's number),
+    but an experiment that adds dropout does. The same on every rank, so rank 0's stand for all.
     """
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -451,8 +433,7 @@ def restore_rng(states: dict[str, str]) -> None:
 
 
 def restore_model(model: GPT, checkpoint: Checkpoint) -> None:
-    """
-    Load weights in place; names, shapes and dtypes must match exactly. Raises UserError naming the first difference,
+    """Load weights in place; names, shapes and dtypes must match exactly. Raises UserError naming the first difference,
     before anything is read.
     """
     path, state = checkpoint.path / "model.safetensors", dict(model.named_parameters())
@@ -486,8 +467,7 @@ def load_model(
     model_tag: str | None = None,
     step: int | None = None,
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """
-    The model, its own tokenizer and meta of a checkpoint of stage `source` (base, mid, sft, rl), verified by sha256;
+    """The model, its own tokenizer and meta of a checkpoint of stage `source` (base, mid, sft, rl), verified by sha256;
     `phase` is train or eval. Without a tag the one saved last, without a step the last. Raises UserError where there is
     none or it is damaged.
     """
@@ -500,8 +480,7 @@ def load_model(
 def open_model(
     checkpoint: Checkpoint, device: torch.device, phase: str = "eval", place: Place | None = None
 ) -> tuple[GPT, Tokenizer]:
-    """
-    The model and the tokenizer of a checkpoint, verified by sha256; `phase` is train or eval, `place` as in
+    """The model and the tokenizer of a checkpoint, verified by sha256; `phase` is train or eval, `place` as in
     build_model. What meta.json says of the model is compared with the file of weights before memory is taken for it.
     """
     checkpoint.verify()

@@ -1,5 +1,4 @@
-"""
-The machine: device, ranks, dtype, seeds, and the collectives that the rest is built on.
+"""The machine: device, ranks, dtype, seeds, and the collectives that the rest is built on.
 
 Nothing is probed on import. Without torchrun there is one rank and a collective is a no-op; CPUs talk gloo, GPUs NCCL /
 RCCL. On CPU every run is deterministic: same machine type, same versions, same thread count, same bits.
@@ -35,8 +34,8 @@ DEVICE_TYPES = ("cuda", "mps", "xpu", "cpu")  # ROCm builds of torch call their 
 
 @dataclass(frozen=True)
 class Compute:
-    """
-    Where this process runs: one of `world_size` ranks, on `device`, computing in `dtype` (master weights stay fp32).
+    """Where this process runs: one of `world_size` ranks, on `device`, computing in `dtype` (master weights
+    stay fp32).
     """
 
     device: torch.device
@@ -81,8 +80,7 @@ def autodetect_device_type() -> str:
 
 
 def compute_init(device_type: str = "auto", dtype: str = "auto", seed: int = 42) -> Compute:
-    """
-    Join the other ranks, pick device and dtype, seed everything, make CPU runs deterministic. Prints what it chose.
+    """Join the other ranks, pick device and dtype, seed everything, make CPU runs deterministic. Prints what it chose.
     Raises UserError for a device that is not there. Pair with compute_cleanup().
     """
     if device_type == "auto":
@@ -123,8 +121,7 @@ def local_world_size() -> int:
 
 
 def keep_freed_memory() -> None:
-    """
-    Tell glibc to keep freed memory instead of returning each large tensor to the kernel, which hands it back page by
+    """Tell glibc to keep freed memory instead of returning each large tensor to the kernel, which hands it back page by
     page, zeroed: 64,000 page faults a step at d4, a third of its time (287 -> 191 ms; 5 % more memory). No effect
     elsewhere.
     """
@@ -186,9 +183,8 @@ def share_cores() -> None:
 
 
 def meet() -> tuple[dist.Store, int, int]:
-    """
-    Wait for all ranks at MASTER_ADDR:MASTER_PORT, and watch them from then on. Returns their store, this rank and the
-    number of ranks; raises UserError when some did not come.
+    """Wait for all ranks at MASTER_ADDR:MASTER_PORT, and watch them from then on. Returns their store, this rank and
+    the number of ranks; raises UserError when some did not come.
     """
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
@@ -207,9 +203,8 @@ def meet() -> tuple[dist.Store, int, int]:
 
 @contextlib.contextmanager
 def collective() -> Iterator[None]:
-    """
-    Around every collective: one that fails because a rank died ends this process from another thread, with one line in
-    all instead of a traceback on each rank. Any other failure passes through as it is.
+    """Around every collective: one that fails because a rank died ends this process from another thread, with one line
+    in all instead of a traceback on each rank. Any other failure passes through as it is.
     """
     try:
         yield
@@ -226,8 +221,7 @@ def compute_cleanup() -> None:
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """
-    bfloat16 where the hardware multiplies it natively (on CPUs: AVX512_BF16 or AMX; twice to five times fp32), else
+    """bfloat16 where the hardware multiplies it natively (on CPUs: AVX512_BF16 or AMX; twice to five times fp32), else
     float32.
     """
     named = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -263,8 +257,8 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """
-    The card's dense bf16 FLOP/s by data sheet; None when unknown, and then no MFU is printed: it would be a guess.
+    """The card's dense bf16 FLOP/s by data sheet; None when unknown, and then no MFU is printed: it would be
+    a guess.
     """
     if device.type != "cuda":
         return None

@@ -1,5 +1,4 @@
-"""
-Settings of a script: its own module variables, overridden from the command line and from settings files.
+"""Settings of a script: its own module variables, overridden from the command line and from settings files.
 
     SHORT = {"g": "model_tag"}  # optional: -g d20 for --model-tag=d20; "" names the setting that bare words give
 
@@ -329,8 +328,7 @@ def help_text(block: Block) -> str:
 
 
 def configure(module_name: str) -> dict[str, object]:
-    """
-    All settings of the calling module, {name: value}; `settings = configure(__name__)` stands right under its block.
+    """All settings of the calling module, {name: value}; `settings = configure(__name__)` stands right under its block.
 
     When the module is `__main__`, sys.argv is applied first: the module's variables are set, and rank 0 prints each
     override with its origin. --help prints the settings and exits 0; a mistake is printed by rank 0 and exits 2 on all

@@ -1,5 +1,4 @@
-"""
-The chat format: the only place that knows how a conversation becomes tokens, and which of them are trained.
+"""The chat format: the only place that knows how a conversation becomes tokens, and which of them are trained.
 
     {"messages": [{"role": "user", "content": "How many r are in strawberry?"},
                   {"role": "assistant", "content": [{"type": "python", "text": "'strawberry'.count('r')"},
@@ -25,7 +24,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nanochat.common import UserError, sha256_file
+from nanochat.common import UserError
+from nanochat.files import sha256_file
 from nanochat.tokenizer import Tokenizer
 
 Message = dict[str, Any]
@@ -46,8 +46,7 @@ class Conversations(Protocol):
 
 
 def check_messages(messages: object) -> None:
-    """
-    Raise UserError unless `messages` is a conversation: perhaps one system message, then user and assistant in turn,
+    """Raise UserError unless `messages` is a conversation: perhaps one system message, then user and assistant in turn,
     the user first; contents are text, or for the assistant a list of parts.
     """
     if not isinstance(messages, list) or not messages:
@@ -124,8 +123,7 @@ def segments(messages: Sequence[Message]) -> Iterator[tuple[str, bool, bool]]:
 def render_conversations(
     conversations: Sequence[Sequence[Message]], tokenizer: Tokenizer, max_tokens: int | None = None
 ) -> list[Rendered]:
-    """
-    The tokens of many lists of messages, all of their text encoded in one call. Whatever is beyond max_tokens is cut
+    """The tokens of many lists of messages, all of their text encoded in one call. Whatever is beyond max_tokens is cut
     off and counted. Raises UserError for messages that are no conversation.
     """
     for messages in conversations:
@@ -155,9 +153,8 @@ def render_conversation(messages: Sequence[Message], tokenizer: Tokenizer, max_t
 
 
 def render_for_completion(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
-    """
-    What the assistant is to continue: everything up to and including <|assistant_start|>. An assistant message at the
-    end (a reference answer) is left off. Raises UserError for messages that are no conversation.
+    """What the assistant is to continue: everything up to and including <|assistant_start|>. An assistant message at
+    the end (a reference answer) is left off. Raises UserError for messages that are no conversation.
     """
     check_messages(messages)
     if messages[-1]["role"] == "assistant":
@@ -167,8 +164,7 @@ def render_for_completion(messages: Sequence[Message], tokenizer: Tokenizer) -> 
 
 
 def fingerprint(conversations: Conversations) -> str:
-    """
-    sha256 (hex) over their number, about 64 of them, evenly spaced, and the bytes of the files that they were read
+    """sha256 (hex) over their number, about 64 of them, evenly spaced, and the bytes of the files that they were read
     from: tells data sets apart without making all of a million conversations.
     """
     count = len(conversations)
@@ -178,9 +174,8 @@ def fingerprint(conversations: Conversations) -> str:
 
 
 def render_within(messages: Sequence[Message], tokenizer: Tokenizer, limit: int) -> tuple[list[int], int]:
-    """
-    render_for_completion of the latest turns that fit into `limit` tokens, and how many messages were left out for it:
-    whole turns of user and assistant from the front; a system message stays. Raises UserError when the last message
+    """render_for_completion of the latest turns that fit into `limit` tokens, and how many messages were left out for
+    it: whole turns of user and assistant from the front; a system message stays. Raises UserError when the last message
     alone is too long.
     """
     check_messages(messages)
@@ -213,8 +208,7 @@ class Piece:
 
 
 class StreamDecoder:
-    """
-    Tokens in, pieces of text out, one token at a time. A character split over tokens is held back until it is whole;
+    """Tokens in, pieces of text out, one token at a time. A character split over tokens is held back until it is whole;
     special tokens switch the kind of what follows and are never text.
     """
 

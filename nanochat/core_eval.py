@@ -1,5 +1,4 @@
-"""
-The CORE metric of DCLM (arXiv 2406.11794): 22 tasks that a base model answers without being asked to chat.
+"""The CORE metric of DCLM (arXiv 2406.11794): 22 tasks that a base model answers without being asked to chat.
 
 A task's items are shuffled, once and for all, and each is put to the model behind `num_fewshot` solved examples.
 multiple_choice: the continuation with the lowest mean loss per token; schema: the context after which the same
@@ -34,9 +33,10 @@ import torch.nn.functional as F
 import yaml  # type: ignore[import-untyped]
 from torch import Tensor
 
-from nanochat.common import UserError, print0, read_sealed, seal, sha256_file, write_atomic
+from nanochat.common import UserError, print0
 from nanochat.compute import Compute
 from nanochat.eval_bundle import PREFETCH
+from nanochat.files import read_sealed, seal, sha256_file, write_atomic
 from nanochat.gpt import GPT, causal_attention, slice_rows
 from nanochat.tokenizer import Tokenizer
 
@@ -133,9 +133,8 @@ def draw_examples(index: int, n: int, k: int) -> list[int]:
 
 
 def render_prompts(task: CoreTask, items: Sequence[Item], index: int) -> list[str]:
-    """
-    The texts of one item, one for each choice. Before the one of a language_modeling item stands the same text without
-    its continuation and without the spaces before that, which belong to the continuation's first token.
+    """The texts of one item, one for each choice. Before the one of a language_modeling item stands the same text
+    without its continuation and without the spaces before that, which belong to the continuation's first token.
     """
     item = items[index]
     examples = [items[i] for i in draw_examples(index, len(items), task.num_fewshot)]
@@ -151,9 +150,8 @@ def render_prompts(task: CoreTask, items: Sequence[Item], index: int) -> list[st
 
 @dataclass(frozen=True)
 class Unit:
-    """
-    Sequences of one item that are computed together: `tokens` (T,) are the `stem` tokens that all begin with, then the
-    rest of each, as long as `tails` say (none: the stem is all). Asked: from place at[i] to predict targets[i], for
+    """Sequences of one item that are computed together: `tokens` (T,) are the `stem` tokens that all begin with, then
+    the rest of each, as long as `tails` say (none: the stem is all). Asked: from place at[i] to predict targets[i], for
     choice choices[i].
     """
 
@@ -177,8 +175,7 @@ def shared_prefix(rows: Sequence[np.ndarray]) -> int:
 
 
 def scored_rows(kind: str, rows: Sequence[np.ndarray]) -> list[Row]:
-    """
-    The choices of an item and where their scored tokens begin. What is scored is told from the tokens, not the text:
+    """The choices of an item and where their scored tokens begin. What is scored is told from the tokens, not the text:
     all after the common prefix, or the common suffix. A choice may have none; it then never wins.
     """
     if kind == "language_modeling":
@@ -192,10 +189,9 @@ def scored_rows(kind: str, rows: Sequence[np.ndarray]) -> list[Row]:
 
 
 def make_units(item: int, rows: Sequence[Row], context: int, branches: bool) -> list[Unit]:
-    """
-    The units of an item. Rows longer than `context` lose their beginning; only those that lost equally much still share
-    one. Without `branches` rows share a unit only where they are fed the same tokens. A row's last token is never fed:
-    nothing is predicted from it.
+    """The units of an item. Rows longer than `context` lose their beginning; only those that lost equally much still
+    share one. Without `branches` rows share a unit only where they are fed the same tokens. A row's last token is never
+    fed: nothing is predicted from it.
     """
     groups: dict[Any, list[Row]] = {}
     for choice, tokens, start in rows:
@@ -222,10 +218,9 @@ def join_rows(item: int, rows: Sequence[Row]) -> Unit:
 
 
 def batch_units(units: Sequence[Unit], max_tokens: int) -> Iterator[list[Unit]]:
-    """
-    Batches of at most max_tokens with their padding (one unit may have more). Longest first, so that too large a batch
-    shows at once; units with branches apart from those without, which need no mask. Nothing is computed for a unit of
-    which nothing is asked.
+    """Batches of at most max_tokens with their padding (one unit may have more). Longest first, so that too large a
+    batch shows at once; units with branches apart from those without, which need no mask. Nothing is computed for a
+    unit of which nothing is asked.
     """
     batch: list[Unit] = []
     stem = tail = 0
@@ -240,8 +235,7 @@ def batch_units(units: Sequence[Unit], max_tokens: int) -> Iterator[list[Unit]]:
 
 
 def widths(units: Sequence[Unit]) -> tuple[int, int]:
-    """
-    Places of a batch for the stem and, if there are any, for the tails together: what the widest unit needs, and at
+    """Places of a batch for the stem and, if there are any, for the tails together: what the widest unit needs, and at
     least 2, because torch.compile makes a graph of its own for 1.
     """
     stem, tail = max(unit.stem for unit in units), max(len(unit.tokens) - unit.stem for unit in units)
@@ -249,8 +243,7 @@ def widths(units: Sequence[Unit]) -> tuple[int, int]:
 
 
 def spread(units: Sequence[Unit], values: Sequence[np.ndarray], empty: int = 0) -> Tensor:
-    """
-    (B, stem + tails) of values that belong to the units' tokens: all tails of a batch begin at the same place, and
+    """(B, stem + tails) of values that belong to the units' tokens: all tails of a batch begin at the same place, and
     `empty` stands after shorter stems and tails.
     """
     stem, tail = widths(units)
@@ -295,10 +288,9 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Branches:
-    """
-    In place of a layer's cache: nothing is remembered, only who looks at whom is said, by a mask for the last n of the
-    T tokens. Those before them are stems, which are causal and need none. In the last layer no one asks for these, and
-    zeros stand in their place.
+    """In place of a layer's cache: nothing is remembered, only who looks at whom is said, by a mask for the last n of
+    the T tokens. Those before them are stems, which are causal and need none. In the last layer no one asks for these,
+    and zeros stand in their place.
     """
 
     window: int
@@ -316,9 +308,8 @@ class Branches:
 
 
 class GPTScorer:
-    """
-    A frozen copy of a GPT in compute.dtype; later changes of the model are not seen. Compiled, it takes 10 to 20 s to
-    begin with, and then 0.6 of the time (d4 on one core, bf16, context 1,024: 48 -> 86 items a second).
+    """A frozen copy of a GPT in compute.dtype; later changes of the model are not seen. Compiled, it takes 10 to 20 s
+    to begin with, and then 0.6 of the time (d4 on one core, bf16, context 1,024: 48 -> 86 items a second).
     """
 
     branches = True
@@ -359,8 +350,7 @@ class GPTScorer:
         return losses.cpu(), hits.cpu()
 
     def layout(self, units: Sequence[Unit], first: int) -> tuple[Tensor, list[Any]]:
-        """
-        The positions (B, T) of units of which nothing before place `first` is asked, and what each layer looks at:
+        """The positions (B, T) of units of which nothing before place `first` is asked, and what each layer looks at:
         without branches it is causal, but for the last layer, if a quarter of the places or fewer are asked for.
         """
         stem, tails = widths(units)
@@ -378,9 +368,8 @@ class GPTScorer:
         return position, caches
 
     def mask(self, position: Tensor, branch: Tensor, start: int, window: int) -> Tensor:
-        """
-        (B, 1, T - start, T) for the tokens from place `start` on: each sees its own branch and the stem, as far back as
-        the window goes. Padding is a branch of its own.
+        """(B, 1, T - start, T) for the tokens from place `start` on: each sees its own branch and the stem, as far back
+        as the window goes. Padding is a branch of its own.
         """
         ahead = position[:, start:, None] - position[:, None, :]
         seen = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, start:, None])
@@ -400,9 +389,9 @@ def default_batch_tokens(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Answer:
-    """
-    One item: its place in the shuffled order, its line in the file, the model's choice (-1 where no choice has a finite
-    loss; None for language_modeling, as gold) and the mean loss of each choice in nats per token (None: not finite).
+    """One item: its place in the shuffled order, its line in the file, the model's choice (-1 where no choice has a
+    finite loss; None for language_modeling, as gold) and the mean loss of each choice in nats per token (None: not
+    finite).
     """
 
     index: int
@@ -446,9 +435,8 @@ def center(accuracy: float, baseline: float) -> float:
 
 
 def evaluate_task(task: CoreTask, scorer: Scorer, compute: Compute, max_items: int | None = None) -> TaskScore:
-    """
-    Score the first max_items of a task's shuffled items. Collective: items are dealt to the ranks, and every rank gets
-    the answers to all.
+    """Score the first max_items of a task's shuffled items. Collective: items are dealt to the ranks, and every rank
+    gets the answers to all.
     """
     return evaluate_items(task, read_items(task), scorer, compute, max_items)
 

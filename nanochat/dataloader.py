@@ -1,5 +1,4 @@
-"""
-Documents or conversations in, training batches out: one global stream, the same on every rank.
+"""Documents or conversations in, training batches out: one global stream, the same on every rank.
 
 A numbered pipeline of generators, each resumable from what it yields:
 
@@ -42,8 +41,7 @@ BLOCK_BYTES = 4 << 20  # text tokenised and packed together: a million tokens, t
 
 @dataclass(frozen=True)
 class Position:
-    """
-    Where the stream stands: everything needed to continue with the next row. JSON-friendly; a few hundred numbers at
+    """Where the stream stands: everything needed to continue with the next row. JSON-friendly; a few hundred numbers at
     most.
     """
 
@@ -109,8 +107,7 @@ class Packed:
 
 
 def pack_bos(ids: np.ndarray, offsets: np.ndarray, carry: Sequence[int], bos: int, sequence_len: int) -> Packed:
-    """
-    Best fit, every row starts with BOS and is full. Documents are ids[offsets[i]:offsets[i + 1]], without BOS.
+    """Best fit, every row starts with BOS and is full. Documents are ids[offsets[i]:offsets[i + 1]], without BOS.
 
     1. A document longer than a row is cut into spans of T tokens; every span gets its own BOS. (A row has T + 1
        tokens, the last only as a target: so each token of the text is a target exactly once.)
@@ -160,8 +157,7 @@ def pack_bos(ids: np.ndarray, offsets: np.ndarray, carry: Sequence[int], bos: in
 
 
 def pack_flat(ids: np.ndarray, offsets: np.ndarray, carry: Sequence[int], bos: int, sequence_len: int) -> Packed:
-    """
-    One long stream of BOS document BOS document ..., cut every T tokens; a row's last token is the next row's first.
+    """One long stream of BOS document BOS document ..., cut every T tokens; a row's last token is the next row's first.
     Rows start anywhere in a document. The GPT-2 way: best where documents are few and long.
     """
     T = sequence_len
@@ -187,9 +183,8 @@ def packed_blocks(
     start: Position,
     hashes: Mapping[Path, str] | None = None,
 ) -> Iterator[tuple[np.ndarray, Position]]:
-    """
-    Yield (rows (R, T + 1), position of the block's first row), epoch after epoch, forever. The first block is the one
-    that `start` stands in, whole. Raises UserError when a whole epoch does not fill one row.
+    """Yield (rows (R, T + 1), position of the block's first row), epoch after epoch, forever. The first block is the
+    one that `start` stands in, whole. Raises UserError when a whole epoch does not fill one row.
     """
     position, rows_in_epoch = replace(start, rows_used=0), 1
     bos = tokenizer.get_bos_token_id()
@@ -260,8 +255,7 @@ def training_stream(
     start: Position | None = None,
     hashes: Mapping[Path, str] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Position]]:
-    """
-    Yield (inputs (B, T), targets (B, T), position after them) forever, int64 on compute.device, from `start` or the
+    """Yield (inputs (B, T), targets (B, T), position after them) forever, int64 on compute.device, from `start` or the
     beginning. A thread reads, tokenises and packs ahead, so that a training step never waits for text. `hashes`
     (Corpus.hashes) has the sha256 of every file, checked there as it is opened.
     """
@@ -320,8 +314,7 @@ class ChatPosition:
 
 
 def pack_chats(rendered: Sequence[Rendered], sequence_len: int, pad: int, all_tokens: bool) -> np.ndarray:
-    """
-    Best fit, whole conversations only: (R, 2, T + 1), the ids and the targets of each row. The longest conversation
+    """Best fit, whole conversations only: (R, 2, T + 1), the ids and the targets of each row. The longest conversation
     that fits into what is left of a row comes next; what nothing fits into is padding. Targets are the ids where they
     are trained and -1 elsewhere. Conversations must have at most T + 1 tokens.
     """
@@ -358,8 +351,7 @@ def chat_blocks(
     start: ChatPosition,
     epochs: int | None = None,
 ) -> Iterator[tuple[np.ndarray, ChatPosition]]:
-    """
-    Yield (rows (R, 2, T + 1), position of the block's first row), epoch after epoch, forever or for some epochs. The
+    """Yield (rows (R, 2, T + 1), position of the block's first row), epoch after epoch, forever or for some epochs. The
     first block is the one that `start` stands in, whole. Raises UserError when a whole epoch gives no row, or `start`
     is not the beginning of a block.
     """
@@ -402,8 +394,7 @@ def chat_stream(
     seed: int = 42,
     start: ChatPosition | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, ChatPosition]]:
-    """
-    Yield (inputs (B, T), targets (B, T), position after them) forever, like training_stream, from conversations:
+    """Yield (inputs (B, T), targets (B, T), position after them) forever, like training_stream, from conversations:
     anything with len() and [i] that gives {"messages": [...]}. Targets are -1 where nothing is learned: everywhere but
     in what the assistant says, or with all_tokens only in the padding.
     """

@@ -1,5 +1,4 @@
-"""
-Pretraining text: fetched or gathered once into `$NANOCHAT_BASE_DIR/data/<corpus>/`, read back in Arrow arrays.
+"""Pretraining text: fetched or gathered once into `$NANOCHAT_BASE_DIR/data/<corpus>/`, read back in Arrow arrays.
 
     python -m nanochat.dataset --source=docs                 # English documentation that is already on this machine
     python -m nanochat.dataset --source=folder --path=DIR    # your own parquet, jsonl and txt files
@@ -31,8 +30,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nanochat.common import UserError, get_base_dir, open_record, print0, read_sealed, run_main, seal, write_atomic
+from nanochat.common import UserError, get_base_dir, print0, run_main
 from nanochat.configurator import configure
+from nanochat.files import read_sealed, seal, write_atomic
+from nanochat.record import open_record
 
 SHORT = {"n": "num_files", "w": "workers"}
 
@@ -51,8 +52,9 @@ settings = configure(__name__)
 import pyarrow as pa
 
 from nanochat.docs_corpus import PACKAGES, VALIDATION, collect_docs, find_packages, package_versions
-from nanochat.download import fetch_files, list_repository, locked
+from nanochat.download import fetch_files, list_repository
 from nanochat.eval_bundle import bundle_path, fetch_bundle
+from nanochat.files import locked
 from nanochat.folder_corpus import (
     hash_of,
     highest_validation_hash,
@@ -86,8 +88,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Corpus:
-    """
-    A corpus on disk whose manifest has been checked against the files. The fingerprint changes when any byte of text
+    """A corpus on disk whose manifest has been checked against the files. The fingerprint changes when any byte of text
     does.
     """
 
@@ -101,8 +102,7 @@ class Corpus:
 
 
 def load_corpus(name: str | None = None) -> Corpus:
-    """
-    Find a corpus by name; None takes the only one there is.
+    """Find a corpus by name; None takes the only one there is.
 
     Every file of the manifest exists and has its recorded size. Raises UserError where none or several are found, the
     name is unknown, or a file is missing or has another size. Hashes are not computed here, which would read
@@ -156,8 +156,7 @@ def fingerprint_of(manifest: dict[str, Any]) -> str:
 
 
 def write_corpus(corpus: Path, documents: Iterable[tuple[bool, str]], about: dict[str, Any]) -> dict[str, Any]:
-    """
-    Write (is for validation, text) pairs as a corpus and return its manifest; `about` is read when they are used up.
+    """Write (is for validation, text) pairs as a corpus and return its manifest; `about` is read when they are used up.
 
     The corpus is built beside its place and renamed into it: the one that was there stays until then, also after an
     error.
@@ -237,8 +236,7 @@ def build_docs(corpus: Path) -> dict[str, Any]:
 
 
 def build_folder(folder: Path, corpus: Path, fraction: float | None) -> dict[str, Any]:
-    """
-    Make a corpus of all documents under `folder`: rows of parquet files, lines of jsonl files, whole txt files.
+    """Make a corpus of all documents under `folder`: rows of parquet files, lines of jsonl files, whole txt files.
 
     Validation is what lies in files or directories called val or validation (val_00000.parquet, val/a.txt); where there
     are none, the `fraction` (None = 0.01, at least one) of the documents with the smallest sha256. Null and empty
@@ -286,8 +284,7 @@ def check_same_origin(corpus: Path, folder: Path) -> None:
 
 
 def fetch_hub(corpus: Path, files: int, workers: int) -> dict[str, Any]:
-    """
-    Have the first `files` training shards (-1 = all) and the validation shard of a hub corpus; return the manifest.
+    """Have the first `files` training shards (-1 = all) and the validation shard of a hub corpus; return the manifest.
 
     What the manifest already has is not fetched again, nor dropped when fewer are asked for, and more comes from the
     same revision. Every shard is decoded and hashed before it is believed. The old manifest stays in force until all

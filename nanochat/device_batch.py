@@ -24,10 +24,9 @@ def choose_rows(
 
 
 def find_device_batch(model: GPT, total_batch_size: int, sequence_len: int, compute: Compute, compiled: bool) -> int:
-    """
-    Rows per micro-batch for a run on this machine: the plan's number; on a GPU one step with it is tried, and half as
-    many when the memory does not suffice. The step keeps near total_batch_size in any case. The same on every rank, and
-    the weights stay as they are. Raises UserError where not even one row fits.
+    """Rows per micro-batch for a run on this machine: the plan's number; on a GPU one step with it is tried, and half
+    as many when the memory does not suffice. The step keeps near total_batch_size in any case. The same on every rank,
+    and the weights stay as they are. Raises UserError where not even one row fits.
 
     Not guarded: a rank that runs out of memory in the optimizer step alone, while the others wait for it. A sharded
     model is not tried, because there the ranks wait for each other everywhere: its number is the plan's.
@@ -59,8 +58,8 @@ def find_device_batch(model: GPT, total_batch_size: int, sequence_len: int, comp
 
 
 def memory_budget(compute: Compute) -> float:
-    """
-    Bytes that a rank may use: nine tenths of the smallest GPU, or of what this machine has left, shared by its ranks.
+    """Bytes that a rank may use: nine tenths of the smallest GPU, or of what this machine has left, shared by its
+    ranks.
     """
     if compute.device.type == "cuda":
         size: float = torch.cuda.get_device_properties(compute.device).total_memory
@@ -81,8 +80,7 @@ def available_memory() -> int:
 
 
 def step_fits(model: GPT, rows: int, sequence_len: int, compute: Compute) -> bool:
-    """
-    Whether a step of two micro-batches and a validation batch after it fit, on every rank. Its optimizers are thrown
+    """Whether a step of two micro-batches and a validation batch after it fit, on every rank. Its optimizers are thrown
     away and have a learning rate of 0, so that the weights keep their bits.
     """
     enough = True

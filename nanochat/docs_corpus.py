@@ -1,5 +1,4 @@
-"""
-English text that is on this machine already: the documentation strings of Python's library and of our dependencies.
+"""English text that is on this machine already: the documentation strings of Python's library and of our dependencies.
 
 Each module becomes one document: what the module says about itself, then each class and function under a heading with
 its name and arguments. reStructuredText is turned into plain prose: markup goes, formulas with it, wrapped lines are
@@ -52,8 +51,8 @@ Section = tuple[str, str]  # heading, raw documentation string
 
 
 def find_packages(packages: Collection[str] = PACKAGES) -> dict[str, Path]:
-    """
-    Where each installed package of the list has its files (a folder, or one .py file), validation first, then "python".
+    """Where each installed package of the list has its files (a folder, or one .py file), validation first, then
+    "python".
     """
     places = {}
     for package in sorted(packages, key=lambda package: package not in VALIDATION):
@@ -74,9 +73,8 @@ def package_versions(places: Collection[str]) -> dict[str, str]:
 def collect_docs(
     places: dict[str, Path], validation: Collection[str], sizes: Counter[str], left_out: Counter[str]
 ) -> Iterator[tuple[bool, str]]:
-    """
-    Yield (is for validation, document), validation packages first; adds up bytes per package in `sizes` and reasons in
-    `left_out`.
+    """Yield (is for validation, document), validation packages first; adds up bytes per package in `sizes` and reasons
+    in `left_out`.
 
     A documentation string is used once, where it is met first, so what validates is never trained on.
     """
@@ -111,8 +109,8 @@ def list_modules(package: str, place: Path) -> Iterator[tuple[Path, str]]:
 
 
 def read_sections(file: Path, module: str) -> list[Section]:
-    """
-    The documentation strings of one file with their headings. Raises SyntaxError or ValueError where it is no Python.
+    """The documentation strings of one file with their headings. Raises SyntaxError or ValueError where it is no
+    Python.
     """
     text = file.read_text(encoding="utf-8")
     if '"""' not in text and "'''" not in text:
@@ -155,8 +153,7 @@ def argument_names(arguments: ast.arguments) -> str:
 
 
 def call_sections(call: ast.Call, owner: str, templates: dict[str, str]) -> Iterator[Section]:
-    """
-    Yield the section of a call that documents a compiled function: torch's `add_docstr(torch.abs, "text
+    """Yield the section of a call that documents a compiled function: torch's `add_docstr(torch.abs, "text
     {input}".format(...))` and numpy's `add_newdoc("numpy.linalg", "name", ("method", "text"))`; nothing for other
     calls.
     """
@@ -175,8 +172,8 @@ def call_sections(call: ast.Call, owner: str, templates: dict[str, str]) -> Iter
 
 
 def literal_text(node: ast.expr | None, templates: dict[str, str] | None = None) -> str | None:
-    """
-    A string written out in the source, alone, added to others, or as "{name}".format(...); None for anything else.
+    """A string written out in the source, alone, added to others, or as "{name}".format(...); None for
+    anything else.
     """
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
@@ -190,8 +187,7 @@ def literal_text(node: ast.expr | None, templates: dict[str, str] | None = None)
 
 
 def docstring_templates(text: str) -> dict[str, str]:
-    """
-    The descriptions that torch's sources paste into many documentation strings: `name (type): text` in
+    """The descriptions that torch's sources paste into many documentation strings: `name (type): text` in
     parse_kwargs(...).
     """
     templates: dict[str, str] = {}
@@ -274,9 +270,8 @@ def is_title(paragraph: str) -> bool:
 
 
 def strip_markup(text: str) -> str:
-    """
-    Take reStructuredText's marks away: underlines of titles, roles, directives (formulas and pictures
-    with what they show), double backquotes.
+    """Take reStructuredText's marks away: underlines of titles, roles, directives (formulas and pictures with what they
+    show), double backquotes.
 
     "Returns\\n-------\\n:class:`~torch.Tensor`: the ``value``::" becomes "Returns:\\n\\n`torch.Tensor`: the `value`:".
     """
@@ -294,9 +289,8 @@ def strip_markup(text: str) -> str:
 
 
 def join_lines(paragraph: str) -> str:
-    """
-    Undo the wrapping of prose: a line continues one of 50 characters or more that is indented like it, unless it begins
-    an entry or follows code.
+    """Undo the wrapping of prose: a line continues one of 50 characters or more that is indented like it, unless it
+    begins an entry or follows code.
     """
     lines = paragraph.strip("\n").split("\n")
     joined = [lines[0]]

@@ -1,5 +1,4 @@
-"""
-Files from the Hugging Face hub and from plain addresses, fetched whole or not at all.
+"""Files from the Hugging Face hub and from plain addresses, fetched whole or not at all.
 
     listing = list_repository("openai/gsm8k")              # one commit: {path: RemoteFile}, and its name
     with locked(folder), closing(fetch_files([(file, folder / "train.parquet")], workers=4)) as fetched:
@@ -22,14 +21,15 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import UserError, fsync_dir, sha256_file
+from nanochat.common import UserError
+from nanochat.files import flush, sha256_file
 
 ATTEMPTS = 4  # in a row without a new byte
 RETRY_SECONDS = 1.0  # wait before the second attempt, doubled each time
@@ -108,8 +108,7 @@ def describe_url(url: str) -> RemoteFile:
 
 
 def check_reachable(url: str) -> None:
-    """
-    Raise OSError after a few seconds where nothing answers: the client would wait for as long as a list may take. At
+    """Raise OSError after a few seconds where nothing answers: the client would wait for as long as a list may take. At
     once where HF_HUB_OFFLINE is set, also since the client was imported, which reads it then and never again.
     """
     import socket
@@ -142,9 +141,8 @@ def persist(ask: Callable[[], Any], what: str) -> Any:
 
 
 def pause_after(error: Exception, failures: int, what: str) -> float:
-    """
-    Seconds to wait before the next attempt, which is announced. Raises UserError where there is to be none: the disk is
-    full, the server's answer is final, or this was the last of ATTEMPTS failures.
+    """Seconds to wait before the next attempt, which is announced. Raises UserError where there is to be none: the disk
+    is full, the server's answer is final, or this was the last of ATTEMPTS failures.
     """
     from huggingface_hub.errors import OfflineModeIsEnabled
 
@@ -203,28 +201,9 @@ def asked_to_wait(error: Exception) -> float | None:
 # Fetching
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """
-    Let one process at a time work in a folder, which is created; the others wait. The lock ends with the process,
-    however that ends. Not reentrant.
-    """
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{folder}: another process is at work there; waiting for it", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def fetch_files(wanted: Sequence[tuple[RemoteFile, Path]], workers: int) -> Generator[Path]:
-    """
-    Fetch files to their places, several at a time, and yield each place once its file is whole. Close it (contextlib's
-    closing) to stop the transfers. The first file that fails for good ends it all with UserError.
+    """Fetch files to their places, several at a time, and yield each place once its file is whole. Close it
+    (contextlib's closing) to stop the transfers. The first file that fails for good ends it all with UserError.
     """
     check_free_space(wanted)
     unchecked = [file.name for file, _ in wanted if not (file.sha256 or file.git_sha1)]
@@ -281,8 +260,7 @@ def check_free_space(wanted: Sequence[tuple[RemoteFile, Path]]) -> None:
 
 
 def fetch_file(file: RemoteFile, target: Path, received: dict[Path, int], stop: threading.Event) -> None:
-    """
-    Bring one file to its place; what is there already is kept if it is the published file, else replaced. Counts the
+    """Bring one file to its place; what is there already is kept if it is the published file, else replaced. Counts the
     bytes that arrive in `received[target]`. Raises UserError when it cannot be had.
     """
     if target.is_file() and not mismatch(file, target):
@@ -298,7 +276,7 @@ def fetch_file(file: RemoteFile, target: Path, received: dict[Path, int], stop: 
                 partial.unlink()
                 raise ConnectionError(wrong)
             os.replace(partial, target)
-            fsync_dir(target.parent)
+            flush(target.parent)
             return
         except Exception as error:  # see persist()
             if stop.is_set():

@@ -1,5 +1,4 @@
-"""
-Inference: a KV cache, sampling, tool use and batched generation. The same engine serves CLI, web, RL and evaluation.
+"""Inference: a KV cache, sampling, tool use and batched generation. The same engine serves CLI, web, RL and evaluation.
 
 Weights are cast once, when the engine is made. The cache has a row (slot) per sequence and a position per slot, so rows
 of different lengths decode together: attention masks what lies beyond a row's own position. A step reads nothing back
@@ -30,8 +29,8 @@ Column = list[int | None]  # one entry per sequence, None for those that have en
 
 @dataclass
 class LayerSlots:
-    """
-    One layer's keys and values (slots, G, capacity, D), and what a block needs to append to them and look at them.
+    """One layer's keys and values (slots, G, capacity, D), and what a block needs to append to them and look
+    at them.
     """
 
     cache: "KVCache"
@@ -40,8 +39,7 @@ class LayerSlots:
     values: Tensor
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """
-        Store k, v (B, G, T, D) at the positions of the current step; attention (B, H, T, D) of q over all that is
+        """Store k, v (B, G, T, D) at the positions of the current step; attention (B, H, T, D) of q over all that is
         stored: causal, inside the window, a row's own tokens only.
         """
         positions, longest = self.cache.step_positions, self.cache.step_longest  # (B, T)
@@ -55,9 +53,8 @@ class LayerSlots:
 
 
 class KVCache:
-    """
-    Keys and values of `slots` sequences, up to `capacity` tokens each. Raises UserError when a sequence would outgrow
-    it: a cache that overflows silently goes on with a frozen context.
+    """Keys and values of `slots` sequences, up to `capacity` tokens each. Raises UserError when a sequence would
+    outgrow it: a cache that overflows silently goes on with a frozen context.
     """
 
     def __init__(self, config: GPTConfig, slots: int, capacity: int, device: torch.device, dtype: torch.dtype):
@@ -110,8 +107,7 @@ def sample(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Tensor:
-    """
-    One token per row of logits (B, V), as (B,), by the row's own random number of draws (B,), uniform in [0, 1).
+    """One token per row of logits (B, V), as (B,), by the row's own random number of draws (B,), uniform in [0, 1).
     Temperature 0 takes the most likely one. top_k keeps the k most likely, then top_p the fewest whose probabilities
     reach p; 0 or None switches either off.
     """
@@ -152,10 +148,9 @@ def uniform_draws(seed: int, sequence: int, steps: int) -> np.ndarray:
 
 @dataclass
 class ToolUse:
-    """
-    The tool of one sequence. Tokens between <|python_start|> and <|python_end|> go to the calculator; what it answers
-    is forced upon the sequence as <|output_start|> answer <|output_end|>, also when that is "error": a model left alone
-    after a failed call invents a result.
+    """The tool of one sequence. Tokens between <|python_start|> and <|python_end|> go to the calculator; what it
+    answers is forced upon the sequence as <|output_start|> answer <|output_end|>, also when that is "error": a model
+    left alone after a failed call invents a result.
     """
 
     tokenizer: Tokenizer
@@ -200,8 +195,7 @@ IDLE = 0.25  # share of a batch that idles before it is filled up or, at a copy 
 
 
 class Engine:
-    """
-    Generates with a frozen copy of `model` in `dtype`; later changes of the model are not seen. With a tokenizer,
+    """Generates with a frozen copy of `model` in `dtype`; later changes of the model are not seen. With a tokenizer,
     <|assistant_end|> and <|bos|> end a sequence and the calculator answers tool calls; without one, nothing does.
     """
 
@@ -233,9 +227,8 @@ class Engine:
     def generate_many(
         self, prompts: Sequence[Sequence[int]], num_samples: int = 1, *values: Any, **options: Any
     ) -> Iterator[tuple[Column, Column]]:
-        """
-        Continue all prompts together, num_samples times each; the rest is as in decode(). Yields per step a column of
-        tokens and a column of masks: 1 for a token that was sampled, 0 for one that the tool forced.
+        """Continue all prompts together, num_samples times each; the rest is as in decode(). Yields per step a column
+        of tokens and a column of masks: 1 for a token that was sampled, 0 for one that the tool forced.
         """
         for said in self.decode(prompts, num_samples, *values, **options):
             column: Column = [None] * (len(prompts) * num_samples)
@@ -257,9 +250,8 @@ class Engine:
         first: int | Sequence[int] = 0,
         slots: int | None = None,
     ) -> Iterator[list[tuple[int, int, int]]]:
-        """
-        Continue prompts, num_samples times each (sequence p * num_samples + s is sample s of prompt p), `slots` of them
-        at a time (None = all): as sequences end, others take their places. Yields per step, for all that run,
+        """Continue prompts, num_samples times each (sequence p * num_samples + s is sample s of prompt p), `slots` of
+        them at a time (None = all): as sequences end, others take their places. Yields per step, for all that run,
         (sequence, token, 1 if it was sampled or 0 if the tool forced it). A sequence ends after a stop token (which is
         yielded), max_tokens, or at the end of the context.
 
@@ -326,9 +318,8 @@ class Engine:
         return logits[rows]
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, KVCache]:
-        """
-        Read all prompts in one pass: logits (P, V) of what follows each, and their cache. Shorter prompts are padded at
-        the end; what is stored there lies beyond the row's length.
+        """Read all prompts in one pass: logits (P, V) of what follows each, and their cache. Shorter prompts are padded
+        at the end; what is stored there lies beyond the row's length.
         """
         lengths = [len(tokens) for tokens in prompts]
         idx = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
@@ -342,8 +333,7 @@ class Engine:
         return self.model.logits(hidden[torch.arange(len(prompts), device=last.device), last]), cache
 
     def forward(self, idx: Tensor, cache: KVCache) -> Tensor:
-        """
-        Append idx (B, T) to the cache's slots; logits (B, V) fp32 of what follows the last token. Chunks of any size
+        """Append idx (B, T) to the cache's slots; logits (B, V) fp32 of what follows the last token. Chunks of any size
         are equal.
         """
         positions = cache.begin_step(idx.size(1))
@@ -357,9 +347,8 @@ class Engine:
         until: Callable[[], object] | None = None,
         **options: object,
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """
-        The whole sequences of decode, without their prompts: tokens (the terminal one included) and masks, one
-        list for each. `until` is asked after each step; once it is true the sequences stay as they are.
+        """The whole sequences of decode, without their prompts: tokens (the terminal one included) and masks, one list
+        for each. `until` is asked after each step; once it is true the sequences stay as they are.
         """
         results: list[list[int]] = [[] for _ in range(len(prompts) * num_samples)]
         masks: list[list[int]] = [[] for _ in results]

@@ -1,5 +1,4 @@
-"""
-The CORE evaluation tasks as published, `$NANOCHAT_BASE_DIR/eval_bundle/`: core.yaml, eval_meta_data.csv, eval_data/.
+"""The CORE evaluation tasks as published, `$NANOCHAT_BASE_DIR/eval_bundle/`: core.yaml, eval_meta_data.csv, eval_data/.
 
 They come as one zip from the address below, another address, or a zip or folder on this machine.
 
@@ -19,8 +18,9 @@ from contextlib import closing
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from nanochat.common import UserError, fsync_dir, get_base_dir, print0, read_sealed, seal, sha256_file, write_atomic
-from nanochat.download import describe_url, fetch_all, locked, reason_of
+from nanochat.common import UserError, get_base_dir, print0
+from nanochat.download import describe_url, fetch_all, reason_of
+from nanochat.files import flush, locked, read_sealed, seal, sha256_file, write_atomic
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # about 162 MB
 MANIFEST = "manifest.json"
@@ -53,8 +53,7 @@ def find_bundle() -> Path:
 
 
 def fetch_bundle(source: str | None) -> Path:
-    """
-    Have the bundle, from `source` (a zip, a folder, an address; None = where it is published) unless it is there. A
+    """Have the bundle, from `source` (a zip, a folder, an address; None = where it is published) unless it is there. A
     folder in its place without a manifest gets one if it is the `source`, and is left alone otherwise.
     """
     folder = bundle_path()
@@ -106,7 +105,7 @@ def build_bundle(source: Path, folder: Path, origin: dict[str, str | None]) -> N
                 files[name] = describe(building / name)
         seal_bundle(building, files, origin, source)
         building.rename(folder)
-        fsync_dir(folder.parent)
+        flush(folder.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 

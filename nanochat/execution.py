@@ -1,5 +1,4 @@
-"""
-Run Python programs that a model wrote, in a jail, and judge them by tests that they cannot see.
+"""Run Python programs that a model wrote, in a jail, and judge them by tests that they cannot see.
 
 Covered, on Linux (x86_64, aarch64) with Landlock and seccomp: a program gets the standard library, an empty directory
 of its own for a few small files, an empty stdin, none of the caller's environment, and limits on time, memory, files
@@ -74,8 +73,7 @@ class Jail:
 def execute_code(
     code: str, timeout: float = 5.0, memory_bytes: int = 512 << 20, unsafe: bool = False
 ) -> ExecutionResult:
-    """
-    Run `code` for at most `timeout` seconds of wall clock and with at most `memory_bytes` of address space.
+    """Run `code` for at most `timeout` seconds of wall clock and with at most `memory_bytes` of address space.
     UserError where the machine gives too little to lock it in and `unsafe` does not say that this is all right.
     """
     with contextlib.ExitStack() as stack:
@@ -90,11 +88,11 @@ def check_program(
     memory_bytes: int = 512 << 20,
     unsafe: bool = False,
 ) -> ExecutionResult:
-    """
-    Whether `tests` (trusted) reach their end, where the function `entry_point` is the one that `program` (not trusted)
-    defines. Arguments and values are copied: numbers, strings, bytes, bools, None and lists, tuples, sets and dicts of
-    them. A value of another type, such as a generator or a Fraction, is a TypeError, a change to an argument is not
-    seen by the tests, and of an exception they see the type, if it is a built-in one. Integers: 4,300 digits at most.
+    """Whether `tests` (trusted) reach their end, where the function `entry_point` is the one that `program` (not
+    trusted) defines. Arguments and values are copied: numbers, strings, bytes, bools, None and lists, tuples, sets and
+    dicts of them. A value of another type, such as a generator or a Fraction, is a TypeError, a change to an argument
+    is not seen by the tests, and of an exception they see the type, if it is a built-in one. Integers: 4,300 digits at
+    most.
     """
     with contextlib.ExitStack() as stack:
         with contextlib.ExitStack() as ends:  # closed here once both have theirs: each sees when the other is gone
@@ -176,9 +174,8 @@ def environment(folder: str) -> dict[str, str]:
 
 
 def follow(jails: Sequence[Jail], timeout: float) -> ExecutionResult:
-    """
-    Read what the programs write until the first of them, the judge, has ended, one has written too much, or time is up:
-    `timeout` seconds from when all jails are ready. RuntimeError where one does not get ready.
+    """Read what the programs write until the first of them, the judge, has ended, one has written too much, or time is
+    up: `timeout` seconds from when all jails are ready. RuntimeError where one does not get ready.
     """
     judge, runner = jails[0], jails[-1]
     ready = exceeded = False

@@ -1,5 +1,5 @@
-"""
-The training loop of midtraining and SFT, which differ in their settings, their conversations and in what is supervised.
+"""The training loop of midtraining and SFT, which differ in their settings, their conversations and in what is
+supervised.
 
 A function of its settings, the mixture and the checkpoint it starts from: any number of ranks sees the same rows in the
 same order, and a run that was stopped continues as if it had not been (bit for bit on CPU). The loss of a step is
@@ -22,13 +22,14 @@ from nanochat.checkpoint_manager import (
     restore_optimizers,
     save_checkpoint,
 )
-from nanochat.common import Stopped, open_record, print0
+from nanochat.common import Stopped, print0
 from nanochat.compute import compute_cleanup, compute_init, peak_memory_bytes
 from nanochat.conversation import Conversations, fingerprint
 from nanochat.dataloader import ChatPosition, chat_stream
 from nanochat.device_batch import choose_rows
 from nanochat.guard import SaveClock, SignalWatch, Spikes
 from nanochat.loss_eval import evaluate_chats
+from nanochat.record import open_record
 from nanochat.schedule import plan_batches
 from nanochat.sharding import held_bytes, placement
 
@@ -41,9 +42,8 @@ def fine_tune(
     all_tokens: bool,
     questions: Sequence[str],
 ) -> None:
-    """
-    Run stage "mid" or "sft" to its end, with the settings of its script. all_tokens trains on what everybody says, else
-    only on what the assistant does; `questions` are asked at the end.
+    """Run stage "mid" or "sft" to its end, with the settings of its script. all_tokens trains on what everybody says,
+    else only on what the assistant does; `questions` are asked at the end.
     """
     s = SimpleNamespace(**settings)
     compute = compute_init(s.device_type, s.dtype, s.seed)

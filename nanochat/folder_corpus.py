@@ -1,5 +1,4 @@
-"""
-Text from a folder of the user's own: every row of its parquet files, line of its jsonl files, and whole txt files.
+"""Text from a folder of the user's own: every row of its parquet files, line of its jsonl files, and whole txt files.
 
 Promises: the same order on every machine; every mistake names the file, and the line where there is one; nothing is
 left out unseen: what has another ending is counted. Does not: change a character of the text (only a byte order mark
@@ -42,8 +41,8 @@ def is_validation_name(part: str) -> bool:
 
 
 def highest_validation_hash(files: Iterable[Path], fraction: float) -> int:
-    """
-    Read everything once to find the hash up to which documents validate; the same text always falls on the same side.
+    """Read everything once to find the hash up to which documents validate; the same text always falls on the same
+    side.
     """
     hashes = np.fromiter((hash_of(text) for file in files for text in read_documents(file) if text.strip()), np.uint64)
     count = max(1, round(fraction * len(hashes)))
@@ -59,8 +58,8 @@ def hash_of(text: str) -> int:
 
 
 def read_documents(file: Path) -> Iterator[str]:
-    """
-    Yield the documents of one file; a null is "". UserError, in one line, for a file that is damaged or holds none.
+    """Yield the documents of one file; a null is "". UserError, in one line, for a file that is damaged or
+    holds none.
     """
     if not file.stat().st_size:
         raise UserError(f"{file}: empty file; fill it or take it away")

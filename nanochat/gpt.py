@@ -1,5 +1,4 @@
-"""
-The Transformer. One dial: `depth` decides width, heads and (with the vocabulary) everything else.
+"""The Transformer. One dial: `depth` decides width, heads and (with the vocabulary) everything else.
 
 What it is, exactly: token embedding, RMSNorm, then `n_layer` blocks of `x += attn(norm(x)); x += mlp(norm(x))`,
 RMSNorm, an untied head, logits softly capped at +-15. Rotary positions, QK-norm after them, ReLU squared, grouped-query
@@ -57,8 +56,8 @@ QUERY_BLOCK = 128
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """
-    Softmax attention of q (B, H, T, D) over k, v (B, G, T, D): each position sees itself and the window - 1 before it.
+    """Softmax attention of q (B, H, T, D) over k, v (B, G, T, D): each position sees itself and the window - 1 before
+    it.
 
     When training on CPU, contexts up to 1,024 are written out in blocks of 128 queries, each with just the keys it may
     see: two batched bf16 matmuls and a fused softmax take 8.5 ms where torch's flash kernel takes 19 (forward and
@@ -161,8 +160,7 @@ class Block(nn.Module):
 def head_loss_slice(
     hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """
-    For n tokens: their losses in nats (n,) fp32 and, if asked, d(sum of token_weights * loss)/d(logits) (n, V).
+    """For n tokens: their losses in nats (n,) fp32 and, if asked, d(sum of token_weights * loss)/d(logits) (n, V).
     hidden (n, C) and weight (V, C) share a dtype.
 
     Written for one pass over the logits once compiled: the cap bounds exp() by e^15, so no maximum is subtracted;
@@ -183,8 +181,7 @@ def head_loss_slice(
 
 
 class HeadLoss(torch.autograd.Function):
-    """
-    sum(token_weights * cross_entropy(softcap(hidden @ weight.T), targets)) without ever holding all the logits.
+    """sum(token_weights * cross_entropy(softcap(hidden @ weight.T), targets)) without ever holding all the logits.
 
     The loss is a weighted sum, so its gradient with respect to a slice of logits is known as soon as the slice is: both
     gradients are made in the forward pass and nothing of size tokens x vocabulary survives it. (The idea of Liger's and
@@ -233,8 +230,7 @@ def slice_rows(tokens: int, vocab_size: int, device: torch.device) -> list[slice
 
 
 class GPT(nn.Module):
-    """
-    The model. Weights are uninitialised until init_weights(): build on "meta" and `to_empty(device=...)` for large
+    """The model. Weights are uninitialised until init_weights(): build on "meta" and `to_empty(device=...)` for large
     ones.
     """
 
@@ -249,9 +245,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """
-        All initialisation in one place, from its own generator; a sharded model gets the rows of the same weights. U is
-        uniform in (-a, a) with the standard deviation given.
+        """All initialisation in one place, from its own generator; a sharded model gets the rows of the same weights. U
+        is uniform in (-a, a) with the standard deviation given.
 
             wte                  N(0, 0.8)
             attn.c_q c_k c_v     U, std C^-0.5
@@ -286,9 +281,8 @@ class GPT(nn.Module):
     def hidden(
         self, idx: Tensor, dtype: torch.dtype, positions: Tensor | None = None, caches: list[LayerCache] | None = None
     ) -> Tensor:
-        """
-        The final normalised states (B, T, C) of tokens idx (B, T), which stand at `positions` (T,) or (B, T), default
-        0..T-1.
+        """The final normalised states (B, T, C) of tokens idx (B, T), which stand at `positions` (T,) or (B, T),
+        default 0..T-1.
         """
         if positions is None:
             positions = torch.arange(idx.size(1), device=idx.device)
@@ -313,8 +307,7 @@ class GPT(nn.Module):
         loss_reduction: str = "mean",
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """
-        Logits (B, T, V) of idx (B, T); with targets (B, T) their cross-entropy in nats instead, targets below 0
+        """Logits (B, T, V) of idx (B, T); with targets (B, T) their cross-entropy in nats instead, targets below 0
         ignored.
 
         loss_reduction "sum" weighs each token's loss by `weights` (B, T) (default 1) and adds up: what training uses,
@@ -339,18 +332,16 @@ class GPT(nn.Module):
         return losses.view(targets.shape)
 
     def compile_parts(self) -> None:
-        """
-        Compile the block and the loss slice in place, for fixed shapes. Parameter names do not change. What gathers a
-        sharded block's weights stays outside of the compiled graph.
+        """Compile the block and the loss slice in place, for fixed shapes. Parameter names do not change. What gathers
+        a sharded block's weights stays outside of the compiled graph.
         """
         for block in self.blocks:
             block.forward = torch.compile(block.forward, dynamic=False)  # type: ignore[method-assign]
         self.loss_slice = torch.compile(head_loss_slice, dynamic=False)
 
     def inference_copy(self, dtype: torch.dtype) -> "GPT":
-        """
-        A separate model with the same weights in `dtype`, whole, eager and without gradients. Later training does not
-        reach it. Collective for a sharded model.
+        """A separate model with the same weights in `dtype`, whole, eager and without gradients. Later training does
+        not reach it. Collective for a sharded model.
         """
         model = build_model(self.config, self.device, dtype=dtype)
         weights = dict(model.named_parameters())
@@ -387,9 +378,8 @@ class GPT(nn.Module):
         weight_decay: float = 0.0,
         dtype: torch.dtype = torch.bfloat16,
     ) -> list[AdamW | Muon]:
-        """
-        Muon for the matrices inside the blocks, AdamW for embedding and head. The AdamW rates were tuned at width 768
-        and scale with (C / 768)^-0.5 (nanochat); Muon's update has a size of its own and needs no such rule.
+        """Muon for the matrices inside the blocks, AdamW for embedding and head. The AdamW rates were tuned at width
+        768 and scale with (C / 768)^-0.5 (nanochat); Muon's update has a size of its own and needs no such rule.
         `weight_decay` and `dtype` are Muon's.
         """
         scale = (self.config.n_embd / 768) ** -0.5
@@ -406,8 +396,7 @@ def build_model(
     place: Place | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> GPT:
-    """
-    A model on `device`, or where sharding.placement() puts it: initialised from `seed`, or with memory only when
+    """A model on `device`, or where sharding.placement() puts it: initialised from `seed`, or with memory only when
     weights are about to be loaded.
     """
     with torch.device("meta"):

@@ -1,5 +1,4 @@
-"""
-What stands between a run and its loss: signals, the clock, numbers that are not finite, spikes.
+"""What stands between a run and its loss: signals, the clock, numbers that are not finite, spikes.
 
 A step is finished whole or not at all. What ends a run early is an exception that every rank raises at the same place,
 `Stopped` or `StepFailed`, while the weights are those of the last whole step: the loop saves them and lets it pass.
@@ -22,8 +21,9 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from nanochat.common import Stopped, get_base_dir, get_rank, write_atomic
+from nanochat.common import Stopped, get_base_dir, get_rank
 from nanochat.compute import Compute
+from nanochat.files import write_atomic
 from nanochat.gpt import GPT
 from nanochat.sharding import local
 
@@ -31,10 +31,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class SignalWatch:
-    """
-    Remembers the first SIGTERM, SIGINT, SIGUSR1 or SIGHUP (a closed terminal; not under nohup) until the loop asks for
-    it, so that a step is finished and saved. A second SIGINT, a second or more later (a terminal and torchrun may both
-    deliver the first), ends the process at once. Use as a context manager: the old handlers come back.
+    """Remembers the first SIGTERM, SIGINT, SIGUSR1 or SIGHUP (a closed terminal; not under nohup) until the loop asks
+    for it, so that a step is finished and saved. A second SIGINT, a second or more later (a terminal and torchrun may
+    both deliver the first), ends the process at once. Use as a context manager: the old handlers come back.
     """
 
     def __init__(self, compute: Compute) -> None:
@@ -64,9 +63,8 @@ class SignalWatch:
                 os.write(sys.__stdout__.fileno() if sys.__stdout__ else 1, line.encode())
 
     def poll(self) -> None:
-        """
-        Between steps, in evaluations: raise Stopped on every rank when any one was asked to stop. Collective, about a
-        tenth of a millisecond.
+        """Between steps, in evaluations: raise Stopped on every rank when any one was asked to stop. Collective, about
+        a tenth of a millisecond.
         """
         votes = self.compute.sum(torch.tensor(stop_votes(self.received)))
         if stopped_by(votes.tolist()):
@@ -102,10 +100,9 @@ class SaveClock:
 
 
 class Spikes:
-    """
-    Finds losses and gradient norms far above those of the steps before: more than 6 standard deviations over the mean
-    of the last 128 (the figures of OLMo-core's SkipStepOptimizer). Counts them; whether such a step is skipped is the
-    caller's decision. State that must survive a resume is `state()`.
+    """Finds losses and gradient norms far above those of the steps before: more than 6 standard deviations over the
+    mean of the last 128 (the figures of OLMo-core's SkipStepOptimizer). Counts them; whether such a step is skipped is
+    the caller's decision. State that must survive a resume is `state()`.
     """
 
     WINDOW, ENOUGH, SIGMAS = 128, 64, 6.0
@@ -117,9 +114,9 @@ class Spikes:
         self.skipped = 0
 
     def see(self, loss: float, norm: float, skip: bool = False) -> bool:
-        """
-        Take notice of a step's figures; True when either is a spike, which counts as skipped with `skip`. Spikes stay
-        among the steps before: after a loss has risen for good, a few dozen steps and not all that follow are spikes.
+        """Take notice of a step's figures; True when either is a spike, which counts as skipped with `skip`. Spikes
+        stay among the steps before: after a loss has risen for good, a few dozen steps and not all that follow are
+        spikes.
         """
         spike = self.is_far(loss, self.losses) or self.is_far(norm, self.norms)
         self.count += spike
@@ -164,8 +161,7 @@ def write_bundle(
     optimizers: Sequence[HasGradients],
     compute: Compute,
 ) -> Path:
-    """
-    Write down what a step saw whose numbers were not finite: one JSON file per rank in
+    """Write down what a step saw whose numbers were not finite: one JSON file per rank in
     $NANOCHAT_BASE_DIR/failed/<name>-step_<step>/, with the token ids and targets of its batches, the position after
     them, the norms of the parameters and of the mean gradient as far as this rank has them. Returns the directory.
     """

@@ -1,6 +1,5 @@
-"""
-A Hugging Face model folder on this machine, scored as our own models are: any causal language model that transformers
-knows.
+"""A Hugging Face model folder on this machine, scored as our own models are: any causal language model that
+transformers knows.
 
 Promises: reads nothing but the folder; weights are safetensors, and no code of the folder runs. Does not: share the
 common beginning of an item's choices (not every model takes a mask of one's own), so it is slower than a GPT.

@@ -1,5 +1,4 @@
-"""
-What runs inside the jail: it locks itself in, then runs a program.
+"""What runs inside the jail: it locks itself in, then runs a program.
 
 nanochat/execution.py starts this file in a fresh interpreter with a job as JSON on stdin. The restrictions are applied
 here, after the interpreter has started and before the program's first line, because the interpreter itself needs some
@@ -110,8 +109,7 @@ def run_program(job: dict[str, Any]) -> None:
 
 
 def remote(calls: int, answers: int) -> Callable[..., Any]:
-    """
-    A function that is computed by the process at the other end. It raises what that says was raised, if it is a
+    """A function that is computed by the process at the other end. It raises what that says was raised, if it is a
     built-in exception, else RuntimeError; StopIteration counts as none, because a loop would take it for its end. An
     answer that is no answer ends this process at once: the tests cannot catch that.
     """
@@ -153,8 +151,7 @@ KINDS: tuple[Any, ...] = (list, tuple, dict, set, frozenset, bytes, complex)
 
 
 def encode(value: Any) -> Any:
-    """
-    A value as JSON: containers, bytes and complex numbers as [kind, items], the others as themselves. What is of a
+    """A value as JSON: containers, bytes and complex numbers as [kind, items], the others as themselves. What is of a
     subclass (a Counter, a named tuple) becomes what it is a subclass of. TypeError for anything else.
     """
     if value is None or isinstance(value, bool | int | float | str):
@@ -181,8 +178,7 @@ def decode(data: Any) -> Any:
 
 
 def lock_in(limits: dict[str, int]) -> tuple[list[str], str | None]:
-    """
-    Give up what can be given up here. Returns (what that was, why it is not enough, None if it is): without seccomp
+    """Give up what can be given up here. Returns (what that was, why it is not enough, None if it is): without seccomp
     nothing keeps a program from the network.
     """
     layers = ["own session"]
@@ -219,8 +215,7 @@ def set_limit(name: str, value: int) -> list[str]:
 
 
 def landlock_rules() -> tuple[int, int]:
-    """
-    (Landlock's ABI here, a ruleset): read Python and the system's libraries, write the working directory, no TCP, no
+    """(Landlock's ABI here, a ruleset): read Python and the system's libraries, write the working directory, no TCP, no
     signals and no abstract sockets to outside. (0, -1) where the kernel has none.
     """
     abi = max(0, libc.syscall(LANDLOCK_CREATE, None, ctypes.c_long(0), 1))
@@ -247,9 +242,8 @@ def landlock_rules() -> tuple[int, int]:
 
 
 def give_up_root() -> list[str]:
-    """
-    Root becomes nobody, and every capability goes; but where only root may enter the directories above Python (/root),
-    reading past permissions stays, and Landlock says what may be read.
+    """Root becomes nobody, and every capability goes; but where only root may enter the directories above Python
+    (/root), reading past permissions stays, and Landlock says what may be read.
     """
     layers = []
     if os.geteuid() == 0:
@@ -299,8 +293,7 @@ def call_number(entry: str, column: int) -> int | None:
 
 
 def build_filter(architecture: int, refused: list[tuple[int, Any]], last: int) -> bytes:
-    """
-    Calls above `last` are unknown (ENOSYS), which covers x86_64's x32 calls (bit 30 is set), `refused` ones (number,
+    """Calls above `last` are unknown (ENOSYS), which covers x86_64's x32 calls (bit 30 is set), `refused` ones (number,
     None or [index, mask, operator, value] of an argument) are not permitted (EPERM), a foreign architecture ends the
     process, the rest is allowed. An instruction is code, jump if true, jump if false, constant; struct seccomp_data has
     the number at 0, the architecture at 4, the six arguments from 16 on.

@@ -1,5 +1,4 @@
-"""
-Bits per byte: how well a model compresses text, comparable across tokenizers, context lengths and with plain
+"""Bits per byte: how well a model compresses text, comparable across tokenizers, context lengths and with plain
 compressors.
 
 Every document is scored alone, from its BOS on, in windows of T tokens; each byte is scored exactly once. Two numbers
@@ -33,9 +32,8 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class BitsPerByte:
-    """
-    The outcome of an evaluation, and over what. `stderr` is that of a ratio of two sums over documents drawn at random:
-    how far the number would move with other documents (None = fewer than two). For these documents it is exact.
+    """The outcome of an evaluation, and over what. `stderr` is that of a ratio of two sums over documents drawn at
+    random: how far the number would move with other documents (None = fewer than two). For these documents it is exact.
     """
 
     bpb: float
@@ -48,9 +46,8 @@ class BitsPerByte:
 def windows(
     ids: np.ndarray, offsets: np.ndarray, bos: int, sequence_len: int, stride: int
 ) -> Iterator[tuple[int, np.ndarray, int]]:
-    """
-    Yield (i, tokens (up to T + 1), index of the first target that counts) for documents ids[offsets[i]:offsets[i + 1]].
-    Over all windows of a document the counted targets are its tokens, each once.
+    """Yield (i, tokens (up to T + 1), index of the first target that counts) for documents ids[offsets[i]:offsets[i +
+    1]]. Over all windows of a document the counted targets are its tokens, each once.
     """
     for i, (start, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
         document = np.concatenate([np.array([bos], dtype=ids.dtype), ids[start:end]])
@@ -96,10 +93,10 @@ def evaluate_bpb(
     max_tokens: int | None = None,
     poll: Callable[[], None] | None = None,
 ) -> BitsPerByte:
-    """
-    Bits per byte of the documents in `texts`, in batches of `rows` windows of the model's sequence_len over all ranks.
-    Stops after the window that reaches max_tokens, whatever rows and ranks are. `poll` is called between batches, on
-    all ranks; what it raises ends the evaluation. Collective: all ranks pass the same texts and get the same result.
+    """Bits per byte of the documents in `texts`, in batches of `rows` windows of the model's sequence_len over all
+    ranks. Stops after the window that reaches max_tokens, whatever rows and ranks are. `poll` is called between
+    batches, on all ranks; what it raises ends the evaluation. Collective: all ranks pass the same texts and get the
+    same result.
     """
     T = model.config.sequence_len
     token_bytes = torch.from_numpy(tokenizer.token_bytes.astype(np.int64)).to(compute.device)
@@ -122,10 +119,9 @@ def evaluate_bpb(
 
 
 def ratio_over_documents(sums: np.ndarray) -> BitsPerByte:
-    """
-    Bits per byte from nats, bytes and tokens of each document (n, 3). The standard error is that of a ratio estimator
-    R = sum(b) / sum(y) for n clusters: sqrt(n / (n - 1) sum((b - R y)^2)) / sum(y) (Cochran, Sampling Techniques, 1977,
-    section 6.4, without its correction for finite populations).
+    """Bits per byte from nats, bytes and tokens of each document (n, 3). The standard error is that of a ratio
+    estimator R = sum(b) / sum(y) for n clusters: sqrt(n / (n - 1) sum((b - R y)^2)) / sum(y) (Cochran, Sampling
+    Techniques, 1977, section 6.4, without its correction for finite populations).
     """
     sums = sums[sums[:, 2] > 0]
     bits, lengths, n = sums[:, 0] / math.log(2), sums[:, 1], len(sums)
@@ -163,9 +159,8 @@ def evaluate_chats(
     all_tokens: bool,
     poll: Callable[[], None] | None = None,
 ) -> float:
-    """
-    Nats per supervised token over all conversations, packed as in training, each once. The same on every rank, and for
-    any number of ranks. Rows are padded to whole batches, so that a compiled model sees one shape. `poll` is called
+    """Nats per supervised token over all conversations, packed as in training, each once. The same on every rank, and
+    for any number of ranks. Rows are padded to whole batches, so that a compiled model sees one shape. `poll` is called
     between batches, as in evaluate_bpb.
     """
     totals = torch.zeros(2, dtype=torch.float64)
@@ -200,8 +195,7 @@ def byte_unigram_bpb(texts: Iterable[pa.Array]) -> float:
 
 
 def xz_bpb(train: Iterable[pa.Array], validation: Iterable[pa.Array]) -> float:
-    """
-    Bits per validation byte that `xz -9` adds when the validation text follows the training text: it may copy from
+    """Bits per validation byte that `xz -9` adds when the validation text follows the training text: it may copy from
     everything the model was trained on, within its 64 MB dictionary. Takes about two seconds per MB of training text.
     """
     train_bytes = "".join(itertools.chain.from_iterable(text.to_pylist() for text in train)).encode()

@@ -1,5 +1,5 @@
-"""
-Muon: momentum whose update is made orthogonal, for the matrices inside the blocks. One class for any number of ranks.
+"""Muon: momentum whose update is made orthogonal, for the matrices inside the blocks. One class for any number of
+ranks.
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces a matrix's momentum U S V^T by U V^T, the step of
 the steepest descent in the spectral norm: every direction the gradient points to moves equally far. Here with Polar
@@ -36,8 +36,8 @@ POLAR_EXPRESS = (
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """
-    The nearest semi-orthogonal matrix U V^T to each of `matrices` = U S V^T (K, M, N), computed and returned in dtype.
+    """The nearest semi-orthogonal matrix U V^T to each of `matrices` = U S V^T (K, M, N), computed and returned in
+    dtype.
 
     Approximate on purpose: singular values end between about 0.7 and 1.2, small ones (below 1e-3 of the Frobenius norm)
     lower. The error is a rescaling of directions that momentum averages out; five more digits would cost as much again
@@ -57,8 +57,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tens
 def muon_update(
     grad: Tensor, momentum_buffer: Tensor, second_moment: Tensor, momentum: float, beta2: float, dtype: torch.dtype
 ) -> Tensor:
-    """
-    One step's direction for stacked matrices (K, M, N) fp32, updating momentum_buffer (K, M, N) and second_moment in
+    """One step's direction for stacked matrices (K, M, N) fp32, updating momentum_buffer (K, M, N) and second_moment in
     place.
 
     second_moment holds NorMuon's running mean square per row (K, M, 1), or per column (K, 1, N) of wide matrices.
@@ -76,9 +75,8 @@ def muon_update(
 
 @dataclass
 class Stack:
-    """
-    All matrices of one shape (M, N), and this rank's share of their state: `per_rank` whole matrices, padded with zeros
-    at the end.
+    """All matrices of one shape (M, N), and this rank's share of their state: `per_rank` whole matrices, padded with
+    zeros at the end.
     """
 
     names: list[str]
@@ -131,8 +129,7 @@ class Stack:
 
 
 class Muon(torch.optim.Optimizer):
-    """
-    Muon over (name, matrix) pairs. Each step: reduce_gradients(divisor) on every rank, then step().
+    """Muon over (name, matrix) pairs. Each step: reduce_gradients(divisor) on every rank, then step().
 
     param_groups has one group; its lr, momentum and weight_decay may be set between steps. A matrix with more rows than
     columns steps sqrt(rows / columns) further, so that its output changes as much as a square one's. It orthogonalizes
@@ -170,9 +167,8 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def reduce_gradients(self, divisor: Tensor | float) -> Tensor:
-        """
-        Sum the gradients over ranks in a fixed order, divide once, keep this rank's share; a missing gradient counts as
-        zeros. Returns the share's sum of squares (0-d fp32): adding these up over ranks and optimizers gives the
+        """Sum the gradients over ranks in a fixed order, divide once, keep this rank's share; a missing gradient counts
+        as zeros. Returns the share's sum of squares (0-d fp32): adding these up over ranks and optimizers gives the
         squared gradient norm.
         """
         squares = torch.zeros((), device=compute_device(self.stacks[0].params[0]))
@@ -225,8 +221,7 @@ class Muon(torch.optim.Optimizer):
         return sum(stack.momentum_buffer.nbytes + stack.second_moment.nbytes for stack in self.stacks)
 
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
-        """
-        (name, whole tensor) of all state; one matrix of each rank is gathered at a time. Collective: every rank must
+        """(name, whole tensor) of all state; one matrix of each rank is gathered at a time. Collective: every rank must
         run through it.
         """
         for stack in self.stacks:

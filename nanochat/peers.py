@@ -1,5 +1,4 @@
-"""
-Ranks that notice a dead one: when a rank of a run dies, all others end within 30 s, and one line says which it was.
+"""Ranks that notice a dead one: when a rank of a run dies, all others end within 30 s, and one line says which it was.
 
 Every rank keeps one TCP connection to rank 0, and a thread that sleeps in select() until the kernel has news of it:
 
@@ -58,8 +57,7 @@ _watch: "PeerWatch | None" = None
 
 
 def watch(rank: int, world_size: int, master: str, store: Store) -> None:
-    """
-    Connect to the other ranks and watch them from now on; returns when all are connected. `master` is MASTER_ADDR.
+    """Connect to the other ranks and watch them from now on; returns when all are connected. `master` is MASTER_ADDR.
     Raises UserError where a rank can't be reached. One watch at a time; end it with stop().
     """
     global _watch
@@ -89,8 +87,7 @@ def leave() -> None:
 
 
 def await_verdict() -> None:
-    """
-    A collective has failed: if a rank is dead, this does not return, because the process ends. Else it returns after
+    """A collective has failed: if a rank is dead, this does not return, because the process ends. Else it returns after
     VERDICT_SECONDS.
     """
     if _watch:
@@ -155,9 +152,8 @@ def keep_alive(connection: socket.socket) -> None:
 
 
 def receive_line(connection: socket.socket, seconds: float) -> str:
-    """
-    The first line that arrives, without its end; "" when none of at most 1,000 bytes does. Leaves what follows it: byte
-    by byte, for a word may already stand behind the line. `seconds` is the longest pause.
+    """The first line that arrives, without its end; "" when none of at most 1,000 bytes does. Leaves what follows it:
+    byte by byte, for a word may already stand behind the line. `seconds` is the longest pause.
     """
     connection.settimeout(seconds)
     line = b""
@@ -179,9 +175,8 @@ def send_word(connection: socket.socket, word: str) -> None:
 
 
 class PeerWatch:
-    """
-    One rank's watch: rank 0 is connected to all, the others to rank 0. All reading and sending after the start happens
-    in `thread`; the main thread puts its own words into `words`.
+    """One rank's watch: rank 0 is connected to all, the others to rank 0. All reading and sending after the start
+    happens in `thread`; the main thread puts its own words into `words`.
     """
 
     def __init__(self, rank: int, cards: list[dict[str, Any]], master_ip: str, listener: socket.socket) -> None:
@@ -250,8 +245,7 @@ class PeerWatch:
         return word if hmac.compare_digest(token.encode(), self.cards[self.rank]["token"].encode()) else ""
 
     def addresses(self, card: dict[str, Any]) -> Iterator[str]:
-        """
-        Where to try a rank: on the same host, which two containers may believe wrongly, at loopback first. Its own
+        """Where to try a rank: on the same host, which two containers may believe wrongly, at loopback first. Its own
         address is loopback when it shares a host with MASTER_ADDR, so then it is there.
         """
         if card["host"] == self.cards[self.rank]["host"]:
@@ -360,9 +354,8 @@ class PeerWatch:
             self.call(card, "end", silent)
 
     def call(self, card: dict[str, Any], word: str, silent: set[str]) -> bool:
-        """
-        Tell a rank something. Whether it is there and, asked to judge, says yes: a dying process may still be connected
-        to. Addresses that do not answer at all go into `silent`.
+        """Tell a rank something. Whether it is there and, asked to judge, says yes: a dying process may still be
+        connected to. Addresses that do not answer at all go into `silent`.
         """
         for address in self.addresses(card):
             if address not in silent:

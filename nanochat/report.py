@@ -1,5 +1,4 @@
-"""
-The report card of everything that ran under this base directory, and comparisons of runs, from their records alone.
+"""The report card of everything that ran under this base directory, and comparisons of runs, from their records alone.
 
     python -m nanochat.report generate                   # print it; write report/report.md and report/report.html
     python -m nanochat.report compare --runs="d12 d16"   # or: compare d12 d16; base runs side by side, baseline first
@@ -41,7 +40,8 @@ import time
 from collections.abc import Sequence
 
 from nanochat import report_page as page
-from nanochat.common import UserError, get_base_dir, run_main, write_atomic
+from nanochat.common import UserError, get_base_dir, run_main
+from nanochat.files import write_atomic
 from nanochat.report_compare import compare
 from nanochat.report_runs import (
     STAGES,

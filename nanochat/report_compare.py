@@ -1,5 +1,4 @@
-"""
-Base runs side by side: curves over each other, the settings that differ, the figures, and the compute multiplier.
+"""Base runs side by side: curves over each other, the settings that differ, the figures, and the compute multiplier.
 
 The compute multiplier of a run is how many times more compute the baseline, the first run, needs for the same bits per
 byte: the FLOPs at which the baseline's quick validations come down to the run's last one, divided by the FLOPs that the
@@ -126,9 +125,8 @@ def measured(name: str, records: list[Events]) -> Compared:
 
 
 def needed(curve: Sequence[tuple[float, float]], value: float) -> tuple[str, float]:
-    """
-    ("", x) where a falling curve of (x, y) first comes down to a value, linear in log x between points; ("less than ",
-    x of its first point) where it is below from the start; ("more than ", x of its last) where it never gets there.
+    """("", x) where a falling curve of (x, y) first comes down to a value, linear in log x between points; ("less than
+    ", x of its first point) where it is below from the start; ("more than ", x of its last) where it never gets there.
     """
     if curve[0][1] < value:
         return "less than ", curve[0][0]
@@ -139,8 +137,7 @@ def needed(curve: Sequence[tuple[float, float]], value: float) -> tuple[str, flo
 
 
 def multiplier(baseline: Compared, run: Compared, axis: int, goal: Compared) -> str:
-    """
-    How many times what the run needs for the bpb of the goal's last quick validation the baseline needs for it; the
+    """How many times what the run needs for the bpb of the goal's last quick validation the baseline needs for it; the
     goal is one of the two.
     """
     ours, theirs = (one.curve("eval", "val_bpb_quick", axis) for one in (run, baseline))

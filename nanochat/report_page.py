@@ -1,5 +1,4 @@
-"""
-A report as a list of sections, and its two faces: Markdown for terminals and repositories, one HTML page for people.
+"""A report as a list of sections, and its two faces: Markdown for terminals and repositories, one HTML page for people.
 
 Promises: whatever a model, a user or a file name put into a text is shown and never interpreted, in both; of a text
 longer than LONGEST the beginning is shown and its length is said. The page is one file without scripts that loads

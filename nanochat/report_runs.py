@@ -1,5 +1,4 @@
-"""
-What the reports know of runs: their records read, a resumed run put together, scores found, figures put into words.
+"""What the reports know of runs: their records read, a resumed run put together, scores found, figures put into words.
 
 A run is the list of events of one record. A run that was stopped and resumed is a chain of them, and merged() makes
 its events those of one run that was never stopped.
@@ -11,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import UserError, read_record
+from nanochat.common import UserError
+from nanochat.record import read_record
 
 Event = dict[str, Any]
 Events = list[Event]
@@ -107,10 +107,9 @@ def seconds_of(run: Events) -> float:
 
 
 def grades(runs: Iterable[Events]) -> Grades:
-    """
-    {task, or one of MEANS, perhaps with PARTIAL before it: {stage: event}}, each event with the tag of its run and its
-    samples. The newest one counts; of a stage's chat models only the one that was evaluated last. Models that are not
-    ours (--hf-path) are left out.
+    """{task, or one of MEANS, perhaps with PARTIAL before it: {stage: event}}, each event with the tag of its run and
+    its samples. The newest one counts; of a stage's chat models only the one that was evaluated last. Models that are
+    not ours (--hf-path) are left out.
     """
     tags = {event["source"]: run[0]["tag"] for run in runs for event in run if event["event"] == "task"}
     found: Grades = {}
@@ -136,9 +135,8 @@ def is_mean(name: str) -> bool:
 
 
 def core_error(run: Events) -> float | None:
-    """
-    Standard error of the mean of a run's CORE tasks: theirs in quadrature, each stretched as its accuracy is when it is
-    centred to (accuracy - guessing) / (1 - guessing). None without such tasks.
+    """Standard error of the mean of a run's CORE tasks: theirs in quadrature, each stretched as its accuracy is when it
+    is centred to (accuracy - guessing) / (1 - guessing). None without such tasks.
     """
     tasks = [event for event in run if event["event"] == "core_task"]
     errors = [e["stderr"] * (1 - e["centered"]) / (1 - e["accuracy"]) for e in tasks if e["accuracy"] < 1]
@@ -146,8 +144,7 @@ def core_error(run: Events) -> float | None:
 
 
 def val_bpb(runs: Sequence[Events], base: Events) -> Event:
-    """
-    Bits per byte of validation text as an event with the value: from base_loss if that ran after training began, or
+    """Bits per byte of validation text as an event with the value: from base_loss if that ran after training began, or
     else from the training; {} where there is none.
     """
     loss = newest(runs, "base_loss")

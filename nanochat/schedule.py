@@ -1,5 +1,4 @@
-"""
-Pure numbers, no torch: how many steps, how they are split over ranks, and how rates move along the run.
+"""Pure numbers, no torch: how many steps, how they are split over ranks, and how rates move along the run.
 
 Every schedule is a function of (step, num_steps) with 0 <= step < num_steps, so a resumed run needs nothing but its
 step.
@@ -39,8 +38,7 @@ class BatchPlan:
 
 
 def plan_batches(total_batch_size: int, device_batch_size: int, sequence_len: int, world_size: int) -> BatchPlan:
-    """
-    The whole number of micro-batches nearest to total_batch_size tokens, at least one. It may differ from what was
+    """The whole number of micro-batches nearest to total_batch_size tokens, at least one. It may differ from what was
     asked (six GPUs rarely divide a power of two): print the plan, never assert divisibility.
     """
     if min(total_batch_size, device_batch_size, sequence_len) < 1:
@@ -60,9 +58,8 @@ def plan_horizon(
     target_flops: float | None = None,
     target_param_data_ratio: float | None = None,
 ) -> tuple[int, str]:
-    """
-    Steps, and the arithmetic that gave them, from exactly one of: steps, training FLOPs, or tokens per parameter (20 is
-    Chinchilla's, arXiv 2203.15556). Raises UserError unless exactly one is set.
+    """Steps, and the arithmetic that gave them, from exactly one of: steps, training FLOPs, or tokens per parameter (20
+    is Chinchilla's, arXiv 2203.15556). Raises UserError unless exactly one is set.
     """
     given = [value for value in (num_iterations, target_flops, target_param_data_ratio) if value is not None]
     if len(given) != 1 or given[0] <= 0:
@@ -87,9 +84,9 @@ def plan_horizon(
 
 
 def trapezoid(step: int, num_steps: int, warmup_ratio: float, warmdown_ratio: float, final_fraction: float) -> float:
-    """
-    Learning rate multiplier: up to 1 over the first warmup_ratio of the run, flat, then linearly down to final_fraction
-    over the last warmdown_ratio. Never 0 at the first step, never negative, the same shape at any length.
+    """Learning rate multiplier: up to 1 over the first warmup_ratio of the run, flat, then linearly down to
+    final_fraction over the last warmdown_ratio. Never 0 at the first step, never negative, the same shape at any
+    length.
     """
     warmup_steps, warmdown_steps = warmup_ratio * num_steps, warmdown_ratio * num_steps
     up = min(1.0, (step + 1) / warmup_steps) if warmup_steps >= 1 else 1.0
@@ -98,8 +95,7 @@ def trapezoid(step: int, num_steps: int, warmup_ratio: float, warmdown_ratio: fl
 
 
 def muon_momentum(step: int, num_steps: int, low: float = 0.85, high: float = 0.95, warmup_steps: int = 300) -> float:
-    """
-    Muon's momentum: from low to high over the first 300 steps (nanochat), or a fifth of a run that is shorter than
+    """Muon's momentum: from low to high over the first 300 steps (nanochat), or a fifth of a run that is shorter than
     1,500.
     """
     rise = max(1.0, min(warmup_steps, num_steps / 5))

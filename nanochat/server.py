@@ -1,5 +1,4 @@
-"""
-The web chat: a page, and replies streamed as server-sent events.
+"""The web chat: a page, and replies streamed as server-sent events.
 
     GET  /                  the page, ui.html
     GET  /health            {"status": "ok", "ready": true, "model": ..., "context": ..., "limits": {...}}
@@ -110,8 +109,7 @@ class Job:
 
 
 class Worker:
-    """
-    The thread that runs the engine, and the line before it. Everything else in this file is on the event loop.
+    """The thread that runs the engine, and the line before it. Everything else in this file is on the event loop.
 
     Batching several requests is to change this class only: submit, cancel and the events stay.
     """
@@ -238,9 +236,8 @@ def check_range(name: str, value: object, given: str) -> None:
 
 
 def parse_request(body: bytes, defaults: Defaults) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """
-    (messages, options of Engine.generate) of a request's body. Raises UserError with the value and the limit. A request
-    without a seed gets a random one.
+    """(messages, options of Engine.generate) of a request's body. Raises UserError with the value and the limit. A
+    request without a seed gets a random one.
     """
     try:
         content = json.loads(body)
@@ -383,9 +380,8 @@ def is_loopback(host: str) -> bool:
 
 
 def refusal(headers: Headers, method: str, hosts: frozenset[str]) -> str | None:
-    """
-    Why a request is not answered: it came under a name that is not ours, as DNS rebinding does, or from another site's
-    page. Where all addresses are listened on, an address is as good as a name: rebinding needs a name.
+    """Why a request is not answered: it came under a name that is not ours, as DNS rebinding does, or from another
+    site's page. Where all addresses are listened on, an address is as good as a name: rebinding needs a name.
     """
     given = headers.get("host", "")
     try:
@@ -435,9 +431,8 @@ def create_app(
     hosts: frozenset[str] = LOOPBACK,
     max_waiting: int = MAX_WAITING,
 ) -> FastAPI:
-    """
-    The application: `context` is the model's sequence length in tokens, `model` the name that the page shows, `hosts`
-    the names it may be reached by. Its worker, app.state.worker, runs while the application does.
+    """The application: `context` is the model's sequence length in tokens, `model` the name that the page shows,
+    `hosts` the names it may be reached by. Its worker, app.state.worker, runs while the application does.
     """
     worker = Worker(engine, tokenizer, max_waiting)
     defaults = defaults or Defaults()

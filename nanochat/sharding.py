@@ -1,5 +1,4 @@
-"""
---shard: every parameter lies in parts on all ranks, and so do its gradient and its optimizer state. torch's FSDP2.
+"""--shard: every parameter lies in parts on all ranks, and so do its gradient and its optimizer state. torch's FSDP2.
 
 Without it each rank holds all weights, all gradients until they are reduced, and 1/N of the optimizer state; with it
 1/N of everything (ZeRO-3, arXiv 1910.02054; FSDP, arXiv 2304.11277). A rank keeps ceil(rows / N) rows of each
@@ -28,9 +27,8 @@ Place = Callable[[nn.Module], None]  # gives a model on "meta" its memory
 
 
 def placement(compute: Compute, shard: bool, offload: bool) -> Place | None:
-    """
-    What --shard and --offload ask for, as build_model takes it: None for a whole model on each rank. Raises UserError
-    for --offload without anything to shard.
+    """What --shard and --offload ask for, as build_model takes it: None for a whole model on each rank. Raises
+    UserError for --offload without anything to shard.
     """
     sharded = shard and compute.world_size > 1
     if offload and not sharded:

@@ -1,5 +1,4 @@
-"""
-Text in parquet shards: reading documents from any place on, and writing shards that can be read so.
+"""Text in parquet shards: reading documents from any place on, and writing shards that can be read so.
 
 Promises: reading never decodes more than about a row group ahead, hands out slices and not copies, and gives the same
 documents from every place it is started at; the same documents give the same bytes; a damaged file is one line, and
@@ -15,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import UserError, sha256_file
+from nanochat.common import UserError
+from nanochat.files import sha256_file
 
 ROW_GROUP_DOCUMENTS = 1024  # a row group ends at this many documents or bytes, whichever comes first:
 ROW_GROUP_BYTES = 4 << 20  # small enough to read singly, large enough for zstd to compress well
@@ -40,8 +40,7 @@ class DocumentIndex(NamedTuple):
 
 
 def iter_text(files: Iterable[Path], hashes: Mapping[Path, str] | None = None) -> Iterator[pa.Array]:
-    """
-    Yield the text of the files as string arrays, one per row group (several where a foreign row group has more than
+    """Yield the text of the files as string arrays, one per row group (several where a foreign row group has more than
     1,024 rows).
 
     The arrays are never empty, have type string (32-bit offsets) and no nulls: a null comes out as an empty document.
@@ -53,8 +52,7 @@ def iter_text(files: Iterable[Path], hashes: Mapping[Path, str] | None = None) -
 def read_blocks(
     files: Sequence[Path], start: DocumentIndex, block_bytes: int, hashes: Mapping[Path, str] | None = None
 ) -> Iterator[tuple[pa.ChunkedArray, DocumentIndex]]:
-    """
-    Yield (documents, index of the first of them): consecutive documents from `start` until they have `block_bytes`
+    """Yield (documents, index of the first of them): consecutive documents from `start` until they have `block_bytes`
     bytes of UTF-8.
 
     A block has at least one document, and only the last of the stream may have fewer bytes. The stream ends with the
@@ -111,8 +109,7 @@ def text_arrays(
 
 
 def check_hash(path: Path, expected: str) -> None:
-    """
-    Raise UserError unless a file has this sha256. 100 MB take 0.07 s with the processor's SHA instructions, three
+    """Raise UserError unless a file has this sha256. 100 MB take 0.07 s with the processor's SHA instructions, three
     times that without, once per opening: so one wrong bit never becomes another text or a crash of the decoder.
     """
     try:
@@ -135,8 +132,8 @@ def command_for(corpus: str) -> str:
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
-    """
-    Open a parquet file that has a `text` column of strings; UserError in one line where it is damaged or has none.
+    """Open a parquet file that has a `text` column of strings; UserError in one line where it is damaged or
+    has none.
     """
     try:
         # buffer_size: a foreign row group of gigabytes is decoded page by page, not read whole.
@@ -190,10 +187,9 @@ def first_line(error: Exception) -> str:
 
 
 class ShardWriter:
-    """
-    Collects documents and writes them, shuffled, to parquet shards of about 100 MB of text with row groups of at most
-    1,024 documents. `numbers` gives the next shard's number; `entries` is what the manifest says about the finished
-    ones.
+    """Collects documents and writes them, shuffled, to parquet shards of about 100 MB of text with row groups of at
+    most 1,024 documents. `numbers` gives the next shard's number; `entries` is what the manifest says about the
+    finished ones.
     """
 
     def __init__(self, folder: Path, numbers: Iterator[int]):
@@ -242,8 +238,7 @@ def row_groups(texts: list[str]) -> Iterator[list[str]]:
 
 
 def describe_shard(file: Path) -> dict[str, Any]:
-    """
-    What the manifest says about a shard. Decodes all of it, so a damaged one raises UserError here and not in a
+    """What the manifest says about a shard. Decodes all of it, so a damaged one raises UserError here and not in a
     training run.
     """
     documents = text_bytes = 0

@@ -1,5 +1,4 @@
-"""
-What a model is and needs, in numbers: shape, parameters, FLOPs, memory, the batch that fits. No torch.
+"""What a model is and needs, in numbers: shape, parameters, FLOPs, memory, the batch that fits. No torch.
 
 The memory is that of base_train on one rank: what the allocator hands out at the fullest moment of a step, in bytes.
 Every coefficient counts tensors that the code keeps; tests/test_plan.py holds the sum against the CPU allocator's own
@@ -31,8 +30,8 @@ TOTAL_TOLERANCE = 0.03  # how far a step may be from the tokens asked for, to ta
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """
-    What is needed to rebuild the model, stored in every checkpoint. Raises UserError for shapes that cannot be built.
+    """What is needed to rebuild the model, stored in every checkpoint. Raises UserError for shapes that cannot be
+    built.
     """
 
     sequence_len: int = 2048  # training context in tokens; also half of it is the window of an "S" layer
@@ -78,9 +77,8 @@ def config_from_depth(
     kv_heads: int | None = None,
     window_pattern: str = "L",
 ) -> GPTConfig:
-    """
-    The one dial: width = depth * aspect_ratio, rounded up to whole heads. Heads have 128 channels where the width is at
-    least 512 and a multiple of 128, else 64: a 256-wide model with two heads is worse than one with four.
+    """The one dial: width = depth * aspect_ratio, rounded up to whole heads. Heads have 128 channels where the width is
+    at least 512 and a multiple of 128, else 64: a 256-wide model with two heads is worse than one with four.
     """
     if depth < 1 or aspect_ratio < 1 or (head_dim is not None and head_dim < 2):
         raise UserError(
@@ -114,10 +112,8 @@ def count_parameters(config: GPTConfig) -> dict[str, int]:
 
 
 def flops_per_token(config: GPTConfig) -> int:
-    """
-    Training FLOPs per token at full context, forward and backward: 6 per matmul weight, and 12 H D min(window, T)
-    per layer for the attention scores and their sums (PaLM, arXiv 2204.02311, appendix B; not halved for
-    causality).
+    """Training FLOPs per token at full context, forward and backward: 6 per matmul weight, and 12 H D min(window, T)
+    per layer for the attention scores and their sums (PaLM, arXiv 2204.02311, appendix B; not halved for causality).
     """
     parameters = count_parameters(config)
     attention = sum(12 * config.n_embd * window for window in config.windows())
@@ -179,8 +175,7 @@ def matrix_shapes(config: GPTConfig) -> Counter[tuple[int, int]]:
 
 
 def optimizer_bytes(config: GPTConfig, world_size: int) -> int:
-    """
-    State of one rank. AdamW: 8 bytes per parameter of embedding and head, by rows. Muon: 4 per parameter of the
+    """State of one rank. AdamW: 8 bytes per parameter of embedding and head, by rows. Muon: 4 per parameter of the
     matrices, dealt out whole among those of one shape, and 4 per row (or column) of each.
     """
     muon = sum(
@@ -197,10 +192,9 @@ def part_bytes(config: GPTConfig, parts: int) -> int:
 
 
 def update_bytes(config: GPTConfig, how: Setup) -> int:
-    """
-    The most of three: a stack of matrices copied before it is reduced; AdamW's intermediates, 4 bytes per number of its
-    rows; Muon's, 12 per number of a stack's share (20 in an fp32 run) beside the reduced gradients, when all others are
-    freed. With several ranks also what arrives from the others.
+    """The most of three: a stack of matrices copied before it is reduced; AdamW's intermediates, 4 bytes per number of
+    its rows; Muon's, 12 per number of a stack's share (20 in an fp32 run) beside the reduced gradients, when all others
+    are freed. With several ranks also what arrives from the others.
     """
     parameters, world_size = count_parameters(config), how.world_size
     stack = max(count * rows * columns for (rows, columns), count in matrix_shapes(config).items())
@@ -215,8 +209,7 @@ def update_bytes(config: GPTConfig, how: Setup) -> int:
 
 
 def written_attention_keys(sequence_len: int, window: int) -> tuple[float, float]:
-    """
-    For the attention that gpt.causal_attention writes out, in blocks of 128 queries: (keys that a query's score row
+    """For the attention that gpt.causal_attention writes out, in blocks of 128 queries: (keys that a query's score row
     has, copies of a key that the blocks hold), both on average.
     """
     blocks = [(min(128, sequence_len - start), start) for start in range(0, sequence_len, 128)]
@@ -226,8 +219,7 @@ def written_attention_keys(sequence_len: int, window: int) -> tuple[float, float
 
 
 def saved_per_token(config: GPTConfig, window: int, size: int, compiled: bool, written: bool) -> float:
-    """
-    Bytes that one layer keeps for the backward pass, per token. `size` is that of a number in the matmuls' dtype.
+    """Bytes that one layer keeps for the backward pass, per token. `size` is that of a number in the matmuls' dtype.
 
     In width C and key/value width G, compiled: both norms' inputs and outputs 4 C; queries and keys before and after
     their norm, and values 2 C + 3 G; attention's output C; MLP 4 C before and 4 C after ReLU squared. Eager norms keep
@@ -244,9 +236,8 @@ def saved_per_token(config: GPTConfig, window: int, size: int, compiled: bool, w
 
 
 def head_bytes(config: GPTConfig, tokens: int, size: int, compiled: bool, cpu: bool) -> int:
-    """
-    What the loss holds at its fullest: per logit of a slice its value and intermediates (compiled: 12 bytes, eager: 20
-    and the logit), the slice before; the head's gradient and weights.
+    """What the loss holds at its fullest: per logit of a slice its value and intermediates (compiled: 12 bytes, eager:
+    20 and the logit), the slice before; the head's gradient and weights.
     """
     slice_tokens = math.ceil(tokens / slice_count(tokens, config.vocab_size, cpu))
     per_logit = (12 if compiled else 20 + size) + (size if slice_tokens < tokens else 0)
@@ -260,9 +251,9 @@ def slice_count(tokens: int, vocab_size: int, cpu: bool) -> int:
 
 
 def memory(config: GPTConfig, rows: int, how: Setup) -> Memory:
-    """
-    Memory of a training step with `rows` rows per micro-batch on each rank; the fullest moment is mostly the last loss,
-    when all activations are there. With recompute it may also come when one layer's are made again, after the loss.
+    """Memory of a training step with `rows` rows per micro-batch on each rank; the fullest moment is mostly the last
+    loss, when all activations are there. With recompute it may also come when one layer's are made again, after the
+    loss.
     """
     tokens, size = rows * config.sequence_len, how.size
     written = how.cpu and config.sequence_len <= 1024
@@ -284,9 +275,8 @@ def memory(config: GPTConfig, rows: int, how: Setup) -> Memory:
 
 
 def copied_bytes(config: GPTConfig, how: Setup) -> int:
-    """
-    Weights beside the master weights: of all blocks in the matmuls' dtype, if it is another one. Sharded: embedding and
-    head whole in fp32, and three blocks (the one at work, its buffer, and the next).
+    """Weights beside the master weights: of all blocks in the matmuls' dtype, if it is another one. Sharded: embedding
+    and head whole in fp32, and three blocks (the one at work, its buffer, and the next).
     """
     parameters = count_parameters(config)
     blocks = how.size * (parameters["attention"] + parameters["mlp"])
@@ -314,8 +304,7 @@ def most_rows(config: GPTConfig, budget: float, how: Setup) -> int:
 
 
 def choose_batch(total_batch_size: int, most: int, sequence_len: int, world_size: int) -> BatchPlan:
-    """
-    With at most `most` rows per micro-batch: the fewest micro-batches whose step is within TOTAL_TOLERANCE of the
+    """With at most `most` rows per micro-batch: the fewest micro-batches whose step is within TOTAL_TOLERANCE of the
     tokens asked for, and of these the nearest; where none is that close, the nearest of all.
     """
 

@@ -1,5 +1,4 @@
-"""
-Published data sets on disk: `$NANOCHAT_BASE_DIR/task_data/<dataset>/<subset>/<split>.parquet`.
+"""Published data sets on disk: `$NANOCHAT_BASE_DIR/task_data/<dataset>/<subset>/<split>.parquet`.
 
 Each data set's folder has a sealed manifest.json: the bytes, sha256, rows and origin of every split, and the commit of
 the hub that all of them come from. Files come from the hub as they were published (several parts become one file), or
@@ -17,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import UserError, fsync_dir, get_base_dir, print0, read_sealed, seal, sha256_file, write_atomic
-from nanochat.download import Listing, RemoteFile, fetch_all, list_repository, locked, reason_of
+from nanochat.common import UserError, get_base_dir, print0
+from nanochat.download import Listing, RemoteFile, fetch_all, list_repository, reason_of
+from nanochat.files import flush, locked, read_sealed, seal, sha256_file, write_atomic
 
 # Everything that the tasks read from the hub: repository -> subset -> splits.
 DATA_SETS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -73,9 +73,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def checked_path(dataset: str, subset: str, split: str, command: str = PREFETCH) -> Path:
-    """
-    The file of a split, after its sha256 was compared with the manifest's (about a second per GB). UserError where it
-    differs, with the `command` that makes it again.
+    """The file of a split, after its sha256 was compared with the manifest's (about a second per GB). UserError where
+    it differs, with the `command` that makes it again.
     """
     path = rows_path(dataset, subset, split)
     entry = read_manifest(folder_of(dataset))["splits"].get(f"{subset}/{split}")
@@ -109,9 +108,8 @@ def write_rows(dataset: str, subset: str, split: str, rows: Any, source: str) ->
 
 
 def place_split(dataset: str, subset: str, split: str, file: Path, about: dict[str, Any], **origin: str) -> None:
-    """
-    Enter a finished file into the manifest and move it to its place; the folder is locked by the caller. In this order:
-    who sees the file finds its entry.
+    """Enter a finished file into the manifest and move it to its place; the folder is locked by the caller. In this
+    order: who sees the file finds its entry.
     """
     import pyarrow.parquet as pq
 
@@ -124,7 +122,7 @@ def place_split(dataset: str, subset: str, split: str, file: Path, about: dict[s
         os.fsync(written.fileno())
     write_atomic(folder / MANIFEST, seal(json.dumps(manifest, indent=1)))
     os.replace(file, path)
-    fsync_dir(path.parent)
+    flush(path.parent)
 
 
 # -----------------------------------------------------------------------------
@@ -145,9 +143,8 @@ def list_data_set(dataset: str) -> Listing:
 
 
 def parts_of(listing: Listing, subset: str, split: str) -> list[RemoteFile]:
-    """
-    The published parquet files of a split, in order: <subset>/<split>-00000-of-00004.parquet, where the subset default
-    lies in data/.
+    """The published parquet files of a split, in order: <subset>/<split>-00000-of-00004.parquet, where the subset
+    default lies in data/.
     """
     folder = "data" if subset == "default" else re.escape(subset)
     pattern = re.compile(rf"{folder}/{re.escape(split)}-(\d+)-of-(\d+)\.parquet")

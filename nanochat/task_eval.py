@@ -1,5 +1,4 @@
-"""
-Accuracy of a model on a task, many problems at a time.
+"""Accuracy of a model on a task, many problems at a time.
 
 Generative tasks: the engine answers, tools included, in one pool in which a new problem takes the place of each answer
 that has ended; the task judges the text. Categorical tasks: the letter with the highest logit among the problem's own
@@ -93,8 +92,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def pass_at_k(right: Sequence[int], n: int) -> dict[int, tuple[float, float]]:
-    """
-    {k: (pass@k, its standard error over problems)} for k = 1, 2, 4, ... up to n, where right[i] of the n answers to
+    """{k: (pass@k, its standard error over problems)} for k = 1, 2, 4, ... up to n, where right[i] of the n answers to
     problem i are right. pass@k is the chance that at least one of k answers is right, unbiased: 1 - C(n - c, k) / C(n,
     k) for c right of n (Chen et al. 2021, arXiv:2107.03374, equation 1).
     """
@@ -103,9 +101,8 @@ def pass_at_k(right: Sequence[int], n: int) -> dict[int, tuple[float, float]]:
 
 
 def mean_centred(results: Iterable[tuple[float, float, float]]) -> tuple[float, float]:
-    """
-    The mean over tasks of (accuracy - baseline) / (1 - baseline), and its standard error, from (accuracy, its standard
-    error, baseline) of each: 0 is guessing, 1 is everything right. ChatCORE is this over nanochat's six tasks.
+    """The mean over tasks of (accuracy - baseline) / (1 - baseline), and its standard error, from (accuracy, its
+    standard error, baseline) of each: 0 is guessing, 1 is everything right. ChatCORE is this over nanochat's six tasks.
     """
     centred = [((value - base) / (1 - base), error / (1 - base)) for value, error, base in results]
     return sum(value for value, _ in centred) / len(centred), math.hypot(*(error for _, error in centred)) / len(
@@ -130,9 +127,8 @@ def evaluate_task(
     top_k: int | None = None,
     seed: int = 42,
 ) -> TaskResult:
-    """
-    The task's first max_problems. Each rank works on batch_size at a time: prompts of a categorical task, answers of a
-    generative one, which gets num_samples to each problem. What is answered does not depend on ranks and batch_size.
+    """The task's first max_problems. Each rank works on batch_size at a time: prompts of a categorical task, answers of
+    a generative one, which gets num_samples to each problem. What is answered does not depend on ranks and batch_size.
     """
     began = time.perf_counter()
     n = len(task) if max_problems is None else min(max_problems, len(task))

@@ -1,5 +1,4 @@
-"""
-safetensors files: written through the safetensors library, read with suspicion.
+"""safetensors files: written through the safetensors library, read with suspicion.
 
     8 bytes     length of the header, little-endian
     header      JSON: {name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, ...}, offsets counted
@@ -60,9 +59,8 @@ class TensorInfo(NamedTuple):
 
 
 def save_tensors(path: Path | str, tensors: dict[str, Tensor]) -> None:
-    """
-    Write contiguous tensors that share no memory. Not atomic and not flushed to the disk: the caller writes beside the
-    place and renames. Raises UserError where the file cannot be written.
+    """Write contiguous tensors that share no memory. Not atomic and not flushed to the disk: the caller writes beside
+    the place and renames. Raises UserError where the file cannot be written.
     """
     try:
         save_file(tensors, path)
@@ -72,8 +70,7 @@ def save_tensors(path: Path | str, tensors: dict[str, Tensor]) -> None:
 
 @contextmanager
 def open_tensors(path: Path | str) -> Iterator[Any]:
-    """
-    The safetensors handle of a file whose header has been checked: keys(), get_tensor(name), get_slice(name). Raises
+    """The safetensors handle of a file whose header has been checked: keys(), get_tensor(name), get_slice(name). Raises
     UserError naming the file and what is wrong with it.
     """
     read_header(path)
@@ -85,9 +82,8 @@ def open_tensors(path: Path | str) -> Iterator[Any]:
 
 
 def read_header(path: Path | str) -> dict[str, TensorInfo]:
-    """
-    {name: info} in the order of the data. Raises UserError naming the file and what is wrong, in time and memory that
-    the file's content cannot drive up (less than a second, 300 MB).
+    """{name: info} in the order of the data. Raises UserError naming the file and what is wrong, in time and memory
+    that the file's content cannot drive up (less than a second, 300 MB).
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its other end

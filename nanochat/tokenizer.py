@@ -1,5 +1,4 @@
-"""
-The tokenizer: text <-> token ids, trained and run by `rustbpe`, kept in one JSON file.
+"""The tokenizer: text <-> token ids, trained and run by `rustbpe`, kept in one JSON file.
 
 Promises: decode(encode(text)) == text; ordinary text never becomes a special token, whatever it says; equal tokenizers
 make equal files; a file that was changed by hand or by accident is refused with what is wrong. Special tokens have the
@@ -17,7 +16,8 @@ from typing import Any
 import numpy as np
 
 import rustbpe
-from nanochat.common import UserError, get_base_dir, read_sealed, seal, write_atomic
+from nanochat.common import UserError, get_base_dir
+from nanochat.files import read_sealed, seal, write_atomic
 
 FILE_NAME = "tokenizer.json"
 VERSION = 1  # of the file format
@@ -41,8 +41,7 @@ Progress = Callable[[str, int], None]
 
 
 class Tokenizer:
-    """
-    Byte-pair encoding with special tokens.
+    """Byte-pair encoding with special tokens.
 
     Ids: 0 to 255 the bytes, then one per merge, then the special tokens. `token_bytes` is an int32 array with each id's
     length in bytes (0 for special tokens), `fingerprint` the sha256 of the file's content.
@@ -67,8 +66,7 @@ class Tokenizer:
         progress: Progress | None = None,
         num_threads: int | None = None,
     ) -> "Tokenizer":
-        """
-        Learn `vocab_size` tokens (the 256 bytes and the special tokens among them) from an iterable of texts.
+        """Learn `vocab_size` tokens (the 256 bytes and the special tokens among them) from an iterable of texts.
 
         A text is a str; an Arrow array of strings counts as many, and is not copied. `progress` is called with
         ("bytes", so far) while texts are read and ("merges", so far) after that. The same texts give the same tokenizer
@@ -153,9 +151,8 @@ class Tokenizer:
         append: int | str | None = None,
         num_threads: int = 1,
     ) -> Any:
-        """
-        Ids of a text as a list, or of a list of texts as a list of lists. `prepend` and `append` are special tokens, by
-        name or id. Raises UserError for a text that cannot be UTF-8 (a lone surrogate).
+        """Ids of a text as a list, or of a list of texts as a list of lists. `prepend` and `append` are special tokens,
+        by name or id. Raises UserError for a text that cannot be UTF-8 (a lone surrogate).
         """
         before = [] if prepend is None else [self.encode_special(prepend) if isinstance(prepend, str) else prepend]
         after = [] if append is None else [self.encode_special(append) if isinstance(append, str) else append]
@@ -168,8 +165,7 @@ class Tokenizer:
         return rows[0] if isinstance(text, str) else rows
 
     def encode_arrow(self, texts: Any, num_threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """
-        Ids of an Arrow string array (chunked or not, or a list of str), without copying the text.
+        """Ids of an Arrow string array (chunked or not, or a list of str), without copying the text.
 
         Returns (ids, offsets): document i is ids[offsets[i]:offsets[i + 1]]. ids are uint16 when the vocabulary has at
         most 65,536 tokens, else uint32; offsets are int64. Raises UserError with the row for nulls and for text that is
@@ -292,8 +288,7 @@ def batches(texts: Iterable[Any]) -> Iterator[Any]:
 
 
 def load_reference_encoder(folder: Path | str, name: str) -> rustbpe.Encoder:
-    """
-    GPT-2's or GPT-4's own vocabulary (without special tokens) from its published file in `folder`: encoder.json for
+    """GPT-2's or GPT-4's own vocabulary (without special tokens) from its published file in `folder`: encoder.json for
     "gpt2", cl100k_base.tiktoken for "gpt4". Encodes as tiktoken does. Raises FileNotFoundError, and UserError where the
     file is damaged.
     """

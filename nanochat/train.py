@@ -1,5 +1,4 @@
-"""
-Verbs of a training loop: accumulate gradients, update, meter, decide "every so often".
+"""Verbs of a training loop: accumulate gradients, update, meter, decide "every so often".
 
 Plain functions that take values. The loops themselves are written out in the scripts, because reading them is the
 point.
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from nanochat.adamw import AdamW
 from nanochat.checkpoint_manager import Checkpoint, restore_rng
-from nanochat.common import NotFinite, Record, StepFailed, Stopped, UserError, get_rank, print0
+from nanochat.common import NotFinite, StepFailed, Stopped, UserError, get_rank, print0
 from nanochat.compute import Compute, can_compile, peak_flops, synchronize
 from nanochat.conversation import Conversations, decode_parts, parts_text, render_for_completion
 from nanochat.dataloader import chat_stream, rows_in_epoch
@@ -27,6 +26,7 @@ from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.guard import Spikes, stop_votes, stopped_by, write_bundle
 from nanochat.muon import Muon
+from nanochat.record import Record
 from nanochat.schedule import BatchPlan, cosine_to_zero, muon_momentum, trapezoid
 from nanochat.sharding import gathering, is_sharded
 from nanochat.tokenizer import Tokenizer
@@ -77,8 +77,7 @@ class Sums(Generic[AnyPosition]):
 def accumulate(
     model: GPT, stream: Stream[AnyPosition], position: AnyPosition, grad_accum_steps: int, compute: Compute
 ) -> Sums[AnyPosition]:
-    """
-    Forward and backward over the micro-batches of one step that begins at `position`. Gradients of the *sum* of the
+    """Forward and backward over the micro-batches of one step that begins at `position`. Gradients of the *sum* of the
     losses stay on the parameters; the division happens once, in update(). A UserError of the stream, such as a damaged
     shard file, is kept in the result. The other ranks of a sharded model need this one's weights all the same, so it
     goes on with tokens that count nothing.
@@ -115,8 +114,7 @@ def update(
     spikes: Spikes | None = None,
     skip_spikes: bool = False,
 ) -> StepResult:
-    """
-    Average the gradients over all counted tokens of all ranks, and step. One small all-reduce carries loss, tokens,
+    """Average the gradients over all counted tokens of all ranks, and step. One small all-reduce carries loss, tokens,
     failures and the wish to stop (`received`, a signal), so that all ranks agree on all four. A step without a counted
     token changes nothing, nor does with skip_spikes one whose loss or gradient is a spike.
 
@@ -168,9 +166,8 @@ def set_rates(optimizer: AdamW | Muon, rates: Rates) -> None:
 
 @dataclass
 class Meter:
-    """
-    Running figures of a loop: smoothed loss, time per step, tokens/s, FLOP/s, MFU where the card's peak is known, time
-    left.
+    """Running figures of a loop: smoothed loss, time per step, tokens/s, FLOP/s, MFU where the card's peak is known,
+    time left.
 
     The first `SKIP` steps after a start (compilation, caches) count in no rate. smooth_loss is an exponential mean with
     its start-up bias removed: after one step it is that step's loss. State that must survive a resume is `state()`.
@@ -281,8 +278,8 @@ def show_progress(bar: Any, meter: Meter, logged: dict[str, Any]) -> None:
 
 
 def compile_model(model: GPT, device: torch.device) -> None:
-    """
-    torch.compile where its backend has what it needs; a CPU without a C++ compiler trains eagerly, and is told so.
+    """torch.compile where its backend has what it needs; a CPU without a C++ compiler trains eagerly, and is
+    told so.
     """
     if not can_compile(device):
         print0("compile: no C++ compiler found, training eagerly (about half the speed); Debian: apt-get install g++")
@@ -331,10 +328,9 @@ def whole_steps(
     compute: Compute,
     save: Callable[[], None],
 ) -> Iterator[None]:
-    """
-    Around a loop: what ends it early on every rank (a signal, a step that failed) leaves the weights as they were after
-    the last whole step, so these are saved if they are new. What a step saw whose numbers are not finite is written
-    down.
+    """Around a loop: what ends it early on every rank (a signal, a step that failed) leaves the weights as they were
+    after the last whole step, so these are saved if they are new. What a step saw whose numbers are not finite is
+    written down.
     """
     first_step = meter.steps
     try:
@@ -359,9 +355,8 @@ def whole_steps(
 
 
 def steps_in(minutes: float, one_step: Callable[[], object], compute: Compute) -> int:
-    """
-    How many steps fit into `minutes`, from the pace of a few trial steps, equal on every rank. The caller throws away
-    what the trial steps did, so that the run is bit for bit the one that --num-iterations with this number gives.
+    """How many steps fit into `minutes`, from the pace of a few trial steps, equal on every rank. The caller throws
+    away what the trial steps did, so that the run is bit for bit the one that --num-iterations with this number gives.
 
     The pace is the median of five steps in a row that differ by less than half; compilation, and other work on the
     machine, make earlier ones slower. After 40 steps it takes what it has.
@@ -378,9 +373,8 @@ def steps_in(minutes: float, one_step: Callable[[], object], compute: Compute) -
 def steps_for_minutes(
     minutes: float, model: GPT, stream: Stream[Any], batch: BatchPlan, compute: Compute
 ) -> tuple[int, str]:
-    """
-    The number of steps and where it comes from, by timing real steps. The caller gives a stream of its own for it and
-    restores the weights afterwards.
+    """The number of steps and where it comes from, by timing real steps. The caller gives a stream of its own for it
+    and restores the weights afterwards.
     """
     optimizers = model.setup_optimizers(dtype=compute.dtype)
 
@@ -402,8 +396,7 @@ def plan_chats(
     batch: BatchPlan,
     compute: Compute,
 ) -> tuple[int, str]:
-    """
-    Steps of a stage that trains on conversations, and where the number comes from: as given, or as many as fit into
+    """Steps of a stage that trains on conversations, and where the number comes from: as given, or as many as fit into
     `minutes` (the caller restores the weights), or one epoch. Raises UserError for both.
     """
     if num_iterations is not None and minutes is not None:
@@ -457,9 +450,8 @@ def show_chats(
 
 
 def open_wandb(run: str, stage: str, settings: dict[str, Any], checkpoint: Checkpoint | None) -> Any:
-    """
-    A wandb run, continued where the checkpoint knows its id, or None for --run=dummy and on other ranks. wandb itself
-    respects WANDB_MODE=offline.
+    """A wandb run, continued where the checkpoint knows its id, or None for --run=dummy and on other ranks. wandb
+    itself respects WANDB_MODE=offline.
     """
     if run == "dummy" or get_rank() != 0:
         return None

@@ -1,5 +1,4 @@
-"""
-Score a model on CORE: 22 tasks that ask a base model for knowledge, language, reading and logic.
+"""Score a model on CORE: 22 tasks that ask a base model for knowledge, language, reading and logic.
 
     python -m scripts.base_eval
     python -m scripts.base_eval --max-per-task=500                # 500 items of each task: minutes instead of hours
@@ -42,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.checkpoint_manager import find_checkpoint, open_model
-from nanochat.common import Record, UserError, get_base_dir, open_record, print0, run_main, sha256_file
+from nanochat.common import UserError, get_base_dir, print0, run_main
 from nanochat.compute import Compute, can_compile, compute_cleanup, compute_init
 from nanochat.core_eval import (
     FEWSHOT_SEED,
@@ -58,7 +57,9 @@ from nanochat.core_eval import (
     score_key,
 )
 from nanochat.eval_bundle import find_bundle
+from nanochat.files import sha256_file
 from nanochat.hf_model import load_hf
+from nanochat.record import Record, open_record
 from nanochat.task_eval import mean_centred
 
 HF_FILES = (".safetensors", ".json", ".txt", ".model")  # what a model folder consists of: weights, settings, tokenizer
@@ -180,9 +181,8 @@ def score_tasks(
 def score_task(
     task: CoreTask, scorer: Scorer, compute: Compute, folder: Path, about: dict[str, Any]
 ) -> TaskScore | None:
-    """
-    A task's score: an earlier one of the same model, settings and file, which rank 0 alone has, or a new one, which it
-    keeps. None where a rank does not know it.
+    """A task's score: an earlier one of the same model, settings and file, which rank 0 alone has, or a new one, which
+    it keeps. None where a rank does not know it.
     """
     key = score_key(task, about)
     path = folder / f"{task.label}.json"

@@ -1,5 +1,4 @@
-"""
-Score a base model: bits per byte on training and validation text, and what a model must beat.
+"""Score a base model: bits per byte on training and validation text, and what a model must beat.
 
     python -m scripts.base_loss
     torchrun --standalone --nproc_per_node=8 -m scripts.base_loss -- --model-tag=d20 --split-tokens=10485760
@@ -26,10 +25,11 @@ dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # what matmuls compute i
 settings = configure(__name__)
 
 from nanochat.checkpoint_manager import find_checkpoint, open_model
-from nanochat.common import open_record, print0, run_main
+from nanochat.common import print0, run_main
 from nanochat.compute import compute_cleanup, compute_init
 from nanochat.dataset import iter_text, load_corpus
 from nanochat.loss_eval import byte_unigram_bpb, evaluate_bpb, xz_bpb
+from nanochat.record import open_record
 
 XZ_WINDOW = 64 * 2**20  # the dictionary of xz -9: it cannot look back further, and would be an easy opponent
 

@@ -1,5 +1,4 @@
-"""
-Pretrain a base model on a corpus.
+"""Pretrain a base model on a corpus.
 
     python -m scripts.base_train dev/configs/laptop.py --minutes=5
     torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20 --target-param-data-ratio=20
@@ -84,7 +83,7 @@ from nanochat.checkpoint_manager import (
     restore_optimizers,
     save_checkpoint,
 )
-from nanochat.common import Record, Stopped, UserError, open_record, print0, run_main
+from nanochat.common import Stopped, UserError, print0, run_main
 from nanochat.compute import Compute, compute_cleanup, compute_init, peak_memory_bytes
 from nanochat.core_eval import CoreTask, GPTScorer, evaluate_task, load_tasks
 from nanochat.dataloader import Position, training_stream
@@ -94,6 +93,7 @@ from nanochat.eval_bundle import find_bundle
 from nanochat.gpt import GPT, build_model, config_from_depth
 from nanochat.guard import SaveClock, SignalWatch, Spikes
 from nanochat.loss_eval import BitsPerByte, evaluate_bpb
+from nanochat.record import Record, open_record
 from nanochat.schedule import BatchPlan, plan_batches, plan_horizon
 from nanochat.sharding import held_bytes, placement
 from nanochat.task_eval import mean_centred
@@ -246,8 +246,8 @@ def open_stream(
 
 
 def plan_steps(model: GPT, text: Corpus, tokenizer: Tokenizer, batch: BatchPlan, compute: Compute) -> tuple[int, str]:
-    """
-    The number of steps and where it comes from. For --minutes a few real steps are timed on the model and then undone.
+    """The number of steps and where it comes from. For --minutes a few real steps are timed on the model and then
+    undone.
     """
     horizons: dict[str, float | None] = {
         "num_iterations": num_iterations,
@@ -277,9 +277,8 @@ def validate(
     stride: int,
     poll: Callable[[], None] | None = None,
 ) -> BitsPerByte:
-    """
-    Bits per byte of the first eval_tokens of validation: stride max_seq_len is quick, half of it the honest one. `poll`
-    is called between batches and may end it.
+    """Bits per byte of the first eval_tokens of validation: stride max_seq_len is quick, half of it the honest one.
+    `poll` is called between batches and may end it.
     """
     texts = iter_text(text.val_files, text.hashes)
     return evaluate_bpb(model, tokenizer, texts, compute, batch.device_batch_size, stride, eval_tokens, poll)

@@ -1,5 +1,4 @@
-"""
-Talk to a model in the terminal; a base model continues texts instead.
+"""Talk to a model in the terminal; a base model continues texts instead.
 
     python -m scripts.chat_cli -p "Who are you?"
     python -m scripts.chat_cli -i rl

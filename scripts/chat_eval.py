@@ -1,5 +1,4 @@
-"""
-Evaluate a chat model on tasks: accuracy with its standard error.
+"""Evaluate a chat model on tasks: accuracy with its standard error.
 
     python -m scripts.chat_eval -i sft                        # every task
     python -m scripts.chat_eval -i sft -a offline             # those that need no download
@@ -61,10 +60,11 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.checkpoint_manager import find_checkpoint, open_model
-from nanochat.common import Record, UserError, open_record, print0, run_main
+from nanochat.common import UserError, print0, run_main
 from nanochat.compute import compute_cleanup, compute_init
 from nanochat.engine import Engine
 from nanochat.execution import active_layers
+from nanochat.record import Record, open_record
 from nanochat.task_eval import TaskResult, evaluate_task, mean_centred, pass_at_k
 from tasks.common import Task
 from tasks.mixtures import CATEGORICAL, CHATCORE, EVALUATIONS, OFFLINE
@@ -112,9 +112,8 @@ def chosen_tasks(given: str) -> list[str]:
 
 
 def lock_in_programs(tasks: dict[str, Task]) -> list[str]:
-    """
-    Say what keeps the programs in that a model writes. Where the system has no jail for them, and it was not said that
-    they may run all the same, their tasks are taken out, counted and returned.
+    """Say what keeps the programs in that a model writes. Where the system has no jail for them, and it was not said
+    that they may run all the same, their tasks are taken out, counted and returned.
     """
     skipped = [name for name in tasks if name == "HumanEval" and sys.platform != "linux" and not unsafe_exec]
     for name in skipped:

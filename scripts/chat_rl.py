@@ -1,5 +1,4 @@
-"""
-Reinforcement learning: let a chat model try problems with a known answer, and make what was right more likely.
+"""Reinforcement learning: let a chat model try problems with a known answer, and make what was right more likely.
 
     python -m scripts.chat_rl dev/configs/laptop_rl.py
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_rl -- --task=GSM8K --run=rl
@@ -73,12 +72,13 @@ from nanochat.checkpoint_manager import (
     restore_optimizers,
     save_checkpoint,
 )
-from nanochat.common import Stopped, UserError, open_record, print0, run_main
+from nanochat.common import Stopped, UserError, print0, run_main
 from nanochat.compute import Compute, compute_cleanup, compute_init, peak_memory_bytes
 from nanochat.conversation import decode_parts, fingerprint, parts_text, render_for_completion
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.guard import SaveClock, SignalWatch, Spikes
+from nanochat.record import open_record
 from nanochat.task_eval import pass_at_k
 from nanochat.tokenizer import Tokenizer
 from tasks.common import Task
@@ -219,8 +219,7 @@ def roll_out(
     seed: int,
     watch: SignalWatch,
 ) -> list[list[Rollout]]:
-    """
-    This rank's share of the prompts, `samples` answers to each from one decode batch, with rewards: a group each.
+    """This rank's share of the prompts, `samples` answers to each from one decode batch, with rewards: a group each.
     Raises Stopped, on every rank, when a signal came to any meanwhile: the step is not begun, and tried again by the
     run that resumes.
     """
@@ -248,8 +247,7 @@ def roll_out(
 
 
 def policy_gradient(model: GPT, groups: list[list[Rollout]], compute: Compute) -> train.Sums[dict[str, int]]:
-    """
-    Gradients of -sum(advantage * log p) over the sampled tokens of the groups with signal, left on the parameters.
+    """Gradients of -sum(advantage * log p) over the sampled tokens of the groups with signal, left on the parameters.
     Returns that sum and the number of those tokens, on this rank, for train.update to divide by.
     """
     sums: train.Sums[dict[str, int]] = train.Sums(torch.zeros(2, dtype=torch.float64), {}, [])

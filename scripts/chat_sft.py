@@ -1,5 +1,4 @@
-"""
-Supervised fine-tuning: teach a model to answer, on what the assistant says in conversations and nothing else.
+"""Supervised fine-tuning: teach a model to answer, on what the assistant says in conversations and nothing else.
 
     python -m scripts.chat_sft dev/configs/laptop_sft.py
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft -- --device-batch-size=4 --run=sft

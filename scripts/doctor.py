@@ -1,5 +1,4 @@
-"""
-What on this machine keeps nanochat from running, or from running fast, and the command that mends it.
+"""What on this machine keeps nanochat from running, or from running fast, and the command that mends it.
 
     python -m scripts.doctor
     python -m scripts.doctor --developer        # also what only the tests need
@@ -324,9 +323,8 @@ def examine_devices() -> Iterator[Finding]:
 
 
 def check_attention(device: Any, dtype: str) -> Finding:
-    """
-    Every way that the model's attention goes and, on a GPU, every fused kernel that torch may take for it: forward and
-    backward, against the formula. Without a fused kernel the scores of all heads are kept.
+    """Every way that the model's attention goes and, on a GPU, every fused kernel that torch may take for it: forward
+    and backward, against the formula. Without a fused kernel the scores of all heads are kept.
     """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -1,5 +1,4 @@
-"""
-Show what a checkpoint is: where it comes from, its model, settings, position and tensors, and whether it is whole.
+"""Show what a checkpoint is: where it comes from, its model, settings, position and tensors, and whether it is whole.
 
     python -m scripts.inspect_checkpoint                           # the base checkpoint saved last
     python -m scripts.inspect_checkpoint -i sft -g d20 --keys=false
@@ -42,7 +41,9 @@ from nanochat.checkpoint_manager import (
     saved_steps,
     step_dir,
 )
-from nanochat.common import UserError, get_base_dir, print0, read_record, run_main, sha256_file
+from nanochat.common import UserError, get_base_dir, print0, run_main
+from nanochat.files import sha256_file
+from nanochat.record import read_record
 from nanochat.tensors import TensorInfo, open_tensors, read_header
 
 SHOWN = ("format", "step", "model_config", "files", "provenance", "settings")  # in sections of their own

@@ -1,5 +1,5 @@
-"""
-Midtraining: teach a base model the chat format, tools and a broad range of questions, on all tokens of conversations.
+"""Midtraining: teach a base model the chat format, tools and a broad range of questions, on all tokens of
+conversations.
 
     python -m scripts.mid_train dev/configs/laptop_mid.py
     torchrun --standalone --nproc_per_node=8 -m scripts.mid_train -- --device-batch-size=32 --run=mid

@@ -1,5 +1,4 @@
-"""
-What a run needs, before anything is rented: parameters, text, memory, the batch that fits, time, disk, dollars.
+"""What a run needs, before anything is rented: parameters, text, memory, the batch that fits, time, disk, dollars.
 
     python -m scripts.plan --depth=20 --gpus=6 --vram-gb=24
     python -m scripts.plan --depth=20 --gpus=8 --card=H100

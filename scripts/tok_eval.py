@@ -1,5 +1,4 @@
-"""
-How well the tokenizer compresses several kinds of text, beside GPT-2's and GPT-4's.
+"""How well the tokenizer compresses several kinds of text, beside GPT-2's and GPT-4's.
 
     python -m scripts.tok_eval --reference=DIR
 
@@ -22,8 +21,9 @@ from pathlib import Path
 import pyarrow as pa
 
 import rustbpe
-from nanochat.common import UserError, get_base_dir, open_record, print0, run_main
+from nanochat.common import UserError, get_base_dir, print0, run_main
 from nanochat.dataset import iter_text, load_corpus
+from nanochat.record import open_record
 from nanochat.tokenizer import get_tokenizer, load_reference_encoder
 
 REFERENCES = {"GPT-2": "gpt2", "GPT-4": "gpt4"}

@@ -1,5 +1,4 @@
-"""
-Train the tokenizer on a corpus's training text and save it in $NANOCHAT_BASE_DIR/tokenizer.
+"""Train the tokenizer on a corpus's training text and save it in $NANOCHAT_BASE_DIR/tokenizer.
 
     python -m scripts.tok_train --vocab-size=4096
 
@@ -23,8 +22,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from nanochat.common import get_base_dir, open_record, print0, run_main
+from nanochat.common import get_base_dir, print0, run_main
 from nanochat.dataset import iter_text, load_corpus
+from nanochat.record import open_record
 from nanochat.tokenizer import Tokenizer
 
 

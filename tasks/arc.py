@@ -1,5 +1,4 @@
-"""
-ARC: multiple-choice science questions from schools, easy and challenging (Clark et al. 2018, arXiv:1803.05457).
+"""ARC: multiple-choice science questions from schools, easy and challenging (Clark et al. 2018, arXiv:1803.05457).
 
 Splits are the published ones; dev is their validation. Most questions have four choices, a few three or five; some
 number them 1 to 4, which become A to D here.

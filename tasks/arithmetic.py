@@ -1,5 +1,4 @@
-"""
-Word problems of one to four steps, solved with the calculator in GSM8K's answer form (Cobbe et al. 2021).
+"""Word problems of one to four steps, solved with the calculator in GSM8K's answer form (Cobbe et al. 2021).
 
 Made for a model of a few million parameters: short sentences, common words, whole numbers of 1 to 999 all the way. What
 is to be learned is which numbers to take and what to do with them; the calculator computes. A question belongs to one

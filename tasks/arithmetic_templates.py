@@ -1,5 +1,4 @@
-"""
-The stories of tasks/arithmetic.py: plain data, one tuple per template.
+"""The stories of tasks/arithmetic.py: plain data, one tuple per template.
 
 The first string is the question; those after it are its steps, "label: expression". In a question {a} to {f} are
 amounts of 2 to 60, {m} to {q} small numbers of 2 to 12, {x} a large one of 50 to 200. An expression is one operation

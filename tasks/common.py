@@ -1,5 +1,4 @@
-"""
-What every task is: a numbered list of conversations, and a judge of answers.
+"""What every task is: a numbered list of conversations, and a judge of answers.
 
     class Capitals(Task):
         name, eval_type, baseline = "Capitals", "generative", 0.0
@@ -31,9 +30,8 @@ SPLITS = ("train", "dev", "test")
 
 
 class Task(ABC):
-    """
-    A sequence of conversations; `start`, `stop` and `step` take a part of them, as in range(). A `stop` beyond the end
-    means the end. task[i] raises IndexError beyond the end.
+    """A sequence of conversations; `start`, `stop` and `step` take a part of them, as in range(). A `stop` beyond the
+    end means the end. task[i] raises IndexError beyond the end.
     """
 
     name = "Task"
@@ -142,8 +140,7 @@ def message_text(message: dict[str, Any]) -> str:
 
 
 def render_choices(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
-    """
-    A multiple-choice question as the user asks it. The letter stands after its choice and straight behind a sign, so
+    """A multiple-choice question as the user asks it. The letter stands after its choice and straight behind a sign, so
     that it is the very token that the assistant answers with (nanochat's finding).
     """
     lines = [f"- {choice}={letter}" for letter, choice in zip(letters, choices, strict=True)]
@@ -194,8 +191,7 @@ PUBLISHED_ROWS = {
 
 
 class Rows(Sequence[dict[str, Any]]):
-    """
-    The rows of a parquet file, read as columns and handed out as dicts one at a time. `published` is how many there
+    """The rows of a parquet file, read as columns and handed out as dicts one at a time. `published` is how many there
     should be (0 = unknown).
     """
 
@@ -216,10 +212,9 @@ class Rows(Sequence[dict[str, Any]]):
 
 
 def load_rows(dataset: str, subset: str, split: str, make: str | None = None) -> Rows:
-    """
-    A split from task_data, checked against its manifest. Where it is absent it is fetched from the Hugging Face hub as
-    `dataset` (by one process, the others wait), or, when `make` names the command that makes it, that is said. Raises
-    UserError with what to run where it cannot be had.
+    """A split from task_data, checked against its manifest. Where it is absent it is fetched from the Hugging Face hub
+    as `dataset` (by one process, the others wait), or, when `make` names the command that makes it, that is said.
+    Raises UserError with what to run where it cannot be had.
     """
     path = rows_path(dataset, subset, split)
     if not path.exists():

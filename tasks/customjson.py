@@ -1,5 +1,4 @@
-"""
-Conversations of the user's own: a file with one JSON list of {role, content} per line.
+"""Conversations of the user's own: a file with one JSON list of {role, content} per line.
 
     [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A small language model."}]
 
@@ -53,10 +52,9 @@ def read_conversations(path: Path) -> list[list[Message]]:
 
 
 def parse_conversation(line: bytes | str) -> list[Message]:
-    """
-    The messages of one line: a conversation as nanochat.conversation checks it, with at least one answer and no blank
-    text. A question at its end is only read past: 4 of 996 in the published identity file have one. Raises ValueError
-    with what is wrong otherwise.
+    """The messages of one line: a conversation as nanochat.conversation checks it, with at least one answer and no
+    blank text. A question at its end is only read past: 4 of 996 in the published identity file have one. Raises
+    ValueError with what is wrong otherwise.
     """
     try:
         messages = json.loads(line if isinstance(line, str) else line.decode())

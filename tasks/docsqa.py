@@ -1,5 +1,4 @@
-"""
-Questions about the documentation corpus: what a class, function or module of Python's library and of others is for.
+"""Questions about the documentation corpus: what a class, function or module of Python's library and of others is for.
 
 An answer is the first sentence of its documentation string. In the form "open" the sentence is written (for training
 only: there are too many right ways to say it), in the form "choice" it is found among four. Promises: the same corpus
@@ -123,9 +122,8 @@ MAKE = "make the corpus with: python -m nanochat.dataset --source=docs"
 
 @lru_cache(maxsize=1)  # a training mixture takes the same corpus in both forms
 def read_items(folder: Path) -> list[tuple[str, str, str]]:
-    """
-    (kind, name, sentence) of everything in the corpus that can be asked, sorted by name; names with several sentences
-    are left out. Raises UserError where there is no such corpus.
+    """(kind, name, sentence) of everything in the corpus that can be asked, sorted by name; names with several
+    sentences are left out. Raises UserError where there is no such corpus.
     """
     found = defaultdict(set)
     for text in read_texts(folder):

@@ -1,5 +1,4 @@
-"""
-GSM8K: grade-school word problems with the steps written out (Cobbe et al. 2021, arXiv:2110.14168).
+"""GSM8K: grade-school word problems with the steps written out (Cobbe et al. 2021, arXiv:2110.14168).
 
 The published answers mark every computation as `<<48/2=24>>`; here those are calls of the calculator. Splits: the last
 500 rows of the published training file are dev, the rest train; test is test. Only the number after `####` is judged.
@@ -43,8 +42,7 @@ class GSM8K(Task):
 
 
 def answer_parts(answer: str) -> list[dict[str, str]]:
-    """
-    A published answer as parts: text, and each `<<expression=result>>` as a call of the calculator and its output.
+    """A published answer as parts: text, and each `<<expression=result>>` as a call of the calculator and its output.
 
     The output is what our calculator says, so that training shows what a chat will: .4 becomes 0.4, and 144.00 is 144.
     Two training rows divide with //, which it does not know and which leaves no remainder there; they say / here.
@@ -62,9 +60,8 @@ def answer_parts(answer: str) -> list[dict[str, str]]:
 
 
 def extract_answer(text: str) -> Decimal | None:
-    """
-    The number after the last `####`, or None where there is none: "so #### $1,000." gives 1000. A minus, a dollar sign,
-    commas between digits and what follows the number are tolerated, except what makes it another one: 3/4, 1e5.
+    """The number after the last `####`, or None where there is none: "so #### $1,000." gives 1000. A minus, a dollar
+    sign, commas between digits and what follows the number are tolerated, except what makes it another one: 3/4, 1e5.
     """
     _, marker, rest = text.rpartition("####")
     match = NUMBER.match(rest) if marker else None

@@ -1,5 +1,4 @@
-"""
-HumanEval: 164 Python functions to write from their signature and docstring (Chen et al. 2021, arXiv:2107.03374).
+"""HumanEval: 164 Python functions to write from their signature and docstring (Chen et al. 2021, arXiv:2107.03374).
 
 An answer is right when the item's own tests pass. The answer runs in a jail and the tests in another: what a program is
 kept from, and what not, is said in nanochat/execution.py. It has the standard library and no other packages.
@@ -16,8 +15,7 @@ TIMEOUT = 5.0  # seconds; the slowest of the reference solutions takes 0.15 s
 
 
 class HumanEval(Task):
-    """
-    There is only a test split. A conversation also has the item's `prompt`, `entry_point` and `test`. `unsafe`: run
+    """There is only a test split. A conversation also has the item's `prompt`, `entry_point` and `test`. `unsafe`: run
     answers even where the machine cannot lock them in, which otherwise is a UserError.
     """
 
@@ -55,9 +53,8 @@ def extract_code(answer: str) -> str:
 
 
 def answer_program(item: Conversation, code: str) -> str:
-    """
-    What comes before the function in the prompt, and the code. Code that does not define the function is taken as the
-    continuation of the prompt.
+    """What comes before the function in the prompt, and the code. Code that does not define the function is taken as
+    the continuation of the prompt.
     """
     function = re.escape(item["entry_point"])
     defined = re.search(rf"^(?:async )?def {function}\b|^{function}\s*=", code, re.MULTILINE)

@@ -1,5 +1,5 @@
-"""
-Whether the model knows who it is: questions about its name, its maker and what it can do (made by dev/gen_identity.py).
+"""Whether the model knows who it is: questions about its name, its maker and what it can do (made by
+dev/gen_identity.py).
 
 An answer is right when it says the expected things in any words around them. Does not: notice what else it says.
 """
@@ -39,9 +39,8 @@ class Identity(Task):
 
 
 def says(answer: str, expect: list[list[str]]) -> bool:
-    """
-    Whether, of every group, at least one string occurs in the answer, as whole words and in small or capital letters:
-    "no" is not in "know", and "can" not in "can't".
+    """Whether, of every group, at least one string occurs in the answer, as whole words and in small or capital
+    letters: "no" is not in "know", and "can" not in "can't".
     """
     text = answer.lower().replace("\u2019", "'")
     return all(any(re.search(rf"(?<!\w){re.escape(words)}(?!\w|'t\b)", text) for words in group) for group in expect)

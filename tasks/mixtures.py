@@ -1,5 +1,4 @@
-"""
-What the chat stages train on and are measured by, by name.
+"""What the chat stages train on and are measured by, by name.
 
 `default` is nanochat's mixture of January 2026 and needs downloads; `offline` needs none: every item is generated here,
 or taken from the documentation corpus. The sizes of `offline` are for a laptop that trains for minutes. Any other name

@@ -1,5 +1,4 @@
-"""
-MMLU: multiple-choice questions on 57 subjects (Hendrycks et al. 2021, arXiv:2009.03300).
+"""MMLU: multiple-choice questions on 57 subjects (Hendrycks et al. 2021, arXiv:2009.03300).
 
 Splits: train is the published auxiliary_train (99,842 questions from other benchmarks), dev is validation (1,531), test
 is test (14,042). The published "dev", five examples per subject to show in a prompt, is not used.

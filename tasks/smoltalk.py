@@ -1,5 +1,4 @@
-"""
-SmolTalk, the selection for small models: general chats written by larger models (Ben Allal et al. 2025,
+"""SmolTalk, the selection for small models: general chats written by larger models (Ben Allal et al. 2025,
 arXiv:2502.02737). For training only: splits are train (460,341 chats) and dev, the published test rows.
 """
 

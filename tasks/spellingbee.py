@@ -1,5 +1,4 @@
-"""
-Spelling: a model sees tokens and not letters, so it must learn what each token is made of.
+"""Spelling: a model sees tokens and not letters, so it must learn what each token is made of.
 
 SimpleSpelling writes a word letter by letter. SpellingBee counts a letter in a word twice, by hand and with the tool,
 as nanochat's does: letters are hard for it, so it learns to work step by step and to check.

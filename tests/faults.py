@@ -1,5 +1,4 @@
-"""
-Stages in forked processes, on any number of ranks, that are killed, signalled and lied to at chosen points.
+"""Stages in forked processes, on any number of ranks, that are killed, signalled and lied to at chosen points.
 
     with Faults(base_dir) as faults:
         code, output = faults.run("base", {"num_iterations": 6}, kill_at=("loop", 40))
@@ -113,8 +112,7 @@ class Faults:
         return codes[0], output
 
     def prepare_chats(self, **settings: Any) -> None:
-        """
-        What the chat stages start from: a base model `t` of 256 tokens' context, and chats.jsonl: 300 conversations
+        """What the chat stages start from: a base model `t` of 256 tokens' context, and chats.jsonl: 300 conversations
         with tools, and with uneven numbers of supervised tokens.
         """
         shape = {"max_seq_len": 256, "total_batch_size": 1024, "num_iterations": 8, "model_tag": "t"}

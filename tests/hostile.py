@@ -1,5 +1,4 @@
-"""
-Programs that try to do harm, or to look right without being so: families with parameters, the same ones every time.
+"""Programs that try to do harm, or to look right without being so: families with parameters, the same ones every time.
 
 They are text and run in the jail alone. `programs()` gives (name, source); in a source stand SECRET (a file outside),
 FOLDER (where it lies, with `canary` and `socket`), PORT (a listener on 127.0.0.1), PARENT (the process id of who starts

@@ -1,5 +1,4 @@
-"""
-A Hugging Face hub on 127.0.0.1, as far as a download of data sets needs one, that fails in every way it is told to.
+"""A Hugging Face hub on 127.0.0.1, as far as a download of data sets needs one, that fails in every way it is told to.
 
 It answers /api/datasets/OWNER/NAME[/revision/COMMIT] and /datasets/OWNER/NAME/resolve/COMMIT/PATH, which redirects
 large files (here .parquet) to another address, as the hub does; and /plain/NAME for files outside any repository.

@@ -1,5 +1,5 @@
-"""
-One rank of a run in which something goes wrong; tests/test_peers.py starts several: `python -m tests.rank_faults FAULT`
+"""One rank of a run in which something goes wrong; tests/test_peers.py starts several: `python -m tests.rank_faults
+FAULT`
 
 With STORE=FOLDER the ranks are watched and nothing else: no torch, a start in 0.1 s, and a main thread that waits for
 the others as it does in a NCCL collective, which hangs when a rank is dead. Without it they compute with gloo.
@@ -14,7 +14,8 @@ from datetime import timedelta
 from pathlib import Path
 
 from nanochat import peers
-from nanochat.common import UserError, get_rank, run_main, write_atomic
+from nanochat.common import UserError, get_rank, run_main
+from nanochat.files import write_atomic
 
 
 def do(fault: str) -> None:

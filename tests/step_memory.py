@@ -1,6 +1,5 @@
-"""
-Memory of a training step on a CPU, counted by the allocator itself: torch's profiler reports every allocation, those of
-compiled code too.
+"""Memory of a training step on a CPU, counted by the allocator itself: torch's profiler reports every allocation, those
+of compiled code too.
 
     python -m tests.step_memory '{"n_layer": 2, "n_embd": 256, "n_head": 4, "sequence_len": 256}' 4 bfloat16 eager
     torchrun --nproc_per_node=3 -m tests.step_memory '{"n_layer": 4}' 4 bfloat16 compiled+shard+recompute

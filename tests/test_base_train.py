@@ -45,9 +45,8 @@ def losses(home: Path, tag: str) -> list[float]:
 
 
 def test_golden_run(home, faults):
-    """
-    Twenty steps at depth 2: the same bits in another process, and near the stored losses on any machine. A change
-    of the mathematics must say so and store new ones: set NANOCHAT_STORE_GOLDEN=1 and run this test.
+    """Twenty steps at depth 2: the same bits in another process, and near the stored losses on any machine. A change of
+    the mathematics must say so and store new ones: set NANOCHAT_STORE_GOLDEN=1 and run this test.
     """
     train(faults, "second")
     assert tiny.weights(home, "whole", 20) == tiny.weights(home, "second", 20)
@@ -148,8 +147,8 @@ def train_here(home, monkeypatch):
 
 
 def test_minutes_become_steps_and_leave_no_trace(home, train_here):
-    """
-    A budget in minutes is the run that its number of steps gives: the trial steps that measured the pace are undone.
+    """A budget in minutes is the run that its number of steps gives: the trial steps that measured the pace
+    are undone.
     """
     train_here(model_tag="budget", minutes=0.002, num_iterations=None)
     plan = tiny.events(home, "base", "budget", "plan")[0]

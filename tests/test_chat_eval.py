@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat.common import read_record
 from nanochat.configurator import parse_args, read_block
 from nanochat.conversation import render_for_completion
 from nanochat.gpt import GPTConfig
+from nanochat.record import read_record
 from nanochat.task_eval import evaluate_task, mean_centred
 from scripts import chat_eval
 from tasks.arc import ARC

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from nanochat import checkpoint_manager as manager
-from nanochat.common import NotFinite, UserError, read_sealed, seal
+from nanochat.common import NotFinite, UserError
 from nanochat.compute import Compute
+from nanochat.files import read_sealed, seal
 from nanochat.gpt import GPTConfig, build_model
 
 CPU = Compute(torch.device("cpu"), torch.float32)

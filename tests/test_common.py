@@ -7,20 +7,21 @@ import sys
 
 import pytest
 
-from nanochat import common
+from nanochat import common, files
+from nanochat import record as record_of
 from nanochat.common import Stopped, UserError
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "file.json"
-    common.write_atomic(path, "old")
+    files.write_atomic(path, "old")
 
     def full_disk(fd):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(common.os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space"):
-        common.write_atomic(path, "new and longer")
+        files.write_atomic(path, "new and longer")
     assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["file.json"]
 
 
@@ -57,12 +58,12 @@ def test_our_own_errors_keep_their_traceback():
 
 def test_records_are_whole_lines_and_say_where_they_come_from(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    first, second = (common.open_record("base", "d4", {"depth": 4}) for _ in range(2))
+    first, second = (record_of.open_record("base", "d4", {"depth": 4}) for _ in range(2))
     first.write("step", step=1, loss=2.5)
     assert first.path != second.path  # two runs within one second
     first.close()
     second.close()
-    start, step = common.read_record(first.path)
+    start, step = record_of.read_record(first.path)
     assert (start["event"], start["stage"], start["settings"]) == ("start", "base", {"depth": 4})
     assert {"argv", "git", "python", "versions"} <= start.keys() and step["loss"] == 2.5
 
@@ -70,16 +71,16 @@ def test_records_are_whole_lines_and_say_where_they_come_from(tmp_path, monkeypa
 def test_a_record_cut_short_by_a_crash_is_read_up_to_there(tmp_path):
     path = tmp_path / "base-d4-1.jsonl"
     path.write_text(json.dumps({"event": "start"}) + "\n" + '{"event": "st')
-    assert common.read_record(path) == [{"event": "start"}]
+    assert record_of.read_record(path) == [{"event": "start"}]
     path.write_text('{"event": "st\n' + json.dumps({"event": "end"}) + "\n")
     with pytest.raises(ValueError, match=r"d4-1\.jsonl:1"):
-        common.read_record(path)
+        record_of.read_record(path)
 
 
 def test_other_ranks_are_silent(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     monkeypatch.setenv("RANK", "1")
-    record = common.open_record("base", "d4", {})
+    record = record_of.open_record("base", "d4", {})
     record.write("step", step=1)
     record.close()
     common.print0("hello")
@@ -90,13 +91,13 @@ def test_a_sealed_file_is_read_as_it_was_written_or_not_at_all(tmp_path):
     path = tmp_path / "a.json"
     for value in ({"a": [1, {"b": None}]}, {"sha": "}"}, {"é": '\n"sha256":"'}):
         for indent in (None, 1):
-            path.write_text(common.seal(json.dumps(value, indent=indent)), encoding="utf-8")
-            assert common.read_sealed(path) == value
+            path.write_text(files.seal(json.dumps(value, indent=indent)), encoding="utf-8")
+            assert files.read_sealed(path) == value
     whole = path.read_bytes()
     for damaged in (whole[:-1], whole + b" ", b"", whole.replace(b"sha", b"shb", 1), b"{}", b'{"sha256":""}'):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="not as it was written"):
-            common.read_sealed(path)
-    path.write_text(common.seal('{"a":' + "[" * 100_000 + "]" * 100_000 + "}"))
+            files.read_sealed(path)
+    path.write_text(files.seal('{"a":' + "[" * 100_000 + "]" * 100_000 + "}"))
     with pytest.raises(ValueError, match="nested too deeply"):
-        common.read_sealed(path)
+        files.read_sealed(path)

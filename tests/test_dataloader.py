@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanochat import dataloader
-from nanochat.common import UserError, sha256_file
+from nanochat.common import UserError
 from nanochat.compute import Compute
 from nanochat.dataloader import Position, deal_rows, pack_bos, pack_flat, packed_blocks, prefetch, training_stream
+from nanochat.files import sha256_file
 from tests.reference.byte_tokenizer import ByteTokenizer
 
 BOS, T = 256, 8
@@ -35,9 +36,8 @@ def without_bos(tokens) -> Counter:
 
 @given(first=documents, second=documents)
 def test_bos_packing_loses_and_doubles_nothing(first, second):
-    """
-    Over two blocks, the second taking up the first one's unfinished row, every token lands in exactly one row or in the
-    carry.
+    """Over two blocks, the second taking up the first one's unfinished row, every token lands in exactly one row or in
+    the carry.
     """
     a = pack_bos(*as_arrays(first), (), BOS, T)
     b = pack_bos(*as_arrays(second), a.carry, BOS, T)
@@ -60,8 +60,8 @@ def test_bos_packing_keeps_text_in_order(texts):
 
 
 def test_bos_packing_by_hand():
-    """
-    Rows of 9: the 20-token document is cut into 8 + 8 + 4; 4 and the 3-token one fill a row of 1 + 4 + 1 + 3 exactly.
+    """Rows of 9: the 20-token document is cut into 8 + 8 + 4; 4 and the 3-token one fill a row of 1 + 4 + 1 + 3
+    exactly.
     """
     packed = pack_bos(*as_arrays([list(range(20)), [50, 51, 52]]), (), BOS, T)
     assert packed.rows.tolist() == [

@@ -24,9 +24,10 @@ import pytest
 from huggingface_hub import constants, hf_hub_download
 
 from nanochat import download, task_data
-from nanochat.common import UserError, read_sealed
+from nanochat.common import UserError
 from nanochat.download import RemoteFile, fetch_files, list_repository
 from nanochat.eval_bundle import fetch_bundle, find_bundle
+from nanochat.files import read_sealed
 from tasks.arc import ARC
 from tasks.common import load_rows, rows_path, write_rows
 from tasks.gsm8k import GSM8K

@@ -1,5 +1,4 @@
-"""
-Nothing is lost: runs that are killed, stopped, lied to, damaged and starved of disk, in every stage.
+"""Nothing is lost: runs that are killed, stopped, lied to, damaged and starved of disk, in every stage.
 
 Each test has a quick tier here and a long one in dev/soak.sh with the numbers of docs/reference/durability.md.
 """
@@ -135,9 +134,8 @@ FAULT_NAMES = {"kill_at", "signal_at", "count", "limit_file_size", "spoil", "ran
 @pytest.mark.parametrize("place", ["loop", "save"])
 @pytest.mark.parametrize("stage", ["base", "mid", "sft", "rl"])
 def test_kill_9_anywhere_loses_at_most_save_every_steps(home, faults, stage, place, trials):
-    """
-    Killed, resumed, killed again, at random lines of the loop or of saving: a whole newest checkpoint each time, and in
-    the end the bits of the run that nobody killed.
+    """Killed, resumed, killed again, at random lines of the loop or of saving: a whole newest checkpoint each time, and
+    in the end the bits of the run that nobody killed.
     """
     lab, rng = Lab(home, faults, stage), random.Random(f"{stage}{place}")
     lab.whole()
@@ -177,8 +175,7 @@ def damage(path: Path, how: str, rng: random.Random) -> None:
 
 @pytest.mark.parametrize("trials", tiers(6, 200))
 def test_damage_in_any_file_is_found_and_never_trained_on(home, faults, trials):
-    """
-    In a file of the newest checkpoint: the one before is used, and the run ends as if nothing had been. In corpus or
+    """In a file of the newest checkpoint: the one before is used, and the run ends as if nothing had been. In corpus or
     tokenizer: the run ends with the file's name, before a step.
     """
     lab, rng = Lab(home, faults, "base"), random.Random(trials)
@@ -249,8 +246,7 @@ def test_a_small_file_system_says_what_is_needed(home, faults):
 
 @pytest.mark.parametrize("trials", tiers(3, 20))
 def test_sigterm_to_one_of_two_ranks_stops_both_and_resumes_bit_for_bit(home, faults, trials):
-    """
-    At lines of the loop and of saving, spread over the run, among them those of evaluations and samples; to one rank
+    """At lines of the loop and of saving, spread over the run, among them those of evaluations and samples; to one rank
     only.
     """
     lab, rng = Lab(home, faults, "base", eval_every=3, sample_every=5), random.Random(trials)
@@ -278,8 +274,7 @@ def test_sigterm_to_one_of_two_ranks_stops_both_and_resumes_bit_for_bit(home, fa
 
 @pytest.mark.soak
 def test_sigterm_at_any_moment_of_the_clock(home, faults):
-    """
-    Not at a line but at a time after the ranks have met, also before the loop: then there is nothing to save, and
+    """Not at a line but at a time after the ranks have met, also before the loop: then there is nothing to save, and
     nothing is lost either.
     """
     lab, rng = Lab(home, faults, "base", eval_every=3, sample_every=5), random.Random(5)

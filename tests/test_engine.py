@@ -56,9 +56,8 @@ def test_rows_of_different_length_decode_together():
 
 
 def test_samples_do_not_share_their_first_token():
-    """
-    nanochat once drew the first token once and gave it to all samples. At temperature 1 over 300 nearly equal tokens,
-    32 samples agree by chance with probability below 300^-31.
+    """nanochat once drew the first token once and gave it to all samples. At temperature 1 over 300 nearly equal
+    tokens, 32 samples agree by chance with probability below 300^-31.
     """
     samples, _ = Engine(small_model()).generate_batch([PROMPT], num_samples=32, max_tokens=1, temperature=1.0)
     assert len({tokens[0] for tokens in samples}) > 1

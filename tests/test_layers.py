@@ -5,8 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    "calculator common configurator download eval_bundle execution jail_stub report_page report_runs schedule sizing "
-    "task_data",
+    "calculator common configurator download eval_bundle execution files jail_stub record report_page report_runs "
+    "schedule sizing task_data",
     "adamw compute dataset docs_corpus folder_corpus muon peers sharding shards tensors tokenizer",
     "conversation dataloader gpt",
     "checkpoint_manager core_eval engine guard hf_model loss_eval task_eval",
@@ -14,13 +14,14 @@ LAYERS = [
 ]
 SIBLINGS = {
     "configurator": {"common"},
-    "download": {"common"},
-    "eval_bundle": {"common", "download"},
+    "record": {"common"},
+    "download": {"common", "files"},
+    "eval_bundle": {"common", "download", "files"},
     "execution": {"common", "jail_stub"},
-    "task_data": {"common", "download"},
+    "task_data": {"common", "download", "files"},
     "schedule": {"common"},
     "sizing": {"common", "schedule"},
-    "report_runs": {"common"},
+    "report_runs": {"common", "record"},
     "report": {"report_compare"},
     "dataloader": {"conversation"},
     "task_eval": {"engine"},

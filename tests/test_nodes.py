@@ -1,5 +1,4 @@
-"""
-Two machines, as two network namespaces joined by a cable, that train one model with the commands of
+"""Two machines, as two network namespaces joined by a cable, that train one model with the commands of
 docs/how-to/several-nodes.md; and which GPU and how many neighbours a rank has, whoever started it.
 """
 

@@ -67,8 +67,8 @@ def test_adamw_matches_the_paper_and_torch():
 
 
 def test_adam_moments_do_not_stall_in_low_precision():
-    """
-    nanochat keeps the second moment of bf16 embeddings in bf16: from 1.0 towards 0.5 it stops at 0.89 (beta2 0.995).
+    """nanochat keeps the second moment of bf16 embeddings in bf16: from 1.0 towards 0.5 it stops at 0.89
+    (beta2 0.995).
     """
     p = torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
     optimizer = AdamW([{"params": [("p", p)], "lr": 0.0}], betas=(0.8, 0.995))

@@ -1,5 +1,4 @@
-"""
-Runs of several ranks in which one dies: all others must end soon, with one line in all that says which it was.
+"""Runs of several ranks in which one dies: all others must end soon, with one line in all that says which it was.
 
 Most runs are ranks that only watch each other (tests/rank_faults.py): they start without torch. The last ones compute.
 """

@@ -1,5 +1,4 @@
-"""
-The same run on 1, 2, 3 and 6 ranks, every stage and every evaluation: gloo on CPU, the code path of many GPUs.
+"""The same run on 1, 2, 3 and 6 ranks, every stage and every evaluation: gloo on CPU, the code path of many GPUs.
 
 The parts are tested elsewhere: the rows of a rank (test_dataloader.py, test_chat_loader.py), its share of the
 optimizers (test_optimizers.py), continuing on another number of ranks (test_durability.py).
@@ -67,8 +66,7 @@ def train(faults: Faults, stage: str, ranks: int) -> dict[str, list[dict[str, An
 
 
 def state_bytes(layers: int, ranks: int) -> int:
-    """
-    Optimizer state of one rank, in fp32: of each stack of equal matrices ceil(n / ranks) whole ones, with a momentum
+    """Optimizer state of one rank, in fp32: of each stack of equal matrices ceil(n / ranks) whole ones, with a momentum
     and a number per row (or column of a wide one); of embedding and head ceil(rows / ranks) rows of two moments.
     """
 
@@ -81,9 +79,8 @@ def state_bytes(layers: int, ranks: int) -> int:
 
 @pytest.mark.parametrize(("stage", "ranks"), RUNS)
 def test_losses_are_those_of_one_rank_and_optimizer_state_is_divided(faults, stage, ranks):
-    """
-    And so are the validations, whose batches the ranks do not share evenly: of 15 rows of chats in batches of 6, three
-    are left for the last one, which leaves ranks with none.
+    """And so are the validations, whose batches the ranks do not share evenly: of 15 rows of chats in batches of 6,
+    three are left for the last one, which leaves ranks with none.
     """
     one, many = train(faults, stage, 1), train(faults, stage, ranks)
     assert len(one["step"]) == len(many["step"]) == STEPS

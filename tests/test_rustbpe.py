@@ -140,8 +140,8 @@ def test_an_interrupted_training_ends_and_says_so() -> None:
 
 
 def test_an_interrupted_call_keeps_its_memory_until_it_has_ended(vocabulary: list[bytes]) -> None:
-    """
-    An interrupted Thread.join takes the running thread for ended, so buffers were freed under Rust's hands (SIGSEGV).
+    """An interrupted Thread.join takes the running thread for ended, so buffers were freed under Rust's hands
+    (SIGSEGV).
 
     The interrupt is a real signal and comes while the main thread waits, which is where it broke.
     """

@@ -1,5 +1,4 @@
-"""
---shard: the same run with weights, gradients and optimizer state in parts on all ranks. gloo on CPU.
+"""--shard: the same run with weights, gradients and optimizer state in parts on all ranks. gloo on CPU.
 
 Losses, checkpoints and validations are those of whole models; what ends a run early ends it on all ranks.
 """

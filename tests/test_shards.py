@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat import dataset, shards
-from nanochat.common import UserError, sha256_file
+from nanochat.common import UserError
+from nanochat.files import sha256_file
 from nanochat.folder_corpus import read_documents
 from nanochat.shards import DocumentIndex, iter_text, read_blocks
 

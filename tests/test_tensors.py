@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat.common import UserError, seal
+from nanochat.common import UserError
+from nanochat.files import seal
 from nanochat.tensors import (
     MAX_HEADER_BYTES,
     TensorInfo,
@@ -244,9 +245,8 @@ MUTATIONS: list[Mutation] = [flip_bits, flip_bits, truncate, zero_pages, change_
 
 
 def mutants(original: bytes, end: int, count: int, seed: int, fix_length: bool) -> Iterator[tuple[str, bytes]]:
-    """
-    (name, file) of `count` mutations within the first `end` bytes. With fix_length every other one gets a true header
-    length again, so that what is behind it is reached.
+    """(name, file) of `count` mutations within the first `end` bytes. With fix_length every other one gets a true
+    header length again, so that what is behind it is reached.
     """
     for number in range(count):
         rng = random.Random(seed * 1000 + number)
@@ -259,7 +259,8 @@ def mutants(original: bytes, end: int, count: int, seed: int, fix_length: bool) 
 
 CHILD = """
 import json, resource, sys, time
-from nanochat.common import UserError, read_sealed
+from nanochat.common import UserError
+from nanochat.files import read_sealed
 
 kind, limit = sys.argv[1], int(sys.argv[2])
 if kind == "tokenizer":
@@ -327,8 +328,7 @@ def check(results: list[list[Any]], refused_by: str, legal: Callable[[Any], bool
 
 
 def test_mutated_safetensors_are_refused_or_have_the_same_header(tmp_path: Path) -> None:
-    """
-    A mutation of the data alone is legal here. One of the header is refused, or it says the same tensors (blanks are
+    """A mutation of the data alone is legal here. One of the header is refused, or it says the same tensors (blanks are
     blanks), or other names or shapes of the same bytes, which check_tensors compares with the model.
     """
     save_tensors(tmp_path / "original", TENSORS)

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.common import UserError, seal
+from nanochat.common import UserError
+from nanochat.files import seal
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer, get_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog; the dog sleeps. Größe 你好 🙂 1,234 <|bos|>\n" * 20

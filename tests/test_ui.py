@@ -1,5 +1,4 @@
-"""
-The page in a browser: headless Chromium over its DevTools pipe where there is one, and, where there is Node.js, the
+"""The page in a browser: headless Chromium over its DevTools pipe where there is one, and, where there is Node.js, the
 page's script with a document of 60 lines. Both talk to a real server whose engine the test steps by hand.
 """
 

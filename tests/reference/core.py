@@ -1,5 +1,4 @@
-"""
-CORE one item at a time: the item's prompts are padded into one batch, all logits are made, and losses read off them.
+"""CORE one item at a time: the item's prompts are padded into one batch, all logits are made, and losses read off them.
 
 Takes the rows of a task's file as they are; shares nothing with nanochat.core_eval.
 """

@@ -1,5 +1,4 @@
-"""
-The usual way to feed a training loop, and the slow twin of nanochat/dataloader.py: documents tokenised on the fly by
+"""The usual way to feed a training loop, and the slow twin of nanochat/dataloader.py: documents tokenised on the fly by
 tiktoken on four threads, packed best-fit in Python from a buffer of a thousand. What does not fit is cropped and lost.
 """
 

@@ -1,5 +1,4 @@
-"""
-The model that nanochat trained in October 2025, as its description says it, one step per line and fp32 throughout.
+"""The model that nanochat trained in October 2025, as its description says it, one step per line and fp32 throughout.
 
 Weights are a plain dict under nanochat's names. Embedding, RMSNorm; per layer attention and a squared-ReLU MLP, each on
 the normalised stream; RMSNorm, untied head, logits capped at 15. Positions turn the complex numbers made of the two
