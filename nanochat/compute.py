@@ -263,7 +263,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     card = find_card(torch.cuda.get_device_name(device))
-    return card[2] * 1e12 if card else None
+    return card.tflops * 1e12 if card else None
 
 
 def synchronize(device: torch.device) -> None:

@@ -12,13 +12,14 @@ from typing import Any
 
 from nanochat.common import UserError
 from nanochat.record import read_record
+from nanochat.sizing import CARDS
 
 Event = dict[str, Any]
 Events = list[Event]
 Grades = dict[str, dict[str, Event]]  # task, then source
 STAGES = {"base": "base", "mid": "mid", "sft": "SFT", "rl": "RL"}  # the stages that train, and what they are called
 MEANS = {"core": "CORE", "chatcore": "ChatCORE", "chatcore_cat": "ChatCORE-cat"}  # events with a mean over tasks
-DOLLARS = {"H100": 3.00, "A100": 1.79, "V100": 0.55}  # of one card for an hour, as nanochat reckons
+DOLLARS = {card.name: card.dollars for card in CARDS if card.dollars}  # for an hour
 PARTIAL = "partial "  # before the name of a mean where tasks, or problems of them, were not there
 
 

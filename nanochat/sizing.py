@@ -9,20 +9,32 @@ buffers, fragments. Those are what the margin is for.
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from nanochat.common import UserError
 from nanochat.schedule import BatchPlan, plan_batches
 
-# Memory in GB and dense bf16 peak in TFLOP/s of one device as torch sees it, from the vendors' data sheets. The first
-# name found in the device's name counts, so longer names first.
-CARDS: dict[str, tuple[float, float]] = {
-    "GB200": (186, 2500), "B200": (180, 2250), "H200": (141, 989), "H100 PCIe": (80, 756), "H100 NVL": (94, 835),
-    "H100": (80, 989), "H800": (80, 989), "A100": (80, 312), "A800": (80, 312), "L40S": (48, 362), "L4": (24, 121),
-    "A40": (48, 149.7), "A10": (24, 125), "A6000": (48, 154.8), "6000 Ada": (48, 364), "RTX 5090": (32, 209.5),
-    "RTX 4090": (24, 165.2), "RTX 4080": (16, 97.5), "RTX 3090": (24, 71), "MI355X": (288, 2500),
-    "MI325X": (256, 1307), "MI300X": (192, 1307), "MI300A": (128, 981), "MI250X": (64, 191.5), "MI210": (64, 181),
-    "7900 XTX": (24, 122.8), "7900 XT": (20, 103.2), "9070 XT": (16, 195),
-}  # fmt: skip
+
+class Card(NamedTuple):
+    """One device as torch sees it, by its vendor's data sheet."""
+
+    name: str  # part of the device's own name
+    gb: float
+    tflops: float  # dense, in bf16; of a V100, which has no bf16, in fp32
+    dollars: float | None = None  # for an hour, as nanochat reckons; None where no price is known
+
+
+# Longer names first: find_card takes the first that a device's name holds.
+CARDS = (
+    Card("GB200", 186, 2500), Card("B200", 180, 2250), Card("H200", 141, 989), Card("H100 PCIe", 80, 756, 3.00),
+    Card("H100 NVL", 94, 835, 3.00), Card("H100", 80, 989, 3.00), Card("H800", 80, 989), Card("A100", 80, 312, 1.79),
+    Card("A800", 80, 312), Card("V100", 16, 15.7, 0.55), Card("L40S", 48, 362), Card("L4", 24, 121),
+    Card("A40", 48, 149.7), Card("A10", 24, 125), Card("A6000", 48, 154.8), Card("6000 Ada", 48, 364),
+    Card("RTX 5090", 32, 209.5), Card("RTX 4090", 24, 165.2), Card("RTX 4080", 16, 97.5), Card("RTX 3090", 24, 71),
+    Card("MI355X", 288, 2500), Card("MI325X", 256, 1307), Card("MI300X", 192, 1307), Card("MI300A", 128, 981),
+    Card("MI250X", 64, 191.5), Card("MI210", 64, 181), Card("7900 XTX", 24, 122.8), Card("7900 XT", 20, 103.2),
+    Card("9070 XT", 16, 195),
+)  # fmt: skip
 
 MARGIN = 0.1  # of the memory, left free
 TOTAL_TOLERANCE = 0.03  # how far a step may be from the tokens asked for, to take fewer micro-batches
@@ -91,9 +103,9 @@ def config_from_depth(
     return GPTConfig(sequence_len, vocab_size, depth, n_head, kv_heads or n_head, n_head * head_dim, window_pattern)
 
 
-def find_card(name: str) -> tuple[str, float, float] | None:
-    """(name in CARDS, GB, TFLOP/s) of a device by its own name; None when it is not in the table."""
-    return next(((card, *figures) for card, figures in CARDS.items() if card.lower() in name.lower()), None)
+def find_card(device_name: str) -> Card | None:
+    """The card of a device, by the device's own name in any case; None when it is not in the table."""
+    return next((card for card in CARDS if card.name.lower() in device_name.lower()), None)
 
 
 # -----------------------------------------------------------------------------

@@ -52,7 +52,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nanochat.common import UserError, print0, run_main
-from nanochat.report_runs import DOLLARS
 from nanochat.schedule import BatchPlan, plan_batches, plan_horizon
 from nanochat.sizing import (
     CARDS,
@@ -146,9 +145,9 @@ def find_machine() -> Machine:
         return Machine("GPU" if device_type == "cuda" else "CPU", vram_gb, None)
     found = find_card(card)
     if not found:
-        raise UserError(f"--card={card!r} is not in the table; give --vram-gb=GB, or one of: {', '.join(CARDS)}")
-    name, gigabytes, tflops = found
-    return Machine(name, vram_gb or gigabytes, tflops)
+        names = ", ".join(known.name for known in CARDS)
+        raise UserError(f"--card={card!r} is not in the table; give --vram-gb=GB, or one of: {names}")
+    return Machine(found.name, vram_gb or found.gb, found.tflops)
 
 
 def make_plan(layers: int, machine: Machine) -> Plan:
@@ -251,13 +250,12 @@ def show_memory(plan: Plan, machine: Machine) -> None:
 
 def show_time(plan: Plan, machine: Machine) -> None:
     """Hours, and dollars where a price is known, at an assumed share of the peak."""
-    cards = {machine.name: machine.tflops} if machine.tflops else {}
-    if not cards and device_type == "cuda":
-        cards = {name: CARDS[name][1] for name in ("H100", "A100", "RTX 4090", "7900 XTX")}
+    names = (machine.name,) if machine.tflops else ("H100", "A100", "RTX 4090", "7900 XTX")
+    cards = [card for card in CARDS if card.name in names] if machine.tflops or device_type == "cuda" else []
     if not cards:
         print0("time: not known without a peak; base_train --minutes=5 measures its pace and says what fits")
-    for name, tflops in cards.items():
-        price = dollars_per_hour if dollars_per_hour is not None else DOLLARS.get(name)
+    for name, _, tflops, known in cards:
+        price = dollars_per_hour if dollars_per_hour is not None else known
         for share in (mfu,) if mfu else (0.4, 0.1):
             hours = plan.hours(tflops, share)
             rate = plan.tokens / hours / 3600

@@ -21,7 +21,7 @@ SIBLINGS = {
     "task_data": {"common", "download", "files"},
     "schedule": {"common"},
     "sizing": {"common", "schedule"},
-    "report_runs": {"common", "record"},
+    "report_runs": {"common", "record", "sizing"},
     "report": {"report_compare"},
     "dataloader": {"conversation"},
     "task_eval": {"engine"},

@@ -80,8 +80,8 @@ def test_the_loss_is_cut_into_as_many_slices(device: str) -> None:
 
 
 def test_cards_are_those_whose_peak_is_known() -> None:
-    assert sizing.find_card("AMD Radeon RX 7900 XTX") == ("7900 XTX", 24, 122.8)
-    assert sizing.find_card("NVIDIA H100 PCIe") == ("H100 PCIe", 80, 756)
+    assert sizing.find_card("AMD Radeon RX 7900 XTX") == ("7900 XTX", 24, 122.8, None)
+    assert sizing.find_card("NVIDIA H100 PCIe") == ("H100 PCIe", 80, 756, 3.00)
     assert sizing.find_card("GeForce 256") is None
 
 
