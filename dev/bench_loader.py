@@ -34,10 +34,10 @@ ROWS, SEQUENCE_LEN = 32, 2048
 
 
 def main() -> None:
-    from nanochat.dataset import load_corpus
+    from nanochat.corpus import load_corpus
     from nanochat.tokenizer import Tokenizer
 
-    files = sorted(Path(corpus).glob("*.parquet")) if Path(corpus).is_dir() else load_corpus(corpus).train_files
+    files = sorted(Path(corpus).glob("*.parquet")) if Path(corpus).is_dir() else list(load_corpus(corpus).train)
     with tempfile.TemporaryDirectory() as folder:
         chunks = (chunk for file in files for chunk in read_text(file).chunks)
         Tokenizer.train(chunks, vocab_size).save(folder)
@@ -86,12 +86,13 @@ def ours(question: dict[str, Any]) -> Iterator[Any]:
     import torch
 
     from nanochat.compute import Compute
+    from nanochat.corpus import Shards
     from nanochat.dataloader import training_stream
     from nanochat.tokenizer import Tokenizer
 
-    files = [Path(file) for file in question["files"]]
+    shards = Shards(tuple(Path(file) for file in question["files"]))
     compute = Compute(torch.device("cpu"), torch.float32, 0, 1)
-    return training_stream(files, Tokenizer.load(question["tokenizer"]), ROWS, SEQUENCE_LEN, compute)
+    return training_stream(shards, Tokenizer.load(question["tokenizer"]), ROWS, SEQUENCE_LEN, compute)
 
 
 def usual(question: dict[str, Any]) -> Iterator[Any]:

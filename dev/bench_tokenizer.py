@@ -70,10 +70,10 @@ def write_text(folder: Path) -> int:
     import pyarrow.parquet as pq
 
     import rustbpe
-    from nanochat.dataset import load_corpus
+    from nanochat.corpus import load_corpus
     from nanochat.tokenizer import expand_merges
 
-    files = sorted(Path(corpus).glob("*.parquet")) if Path(corpus).is_dir() else load_corpus(corpus).train_files
+    files = sorted(Path(corpus).glob("*.parquet")) if Path(corpus).is_dir() else list(load_corpus(corpus).train)
     rows = pa.concat_tables([pq.read_table(file, columns=["text"]) for file in files])["text"]
     once = [text for text in rows.cast(pa.large_string()).to_pylist() if text]
     texts: list[str] = []

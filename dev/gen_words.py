@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from nanochat.common import UserError, run_main
-from nanochat.dataset import iter_text, load_corpus
+from nanochat.corpus import iter_text, load_corpus
 from tasks.common import rows_path, write_rows
 
 WORD = re.compile(r"(?<![\w'.\-])[a-z]{3,12}(?![\w'(=\-]|\.\w)")  # lower case, no part of a name, a path or a call
@@ -34,7 +34,7 @@ def main() -> None:
         print(f"words: {path} is there already (--overwrite replaces it)")
         return
     text = load_corpus(corpus)
-    words = frequent_words(iter_text(text.train_files, text.hashes), min_count, max_words, max_chars)
+    words = frequent_words(iter_text(text.train), min_count, max_words, max_chars)
     if not words:
         raise UserError(f"no word occurs {min_count} times in {text.path}; lower --min-count or take a larger corpus")
     write_rows("words", "default", "all", [{"word": word} for word in words], f"corpus {text.name}")

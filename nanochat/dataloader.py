@@ -2,7 +2,7 @@
 
 A numbered pipeline of generators, each resumable from what it yields:
 
-    1. read      consecutive documents, about 4 MB at a time (a block)            shards.read_blocks
+    1. read      consecutive documents, about 4 MB at a time (a block)            corpus.read_blocks
     2. tokenise  the whole block in one call, on the fly: there is no token cache  tokenizer.encode_arrow
     3. pack      the block into rows of T + 1 tokens, in an order shuffled by seed  pack_bos or pack_flat
     4. deal      rows to batches: a batch is B rows for each rank, a rank takes its own
@@ -11,17 +11,15 @@ Conversations go the same way, 2,048 to a block, rendered with their loss mask a
 
 Promises: N ranks see together exactly what one rank sees; `Position` resumes any number of ranks at any batch; every
 token of every document is trained on once per epoch (a row cut short at the end of a block is carried into the next);
-too little text is an error, and so is a shard that is not the one its manifest names (`hashes`), before any of it is
-tokenised. Costs: every rank tokenises everything. Attention is not masked between the documents of a row (measured as
-neutral by nanochat).
+too little text is an error. Costs: every rank tokenises everything. Attention is not masked between the documents of a
+row (measured as neutral by nanochat).
 """
 
 import queue
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,9 +29,10 @@ from torch import Tensor
 from nanochat.common import UserError
 from nanochat.compute import Compute
 from nanochat.conversation import Conversations, Rendered, render_conversations
-from nanochat.shards import ELSEWHERE, DocumentIndex, read_blocks
+from nanochat.corpus import DocumentIndex, Shards, read_blocks
 from nanochat.tokenizer import Tokenizer
 
+ELSEWHERE = "resume from another checkpoint: --resume-from-step=N"
 Item = TypeVar("Item")
 AnyPosition = TypeVar("AnyPosition", "Position", "ChatPosition")
 BLOCK_BYTES = 4 << 20  # text tokenised and packed together: a million tokens, thousands of rows to pack and shuffle
@@ -46,7 +45,7 @@ class Position:
     """
 
     epoch: int = 0
-    shard: int = 0  # first document of the current block, as in shards.DocumentIndex
+    shard: int = 0  # first document of the current block, as in corpus.DocumentIndex
     row_group: int = 0
     row: int = 0
     rows_used: int = 0  # rows of the current block already dealt out
@@ -175,13 +174,12 @@ PACKERS = {"bos": pack_bos, "flat": pack_flat}
 
 
 def packed_blocks(
-    files: Sequence[Path],
+    shards: Shards,
     tokenizer: Tokenizer,
     sequence_len: int,
     packing: str,
     seed: int,
     start: Position,
-    hashes: Mapping[Path, str] | None = None,
 ) -> Iterator[tuple[np.ndarray, Position]]:
     """Yield (rows (R, T + 1), position of the block's first row), epoch after epoch, forever. The first block is the
     one that `start` stands in, whole. Raises UserError when a whole epoch does not fill one row.
@@ -190,7 +188,7 @@ def packed_blocks(
     bos = tokenizer.get_bos_token_id()
     check_carry(start, tokenizer, sequence_len, packing)
     while True:
-        for texts, index in read_blocks(files, position.index, BLOCK_BYTES, hashes):
+        for texts, index in read_blocks(shards, position.index, BLOCK_BYTES):
             position = replace(position, shard=index.shard, row_group=index.row_group, row=index.row)
             ids, offsets = tokenizer.encode_arrow(texts)
             packed = PACKERS[packing](ids, offsets, position.carry, bos, sequence_len)
@@ -206,7 +204,7 @@ def packed_blocks(
             )
         if rows_in_epoch == 0:
             raise UserError(
-                f"too little text in {files[0].parent}: not one row of {sequence_len} tokens; "
+                f"too little text in {shards.paths[0].parent}: not one row of {sequence_len} tokens; "
                 "lower --max-seq-len or get more text"
             )
         position, rows_in_epoch = replace(position, epoch=position.epoch + 1, shard=0, row_group=0, row=0), 0
@@ -245,7 +243,7 @@ def deal_rows(
 
 
 def training_stream(
-    files: Sequence[Path],
+    shards: Shards,
     tokenizer: Tokenizer,
     rows_per_rank: int,
     sequence_len: int,
@@ -253,16 +251,14 @@ def training_stream(
     packing: str = "bos",
     seed: int = 42,
     start: Position | None = None,
-    hashes: Mapping[Path, str] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Position]]:
     """Yield (inputs (B, T), targets (B, T), position after them) forever, int64 on compute.device, from `start` or the
-    beginning. A thread reads, tokenises and packs ahead, so that a training step never waits for text. `hashes`
-    (Corpus.hashes) has the sha256 of every file, checked there as it is opened.
+    beginning. A thread reads, tokenises and packs ahead, so that a training step never waits for text.
     """
     if packing not in PACKERS:
         raise UserError(f"--packing={packing}: expected {' or '.join(PACKERS)}")
     start = start or Position()
-    blocks = packed_blocks(files, tokenizer, sequence_len, packing, seed, start, hashes)
+    blocks = packed_blocks(shards, tokenizer, sequence_len, packing, seed, start)
     batches = prefetch(deal_rows(blocks, start, rows_per_rank, compute.rank, compute.world_size), depth=4)
     for rows, position in batches:
         tokens = to_device(rows, compute)

@@ -1,4 +1,4 @@
-"""Pretraining text: fetched or gathered once into `$NANOCHAT_BASE_DIR/data/<corpus>/`, read back in Arrow arrays.
+"""The command that gets pretraining text, once, into `$NANOCHAT_BASE_DIR/data/<corpus>/`. Reading it is corpus.py.
 
     python -m nanochat.dataset --source=docs                 # English documentation that is already on this machine
     python -m nanochat.dataset --source=folder --path=DIR    # your own parquet, jsonl and txt files
@@ -6,33 +6,23 @@
     python -m nanochat.dataset --prefetch=all -n 240         # and all that later stages would fetch, see task_data.py
     python -m nanochat.dataset --prefetch=list -n 240        # what of that is here; exit code 2 where something is not
 
-A corpus is `shard_00000.parquet ...` with a `text` column, and `manifest.json`, written last: where the text comes
-from, which files train and which validate, and the documents, bytes and sha256 of each. A corpus without a manifest
-does not exist.
-
 Promises: the same input gives the same bytes; validation documents are named in the manifest and never trained on;
-documents left out are counted and printed; an interrupted download continues where it stopped. Reading holds one row
-group in memory. Does not: remove duplicates (docs has none), filter for quality, or shuffle what comes from a hub (it
-is published shuffled).
+documents left out are counted and printed; an interrupted download continues where it stopped. Does not: remove
+duplicates (docs has none), filter for quality, or shuffle what comes from a hub (it is published shuffled).
 """
 
-import hashlib
-import itertools
-import json
-import os
+import importlib
 import re
-import shutil
+import sys
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from nanochat.common import UserError, get_base_dir, print0, run_main
 from nanochat.configurator import configure
-from nanochat.files import read_sealed, seal, write_atomic
+from nanochat.files import locked
 from nanochat.record import open_record
 
 SHORT = {"n": "num_files", "w": "workers"}
@@ -49,20 +39,11 @@ workers = 4  # files fetched at the same time
 prefetch: Literal["all", "tasks", "eval", "list"] | None = None  # fetch all or a part, or list what is here and missing
 settings = configure(__name__)
 
-import pyarrow as pa
-
-from nanochat.docs_corpus import PACKAGES, VALIDATION, collect_docs, find_packages, package_versions
+from nanochat.corpus import MANIFEST, fingerprint_of, read_manifest
+from nanochat.corpus_writer import describe_shard, save_manifest
 from nanochat.download import fetch_files, list_repository
 from nanochat.eval_bundle import bundle_path, fetch_bundle
-from nanochat.files import locked
-from nanochat.folder_corpus import (
-    hash_of,
-    highest_validation_hash,
-    is_validation_name,
-    list_folder,
-    read_documents,
-)
-from nanochat.shards import DocumentIndex, ShardWriter, command_for, describe_shard, iter_text, read_blocks
+from nanochat.folder_corpus import build_folder
 from nanochat.task_data import (
     DATA_SETS,
     fetch_splits,
@@ -73,211 +54,11 @@ from nanochat.task_data import (
     splits_of,
 )
 
-__all__ = ["Corpus", "DocumentIndex", "iter_text", "load_corpus", "read_blocks"]
-
 # Hub corpora: repository and number of its last file, which is the validation file.
 HUBS = {
     "climbmix": ("karpathy/climbmix-400b-shuffle", 6542),
     "fineweb-edu": ("karpathy/fineweb-edu-100b-shuffle", 1822),
 }
-MANIFEST = "manifest.json"
-
-# -----------------------------------------------------------------------------
-# A corpus on disk
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A corpus on disk whose manifest has been checked against the files. The fingerprint changes when any byte of text
-    does.
-    """
-
-    name: str
-    path: Path
-    train_files: tuple[Path, ...]
-    val_files: tuple[Path, ...]
-    manifest: dict[str, Any]
-    fingerprint: str
-    hashes: dict[Path, str]  # sha256 of every file; readers check it when they open one
-
-
-def load_corpus(name: str | None = None) -> Corpus:
-    """Find a corpus by name; None takes the only one there is.
-
-    Every file of the manifest exists and has its recorded size. Raises UserError where none or several are found, the
-    name is unknown, or a file is missing or has another size. Hashes are not computed here, which would read
-    everything: the readers check each file's as they open it.
-    """
-    folder = get_base_dir() / "data"
-    found = sorted(manifest.parent.name for manifest in folder.glob(f"[!.]*/{MANIFEST}"))
-    if not found:
-        raise UserError(f"no corpus in {folder}; get one with: python -m nanochat.dataset --source=docs")
-    if name is None and len(found) > 1:
-        raise UserError(f"several corpora in {folder} ({', '.join(found)}); choose one: --corpus={found[0]}")
-    name = name or found[0]
-    if name not in found:
-        raise UserError(
-            f"corpus={name}: not in {folder}, which has {', '.join(found)}; get it with: {command_for(name)}"
-        )
-    manifest = read_manifest(folder / name)
-    for entry in manifest["train"] + manifest["validation"]:
-        file = folder / name / entry["file"]
-        size = file.stat().st_size if file.is_file() else None
-        if size != entry["file_bytes"]:
-            state = "missing" if size is None else f"{size:,} bytes, not the {entry['file_bytes']:,} of its manifest"
-            raise UserError(f"{file}: {state}; mend it with: {command_for(name)}")
-    return Corpus(
-        name=name,
-        path=folder / name,
-        train_files=tuple(folder / name / entry["file"] for entry in manifest["train"]),
-        val_files=tuple(folder / name / entry["file"] for entry in manifest["validation"]),
-        manifest=manifest,
-        fingerprint=fingerprint_of(manifest),
-        hashes={folder / name / entry["file"]: entry["sha256"] for entry in manifest["train"] + manifest["validation"]},
-    )
-
-
-def read_manifest(corpus: Path) -> dict[str, Any]:
-    """The manifest of a corpus directory; UserError where it is not whole."""
-    try:
-        manifest = read_sealed(corpus / MANIFEST)
-        if not manifest["train"] or not manifest["validation"]:
-            raise ValueError
-    except (ValueError, KeyError, TypeError):
-        again = f"rm {corpus / MANIFEST}; {command_for(corpus.name)}"
-        raise UserError(f"{corpus / MANIFEST}: damaged; make the corpus again: {again}") from None
-    return manifest
-
-
-def fingerprint_of(manifest: dict[str, Any]) -> str:
-    """sha256 over the role and sha256 of every shard, in order."""
-    lines = [f"{role} {entry['sha256']}\n" for role in ("train", "validation") for entry in manifest[role]]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def write_corpus(corpus: Path, documents: Iterable[tuple[bool, str]], about: dict[str, Any]) -> dict[str, Any]:
-    """Write (is for validation, text) pairs as a corpus and return its manifest; `about` is read when they are used up.
-
-    The corpus is built beside its place and renamed into it: the one that was there stays until then, also after an
-    error.
-    """
-    building = corpus.with_name(f".{corpus.name}.{os.getpid()}.building")
-    replaced = corpus.with_name(f".{corpus.name}.{os.getpid()}.replaced")
-    building.mkdir(parents=True)
-    try:
-        numbers = itertools.count()
-        train, validation = ShardWriter(building, numbers), ShardWriter(building, numbers)
-        for for_validation, text in documents:
-            (validation if for_validation else train).add(text)
-        train.flush()
-        validation.flush()
-        for role, writer in (("training", train), ("validation", validation)):
-            if not writer.entries:
-                raise UserError(
-                    f"{corpus.name}: no document is left for {role}; give it more text, or name a file val.txt"
-                )
-        manifest = save_manifest(building, {"name": corpus.name, **about}, train.entries, validation.entries)
-        if corpus.exists():
-            corpus.rename(replaced)
-        building.rename(corpus)
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-        if replaced.exists() and not corpus.exists():
-            replaced.rename(corpus)
-    return manifest
-
-
-def save_manifest(
-    folder: Path, about: dict[str, Any], train: list[dict[str, Any]], validation: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Complete a manifest with files and totals, and write it: from here on the corpus exists."""
-    totals = {
-        role: {
-            "files": len(entries),
-            "documents": sum(entry["documents"] for entry in entries),
-            "text_bytes": sum(entry["text_bytes"] for entry in entries),
-        }
-        for role, entries in (("train", train), ("validation", validation))
-    }
-    versions = {"pyarrow": pa.__version__, **about.pop("versions", {})}
-    manifest = {**about, "versions": versions, "totals": totals, "train": train, "validation": validation}
-    write_atomic(folder / MANIFEST, seal(json.dumps(manifest, indent=1)))
-    return manifest
-
-
-# -----------------------------------------------------------------------------
-# Source: documentation on this machine
-
-
-def build_docs(corpus: Path) -> dict[str, Any]:
-    """Make the docs corpus, or return its manifest when it was made from the same versions and is whole."""
-    places = find_packages()
-    versions = package_versions(places)
-    if (corpus / MANIFEST).exists():
-        manifest = read_manifest(corpus)
-        whole = len(entries_on_disk(corpus, manifest)) == len(manifest["train"]) + len(manifest["validation"])
-        if whole and manifest["versions"] == {"pyarrow": pa.__version__, **versions}:
-            print0(f"{corpus}: already made from these versions")
-            return manifest
-    absent = [package for package in PACKAGES if package not in places]
-    print0(f"reading the docs of Python and {len(places) - 1} packages; not installed: {', '.join(absent) or 'none'}")
-    sizes: Counter[str] = Counter()
-    left_out: Counter[str] = Counter()
-    about = {"source": "docs", "arguments": {}, "versions": versions, "absent": absent}
-    about |= {"validation_packages": VALIDATION, "text_bytes_by_package": sizes, "left_out": left_out}
-    manifest = write_corpus(corpus, collect_docs(places, VALIDATION, sizes, left_out), about)
-    print0("MB by package: " + ", ".join(f"{package} {size / 1e6:.2f}" for package, size in sizes.most_common()))
-    return manifest
-
-
-# -----------------------------------------------------------------------------
-# Source: a folder of parquet, jsonl and txt files
-
-
-def build_folder(folder: Path, corpus: Path, fraction: float | None) -> dict[str, Any]:
-    """Make a corpus of all documents under `folder`: rows of parquet files, lines of jsonl files, whole txt files.
-
-    Validation is what lies in files or directories called val or validation (val_00000.parquet, val/a.txt); where there
-    are none, the `fraction` (None = 0.01, at least one) of the documents with the smallest sha256. Null and empty
-    documents are counted.
-    """
-    check_same_origin(corpus, folder)
-    files, others = list_folder(folder)
-    named = {file for file in files if any(map(is_validation_name, file.relative_to(folder).parts))}
-    if named and fraction is not None:
-        raise UserError(
-            f"val_fraction={fraction}: {folder} names its validation files ({len(named)} of them); leave it out"
-        )
-    fraction = 0.01 if fraction is None else fraction
-    by = f"{len(named)} files named val*" if named else f"the {fraction:g} of the documents with the smallest sha256"
-    print0(f"{folder}: {len(files):,} files to read, {others:,} of other kinds left out; validation: {by}")
-    highest = 0 if named else highest_validation_hash(files, fraction)
-    counts: Counter[str] = Counter()
-
-    def documents() -> Iterator[tuple[bool, str]]:
-        for file in files:
-            for text in read_documents(file):
-                if text.strip():
-                    yield (file in named if named else hash_of(text) <= highest), text
-                else:
-                    counts["empty"] += 1
-
-    about: dict[str, Any] = {"source": "folder", "arguments": {"path": str(folder), "val_fraction": fraction}}
-    about |= {"validation_by": by, "other_files": others, "left_out": counts}
-    return write_corpus(corpus, documents(), about)
-
-
-def check_same_origin(corpus: Path, folder: Path) -> None:
-    """Refuse to replace a corpus that came from somewhere else."""
-    other = f"choose another name: --name={corpus.name}-2"
-    if corpus.name == "docs" or corpus.name in HUBS:
-        raise UserError(f"name={corpus.name}: the name of another source; {other}")
-    if (corpus / MANIFEST).exists():
-        origin = read_manifest(corpus)["arguments"].get("path")
-        if origin != str(folder):
-            raise UserError(f"name={corpus.name}: {corpus} was made from {origin}; {other}")
-
 
 # -----------------------------------------------------------------------------
 # Source: a corpus on the Hugging Face hub, by shard
@@ -336,6 +117,20 @@ def fetch_shards(
         for path in fetched:
             entries[path.name] = describe_shard(path)
     return listing.revision, entries
+
+
+# -----------------------------------------------------------------------------
+# Source: documentation on this machine
+
+
+def build_docs(corpus: Path) -> dict[str, Any]:
+    """Make the docs corpus with dev/gen_docs.py, which a checkout has and an installed package has not."""
+    checkout = Path(__file__).parents[1]
+    if not (checkout / "dev" / "gen_docs.py").exists():
+        raise UserError("source=docs: made by dev/gen_docs.py, which only a checkout of nanochat has; run it from one")
+    sys.path.insert(0, str(checkout))
+    manifest: dict[str, Any] = importlib.import_module("dev.gen_docs").build_docs(corpus)
+    return manifest
 
 
 # -----------------------------------------------------------------------------

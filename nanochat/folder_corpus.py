@@ -1,4 +1,4 @@
-"""Text from a folder of the user's own: every row of its parquet files, line of its jsonl files, and whole txt files.
+"""A corpus from a folder of the user's own: every row of its parquet files, line of its jsonl files, whole txt files.
 
 Promises: the same order on every machine; every mistake names the file, and the line where there is one; nothing is
 left out unseen: what has another ending is counted. Does not: change a character of the text (only a byte order mark
@@ -8,13 +8,60 @@ goes), nor guess encodings: files are UTF-8.
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from nanochat.common import UserError
-from nanochat.shards import iter_text
+from nanochat.common import UserError, print0
+from nanochat.corpus import MANIFEST, SOURCES, Shards, iter_text, read_manifest
+from nanochat.corpus_writer import write_corpus
+
+
+def build_folder(folder: Path, corpus: Path, fraction: float | None) -> dict[str, Any]:
+    """Make a corpus of all documents under `folder`, and return its manifest.
+
+    Validation is what lies in files or directories called val or validation (val_00000.parquet, val/a.txt); where there
+    are none, the `fraction` (None = 0.01, at least one) of the documents with the smallest sha256. Null and empty
+    documents are counted.
+    """
+    check_same_origin(corpus, folder)
+    files, others = list_folder(folder)
+    named = {file for file in files if any(map(is_validation_name, file.relative_to(folder).parts))}
+    if named and fraction is not None:
+        raise UserError(
+            f"val_fraction={fraction}: {folder} names its validation files ({len(named)} of them); leave it out"
+        )
+    fraction = 0.01 if fraction is None else fraction
+    by = f"{len(named)} files named val*" if named else f"the {fraction:g} of the documents with the smallest sha256"
+    print0(f"{folder}: {len(files):,} files to read, {others:,} of other kinds left out; validation: {by}")
+    highest = 0 if named else highest_validation_hash(files, fraction)
+    left_out: Counter[str] = Counter()
+
+    def documents() -> Iterator[tuple[bool, str]]:
+        for file in files:
+            for text in read_documents(file):
+                if text.strip():
+                    yield (file in named if named else hash_of(text) <= highest), text
+                else:
+                    left_out["empty"] += 1
+
+    about: dict[str, Any] = {"source": "folder", "arguments": {"path": str(folder), "val_fraction": fraction}}
+    about |= {"validation_by": by, "other_files": others, "left_out": left_out}
+    return write_corpus(corpus, documents(), about)
+
+
+def check_same_origin(corpus: Path, folder: Path) -> None:
+    """Refuse to replace a corpus that came from somewhere else."""
+    other = f"choose another name: --name={corpus.name}-2"
+    if corpus.name in SOURCES:
+        raise UserError(f"name={corpus.name}: the name of another source; {other}")
+    if (corpus / MANIFEST).exists():
+        origin = read_manifest(corpus)["arguments"].get("path")
+        if origin != str(folder):
+            raise UserError(f"name={corpus.name}: {corpus} was made from {origin}; {other}")
 
 
 def list_folder(folder: Path) -> tuple[list[Path], int]:
@@ -73,7 +120,7 @@ def read_documents(file: Path) -> Iterator[str]:
 
 def read_parquet(file: Path) -> Iterator[str]:
     """Yield the text column of a parquet file."""
-    for texts in iter_text([file]):
+    for texts in iter_text(Shards((file,))):
         try:
             yield from texts.to_pylist()
         except UnicodeDecodeError as error:

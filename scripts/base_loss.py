@@ -27,7 +27,7 @@ settings = configure(__name__)
 from nanochat.checkpoint_manager import find_checkpoint, open_model
 from nanochat.common import print0, run_main
 from nanochat.compute import compute_cleanup, compute_init
-from nanochat.dataset import iter_text, load_corpus
+from nanochat.corpus import iter_text, load_corpus
 from nanochat.loss_eval import byte_unigram_bpb, evaluate_bpb, xz_bpb
 from nanochat.record import open_record
 
@@ -39,12 +39,12 @@ def main() -> None:
     checkpoint = find_checkpoint("base", model_tag, step)
     model, tokenizer = open_model(checkpoint, compute.device)
     text = load_corpus(corpus)
-    splits = {"train": text.train_files, "val": text.val_files}
+    splits = {"train": text.train, "val": text.val}
     T = model.config.sequence_len
     record = open_record("base_loss", f"{checkpoint.tag}-step{checkpoint.step}", settings, **compute.about())
-    for split, files in splits.items():
+    for split, shards in splits.items():
         for name, stride in (("bpb", max(1, T // 2)), ("bpb_quick", T)):
-            texts = iter_text(files, text.hashes)
+            texts = iter_text(shards)
             result = evaluate_bpb(model, tokenizer, texts, compute, device_batch_size, stride, split_tokens)
             about = {"stderr": result.stderr, "documents": result.documents, "bytes": result.bytes}
             record.write(
@@ -56,11 +56,11 @@ def main() -> None:
                 f"{result.documents:,}, windows of {T}, stride {stride}"
             )
     if baselines and compute.is_master:
-        measured = {"byte_unigram": byte_unigram_bpb(iter_text(text.val_files, text.hashes))}
+        measured = {"byte_unigram": byte_unigram_bpb(iter_text(text.val))}
         print0(f"to beat: byte frequencies {measured['byte_unigram']:.4f}")
         size = sum(entry["text_bytes"] for entry in text.manifest["train"])
         if size <= XZ_WINDOW:
-            measured["xz"] = xz_bpb(iter_text(text.train_files, text.hashes), iter_text(text.val_files, text.hashes))
+            measured["xz"] = xz_bpb(iter_text(text.train), iter_text(text.val))
             print0(f"to beat: xz -9 of train + val, the part for val {measured['xz']:.4f}")
         else:
             print0(f"xz -9 left out: {size:,} bytes of training text are more than its dictionary of {XZ_WINDOW:,}")

@@ -86,8 +86,8 @@ from nanochat.checkpoint_manager import (
 from nanochat.common import Stopped, UserError, print0, run_main
 from nanochat.compute import Compute, compute_cleanup, compute_init, peak_memory_bytes
 from nanochat.core_eval import CoreTask, GPTScorer, evaluate_task, load_tasks
+from nanochat.corpus import Corpus, iter_text, load_corpus
 from nanochat.dataloader import Position, training_stream
-from nanochat.dataset import Corpus, iter_text, load_corpus
 from nanochat.device_batch import choose_rows
 from nanochat.eval_bundle import find_bundle
 from nanochat.gpt import GPT, build_model, config_from_depth
@@ -241,8 +241,8 @@ def open_stream(
     text: Corpus, tokenizer: Tokenizer, batch: BatchPlan, compute: Compute, start: Position
 ) -> train.Stream[Position]:
     """The training rows of this rank, from a position on."""
-    where = (text.train_files, tokenizer, batch.device_batch_size, max_seq_len, compute, packing, seed, start)
-    return training_stream(*where, hashes=text.hashes)
+    where = (text.train, tokenizer, batch.device_batch_size, max_seq_len, compute, packing, seed, start)
+    return training_stream(*where)
 
 
 def plan_steps(model: GPT, text: Corpus, tokenizer: Tokenizer, batch: BatchPlan, compute: Compute) -> tuple[int, str]:
@@ -280,7 +280,7 @@ def validate(
     """Bits per byte of the first eval_tokens of validation: stride max_seq_len is quick, half of it the honest one.
     `poll` is called between batches and may end it.
     """
-    texts = iter_text(text.val_files, text.hashes)
+    texts = iter_text(text.val)
     return evaluate_bpb(model, tokenizer, texts, compute, batch.device_batch_size, stride, eval_tokens, poll)
 
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 import rustbpe
 from nanochat.common import UserError, get_base_dir, print0, run_main
-from nanochat.dataset import iter_text, load_corpus
+from nanochat.corpus import iter_text, load_corpus
 from nanochat.record import open_record
 from nanochat.tokenizer import get_tokenizer, load_reference_encoder
 
@@ -76,8 +76,8 @@ def main() -> None:
     text = load_corpus(corpus)
     samples = {"news": NEWS, "Korean": KOREAN, "code": CODE, "LaTeX": LATEX, "science": SCIENCE}
     samples |= {
-        "train": first_documents(iter_text(text.train_files, text.hashes)),
-        "val": first_documents(iter_text(text.val_files, text.hashes)),
+        "train": first_documents(iter_text(text.train)),
+        "val": first_documents(iter_text(text.val)),
     }
     counters = {"ours": lambda sample: len(tokenizer.encode(sample))} | published()
 

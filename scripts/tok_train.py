@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from nanochat.common import get_base_dir, print0, run_main
-from nanochat.dataset import iter_text, load_corpus
+from nanochat.corpus import iter_text, load_corpus
 from nanochat.record import open_record
 from nanochat.tokenizer import Tokenizer
 
@@ -41,7 +41,7 @@ def main() -> None:
             bar.n = count
             bar.refresh()
 
-        documents = counted(capped(iter_text(text.train_files, text.hashes)), taken)
+        documents = counted(capped(iter_text(text.train)), taken)
         tokenizer = Tokenizer.train(documents, vocab_size, progress=show)
     seconds = time.perf_counter() - start
     tokenizer.save(get_base_dir() / "tokenizer")
@@ -59,7 +59,7 @@ def main() -> None:
         "std": round(float(lengths.std()), 3),
     }
     print0("bytes of a token: " + ", ".join(f"{name} {value:g}" for name, value in spread.items()))
-    bytes_per_token = compression(tokenizer, iter_text(text.val_files, text.hashes))
+    bytes_per_token = compression(tokenizer, iter_text(text.val))
     print0(f"validation text: {bytes_per_token:.3f} bytes per token")
     print0(f"saved in {get_base_dir() / 'tokenizer'}")
     record.write(

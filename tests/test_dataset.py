@@ -18,9 +18,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanochat import dataset, docs_corpus, shards
+from dev import gen_docs
+from nanochat import corpus_writer, dataset
 from nanochat.common import UserError
-from nanochat.dataset import Corpus, DocumentIndex, iter_text, load_corpus, read_blocks
+from nanochat.corpus import Corpus, DocumentIndex, Shards, iter_text, load_corpus, read_blocks
 from tests.hub import Fault, Hub, serve_hub, use_hub
 
 PRETRAIN = Path(__file__).parents[2] / "shared" / "data" / "pretrain"
@@ -74,8 +75,8 @@ def words(prefix: str, count: int) -> list[str]:
     return [f"{prefix} document {number} " + "word " * (number % 7) for number in range(count)]
 
 
-def texts_of(files: tuple[Path, ...]) -> list[str]:
-    return [text for texts in iter_text(files) for text in texts.to_pylist()]
+def texts_of(shards: Shards) -> list[str]:
+    return [text for texts in iter_text(shards) for text in texts.to_pylist()]
 
 
 def hashes_on_disk(corpus: Corpus) -> dict[str, str]:
@@ -87,7 +88,7 @@ def hashes_on_disk(corpus: Corpus) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def mixed_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Shards:
     """Row groups of 3, one of 2,500 rows, large strings, a dictionary, nulls, empty and non-ASCII documents."""
     folder = tmp_path_factory.mktemp("mixed")
     files = [folder / f"{number}.parquet" for number in range(4)]
@@ -95,14 +96,14 @@ def mixed_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     write_parquet(files[1], words("huge", 2500), row_group_size=10_000)
     write_parquet(files[2], words("large", 5), type=pa.large_string())
     write_parquet(files[3], ["word", "again", "word"] * 4, type=pa.dictionary(pa.int32(), pa.string()))
-    return files
+    return Shards(tuple(files))
 
 
 def flatten(blocks: Iterator[tuple[pa.ChunkedArray, DocumentIndex]]) -> list[str]:
     return [text for block, _ in blocks for text in block.to_pylist()]
 
 
-def every_index(files: list[Path]) -> list[DocumentIndex]:
+def every_index(files: Shards) -> list[DocumentIndex]:
     metadata = [pq.ParquetFile(file).metadata for file in files]
     return [
         DocumentIndex(shard, group, row)
@@ -114,13 +115,13 @@ def every_index(files: list[Path]) -> list[DocumentIndex]:
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True), block_bytes=st.sampled_from([1, 30, 500, 20_000, 10**9]))
-def test_stream_continues_from_any_document(mixed_files: list[Path], place: float, block_bytes: int) -> None:
+def test_stream_continues_from_any_document(mixed: Shards, place: float, block_bytes: int) -> None:
     """A run resumed in the middle of a row group repeated or skipped documents."""
-    indices = every_index(mixed_files)
+    indices = every_index(mixed)
     number = int(place * len(indices))
-    documents = texts_of(tuple(mixed_files))
+    documents = texts_of(mixed)
     assert len(documents) == len(indices)
-    blocks = list(read_blocks(mixed_files, indices[number], block_bytes))
+    blocks = list(read_blocks(mixed, indices[number], block_bytes))
     assert flatten(iter(blocks)) == documents[number:]
     taken = number
     for position, (block, first) in enumerate(blocks):
@@ -132,30 +133,25 @@ def test_stream_continues_from_any_document(mixed_files: list[Path], place: floa
         taken += len(block)
 
 
-def test_blocks_are_the_same_from_every_block_start(mixed_files: list[Path]) -> None:
-    blocks = [(block.to_pylist(), first) for block, first in read_blocks(mixed_files, DocumentIndex(0, 0, 0), 5000)]
+def test_blocks_are_the_same_from_every_block_start(mixed: Shards) -> None:
+    blocks = [(block.to_pylist(), first) for block, first in read_blocks(mixed, DocumentIndex(0, 0, 0), 5000)]
     assert len(blocks) > 5
     for number, (_, first) in enumerate(blocks):
-        assert [(block.to_pylist(), at) for block, at in read_blocks(mixed_files, first, 5000)] == blocks[number:]
+        assert [(block.to_pylist(), at) for block, at in read_blocks(mixed, first, 5000)] == blocks[number:]
 
 
 def test_blocks_are_slices_not_copies(tmp_path: Path) -> None:
     """Copying every block costs as much as encoding it."""
     write_parquet(tmp_path / "a.parquet", words("a", 100), row_group_size=100)
-    chunks = [block.chunk(0) for block, _ in read_blocks([tmp_path / "a.parquet"], DocumentIndex(0, 0, 0), 200)]
+    chunks = [
+        block.chunk(0) for block, _ in read_blocks(Shards((tmp_path / "a.parquet",)), DocumentIndex(0, 0, 0), 200)
+    ]
     assert len(chunks) > 5
     assert len({chunk.buffers()[2].address for chunk in chunks}) == 1
 
 
-def test_start_beyond_the_end_is_refused_not_empty(mixed_files: list[Path]) -> None:
-    """An empty stream makes a loader that starts a new epoch on an empty one spin for ever."""
-    for start in (DocumentIndex(4, 0, 0), DocumentIndex(3, 4, 0)):
-        with pytest.raises(ValueError, match="beyond"):
-            next(read_blocks(mixed_files, start, 100))
-
-
 def test_own_shards_have_small_row_groups(tmp_path: Path) -> None:
-    writer = shards.ShardWriter(tmp_path, iter(range(9)))
+    writer = corpus_writer.ShardWriter(tmp_path, iter(range(9)))
     for number in range(1500):
         writer.add(f"document {number}")
     for number in range(3):
@@ -202,7 +198,7 @@ def test_no_corpus_names_the_command(base: Path) -> None:
 def test_changed_files_are_noticed(run: Run, tmp_path: Path) -> None:
     write_parquet(tmp_path / "in" / "a.parquet", words("a", 50))
     corpus = run(source="folder", path=str(tmp_path / "in"))
-    shard = corpus.train_files[0]
+    shard = corpus.train.paths[0]
     os.truncate(shard, shard.stat().st_size - 1)
     with pytest.raises(UserError, match=r"shard_00000.parquet: \d+ bytes, not the"):
         load_corpus()
@@ -230,8 +226,8 @@ def test_folder_takes_every_kind_of_file(run: Run, tmp_path: Path, capsys: pytes
     (folder / "README.md").write_text("not read")
     (folder / ".hidden.txt").write_text("not read")
     corpus = run(source="folder", path=str(folder))
-    assert sorted(texts_of(corpus.train_files)) == ["eight", "four", "fünf", "one", "six\nlines\r\n", "two"]
-    assert sorted(texts_of(corpus.val_files)) == ["seven", "three"]
+    assert sorted(texts_of(corpus.train)) == ["eight", "four", "fünf", "one", "six\nlines\r\n", "two"]
+    assert sorted(texts_of(corpus.val)) == ["seven", "three"]
     assert corpus.name == "in"
     assert corpus.manifest["left_out"] == {"empty": 3} and corpus.manifest["other_files"] == 1
     printed = capsys.readouterr().out
@@ -246,14 +242,14 @@ def test_folder_split_by_hash_is_exact_and_stable(run: Run, tmp_path: Path) -> N
     folder = tmp_path / "in"
     write_parquet(folder / "a.parquet", [*words("a", 200), *words("a", 200)])
     first = run(source="folder", path=str(folder), val_fraction=0.1)
-    train, validation = texts_of(first.train_files), texts_of(first.val_files)
+    train, validation = texts_of(first.train), texts_of(first.val)
     assert len(train) + len(validation) == 400 and 38 <= len(validation) <= 42
     assert not set(train) & set(validation)
     hashes = hashes_on_disk(first)
     (folder / "a.parquet").rename(folder / "z.parquet")
     write_parquet(folder / "b.parquet", ["something new"])
     second = run(source="folder", path=str(folder), val_fraction=0.1)
-    assert set(texts_of(second.val_files)) - set(validation) <= {"something new"}
+    assert set(texts_of(second.val)) - set(validation) <= {"something new"}
     (folder / "b.parquet").unlink()
     (folder / "z.parquet").rename(folder / "a.parquet")
     third = run(source="folder", path=str(folder), val_fraction=0.1)
@@ -264,7 +260,7 @@ def test_folder_split_by_hash_is_exact_and_stable(run: Run, tmp_path: Path) -> N
 def test_folder_is_shuffled(run: Run, tmp_path: Path) -> None:
     """Files sorted by name are sorted by kind: the model ends its training on the last kind."""
     write_parquet(tmp_path / "in" / "a.parquet", [f"{number:04d}" for number in range(1000)])
-    texts = texts_of(run(source="folder", path=str(tmp_path / "in")).train_files)
+    texts = texts_of(run(source="folder", path=str(tmp_path / "in")).train)
     assert sum(int(text) for text in texts[:300]) / 300 == pytest.approx(500, abs=100)
 
 
@@ -363,10 +359,10 @@ def test_settings_without_meaning_are_refused(run: Run, values: dict[str, Any], 
 def test_folder_reads_real_text(run: Run) -> None:
     corpus = run(source="folder", path=str(PRETRAIN))
     named = pq.read_table(PRETRAIN / "val_00000.parquet", columns=["text"])["text"].to_pylist()
-    assert sorted(texts_of(corpus.val_files)) == sorted(named)
+    assert sorted(texts_of(corpus.val)) == sorted(named)
     totals = corpus.manifest["totals"]
     assert totals["train"]["documents"] + totals["validation"]["documents"] == 4171
-    sizes = [size.stat().st_size for size in corpus.train_files]
+    sizes = [size.stat().st_size for size in corpus.train]
     assert sizes == [entry["file_bytes"] for entry in corpus.manifest["train"]]
 
 
@@ -396,12 +392,12 @@ def test_hub_validates_on_the_last_file_of_the_repository(run: Run, hub: Hub) ->
     """Taking the last file present turns a training shard into the validation set when one download fails."""
     corpus = run(num_files=3)
     assert corpus.name == "climbmix"
-    assert [file.name for file in corpus.train_files] == [f"shard_0000{number}.parquet" for number in range(3)]
-    assert [file.name for file in corpus.val_files] == ["shard_06542.parquet"]
+    assert [file.name for file in corpus.train] == [f"shard_0000{number}.parquet" for number in range(3)]
+    assert [file.name for file in corpus.val] == ["shard_06542.parquet"]
     assert corpus.manifest["revision"] == "a" * 40
     assert corpus.manifest["totals"]["train"]["documents"] == 60
-    assert corpus.manifest["train"][1]["text_bytes"] == sum(map(len, texts_of(corpus.train_files[1:2])))
-    assert run(source="fineweb-edu", num_files=1).val_files[0].name == "shard_01822.parquet"
+    assert corpus.manifest["train"][1]["text_bytes"] == sum(map(len, texts_of(Shards(corpus.train.paths[1:2]))))
+    assert run(source="fineweb-edu", num_files=1).val.paths[0].name == "shard_01822.parquet"
 
 
 def test_hub_continues_from_its_commit_and_never_shrinks(
@@ -417,7 +413,7 @@ def test_hub_continues_from_its_commit_and_never_shrinks(
     hub.requests.clear()
     assert run(num_files=2) == second and hub.requests == []
     assert "already has 3 training files" in capsys.readouterr().out
-    second.train_files[1].unlink()
+    second.train.paths[1].unlink()
     assert run(num_files=3).fingerprint == second.fingerprint
     assert [len(hub.gets(f"shard_0000{number}.parquet")) for number in range(4)] == [0, 1, 0, 0]
 
@@ -430,7 +426,7 @@ def test_hub_failure_leaves_no_manifest_and_the_rerun_goes_on(run: Run, hub: Hub
     with pytest.raises(UserError, match="no corpus"):
         load_corpus()
     hub.requests.clear()
-    assert len(run(num_files=3).train_files) == 3
+    assert len(run(num_files=3).train) == 3
     assert hub.gets("shard_00000.parquet") == [], "what was there is not fetched again"
 
 
@@ -439,7 +435,7 @@ def test_hub_retries_cut_lines_and_damaged_files(run: Run, hub: Hub) -> None:
     hub.faults["shard_00001.parquet"] = [Fault(content=b"not what was published"), Fault(cut=100)]
     corpus = run(num_files=2)
     assert hub.gets("shard_00001.parquet") == [None, None, "bytes=100-"]
-    assert len(texts_of(corpus.train_files)) == 40
+    assert len(texts_of(corpus.train)) == 40
 
 
 def test_hub_file_that_is_published_damaged_is_one_line(run: Run, hub: Hub) -> None:
@@ -548,7 +544,7 @@ def packages(tmp_path: Path) -> dict[str, Path]:
 
 def collect(packages: dict[str, Path], validation: list[str]) -> tuple[list[str], list[str], Counter[str]]:
     left_out: Counter[str] = Counter()
-    documents = list(docs_corpus.collect_docs(packages, validation, Counter(), left_out))
+    documents = list(gen_docs.collect_docs(packages, validation, Counter(), left_out))
     return [text for held, text in documents if not held], [text for held, text in documents if held], left_out
 
 
@@ -585,18 +581,18 @@ def test_docs_of_validation_packages_are_not_in_training(packages: dict[str, Pat
 def test_docs_are_the_same_every_time_and_kept(
     run: Run, packages: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(dataset, "find_packages", lambda: packages)
-    monkeypatch.setattr(dataset, "package_versions", lambda places: dict.fromkeys(places, "1.0"))
-    monkeypatch.setattr(dataset, "VALIDATION", ["beta"])
+    monkeypatch.setattr(gen_docs, "find_packages", lambda: packages)
+    monkeypatch.setattr(gen_docs, "package_versions", lambda places: dict.fromkeys(places, "1.0"))
+    monkeypatch.setattr(gen_docs, "VALIDATION", ["beta"])
     first = run(source="docs")
     hashes = hashes_on_disk(first)
     assert run(source="docs") == first
     assert "already made from these versions" in capsys.readouterr().out
     (first.path / "manifest.json").unlink()
     assert hashes_on_disk(run(source="docs")) == hashes
-    first.val_files[0].unlink()
+    first.val.paths[0].unlink()
     assert hashes_on_disk(run(source="docs")) == hashes, "a damaged corpus must be made again"
-    monkeypatch.setattr(dataset, "package_versions", lambda places: dict.fromkeys(places, "2.0"))
+    monkeypatch.setattr(gen_docs, "package_versions", lambda places: dict.fromkeys(places, "2.0"))
     (packages["beta"] / "__init__.py").write_text(SHARED + f'def b():\n    """{"Beta changed its mind. " * 12}"""\n')
     second = run(source="docs")
     assert second.fingerprint != first.fingerprint
@@ -606,7 +602,7 @@ def test_docs_are_the_same_every_time_and_kept(
 def test_docs_finds_this_machines_packages_without_importing_them() -> None:
     code = (
         "import sys; from nanochat.docs_corpus import *; places = find_packages(); versions = package_versions(places);"
-        "assert not {'torch', 'numpy', 'sympy'} & set(sys.modules), 'imported';"
+        "assert not {'torch', 'sympy', 'networkx', 'pandas'} & set(sys.modules), 'imported';"
         "assert {'numpy', 'torch', 'python', *VALIDATION} <= set(places), places; assert versions['numpy'];"
         "print(sum(1 for _ in collect_docs({'python': places['python'] / 'json'}, [], Counter(), Counter())))"
     )

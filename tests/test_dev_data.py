@@ -451,6 +451,7 @@ def test_a_corpus_keeps_its_validation_apart(
 ) -> None:
     """And what is made is a folder from which the same corpus can be made again."""
     from nanochat import dataset
+    from nanochat.corpus import load_corpus
 
     write_lines(tmp_path / "in" / "a.jsonl", [f"document {i}" for i in range(100)])
     write_lines(tmp_path / "in" / "val.jsonl", ["to validate"])
@@ -462,7 +463,7 @@ def test_a_corpus_keeps_its_validation_apart(
     monkeypatch.setattr(dataset, "path", str(out))
     monkeypatch.setattr(dataset, "name", "second")
     dataset.main()
-    first, second = dataset.load_corpus("first"), dataset.load_corpus("second")
+    first, second = load_corpus("first"), load_corpus("second")
     assert first.manifest["totals"] == second.manifest["totals"]
 
 

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dev.gen_docs import collect_docs
 from nanochat.common import UserError
 from nanochat.conversation import check_messages
-from nanochat.docs_corpus import collect_docs
 from tasks.common import Split, message_text
 from tasks.docsqa import LETTERS, DocsQA, first_sentence, read_items
 

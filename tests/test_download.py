@@ -359,7 +359,7 @@ def publish_tasks(hub: Hub) -> None:
 
 LENGTHS = """
 from tasks.arc import ARC; from tasks.gsm8k import GSM8K; from tasks.humaneval import HumanEval
-from tasks.mmlu import MMLU; from tasks.smoltalk import SmolTalk; from nanochat.dataset import load_corpus
+from tasks.mmlu import MMLU; from tasks.smoltalk import SmolTalk; from nanochat.corpus import load_corpus
 from nanochat.eval_bundle import find_bundle
 tasks = [ARC(subset, split) for subset in ("ARC-Easy", "ARC-Challenge") for split in ("train", "dev", "test")]
 tasks += [task(split) for task in (GSM8K, MMLU) for split in ("train", "dev", "test")]

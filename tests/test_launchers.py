@@ -593,9 +593,8 @@ exit $code
 
 def fill(base: Path) -> None:
     """All that job.slurm looks for, of the smallest size: text of two shards, a row for each split, two CORE tasks."""
-    from nanochat.dataset import save_manifest
+    from nanochat.corpus_writer import ShardWriter, save_manifest
     from nanochat.eval_bundle import fetch_bundle
-    from nanochat.shards import ShardWriter
     from nanochat.task_data import DATA_SETS, splits_of, write_rows
 
     corpus = base / "data" / "climbmix"

@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     "calculator common configurator download eval_bundle execution files jail_stub record report_page report_runs "
     "schedule sizing task_data",
-    "adamw compute dataset docs_corpus folder_corpus muon peers sharding shards tensors tokenizer",
+    "adamw compute corpus corpus_writer dataset folder_corpus muon peers sharding tensors tokenizer",
     "conversation dataloader gpt",
     "checkpoint_manager core_eval engine guard hf_model loss_eval task_eval",
     "device_batch finetune report report_compare server train",
@@ -32,8 +32,9 @@ SIBLINGS = {
     "compute": {"peers"},
     "muon": {"compute", "sharding"},
     "sharding": {"compute"},
-    "dataset": {"docs_corpus", "folder_corpus", "shards"},
-    "folder_corpus": {"shards"},
+    "corpus_writer": {"corpus"},
+    "folder_corpus": {"corpus", "corpus_writer"},
+    "dataset": {"corpus", "corpus_writer", "folder_corpus"},
 }
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names.split()}
 

@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import dataset, shards
+from nanochat import corpus, corpus_writer, dataset
 from nanochat.common import UserError
+from nanochat.corpus import DocumentIndex, Shards, iter_text, read_blocks
 from nanochat.files import sha256_file
 from nanochat.folder_corpus import read_documents
-from nanochat.shards import DocumentIndex, iter_text, read_blocks
 
 TEXTS = [f"document {number} " + "wörd " * (number % 40) for number in range(300)]
 
@@ -45,40 +45,33 @@ def test_one_wrong_bit_and_nothing_of_the_file_is_read(shard: Path, place: float
     """Only the sizes of files were checked: a flipped bit in a page was trained on, or came up in the middle."""
     first = shard.with_name("shard_00001.parquet")
     pq.write_table(pa.table({"text": ["a", "b"]}), first)
-    hashes = {shard: sha256_file(shard), first: sha256_file(first)}
+    shards = Shards((first, shard), (sha256_file(first), sha256_file(shard)))
     flip_bit(shard, int(place * shard.stat().st_size), bit=3)
     line = rf"^{shard}: changed since .*rm {shard}; python -m nanochat\.dataset --source=docs$"
-    texts = iter_text([first, shard], hashes)
+    texts = iter_text(shards)
     assert next(texts).to_pylist() == ["a", "b"]
     with pytest.raises(UserError, match=line):
         next(texts)
-    for start in (DocumentIndex(0, 0, 0), DocumentIndex(0, 1, 17)):
+    for start in (DocumentIndex(1, 0, 0), DocumentIndex(1, 1, 17)):
         with pytest.raises(UserError, match=line):
-            next(read_blocks([shard], start, 1000, hashes))
+            next(read_blocks(shards, start, 1000))
 
 
 def test_the_hash_is_checked_at_every_opening(shard: Path) -> None:
     """A shard that changes during the first epoch is not read in the second."""
-    hashes = {shard: sha256_file(shard)}
-    assert sum(map(len, iter_text([shard], hashes))) == 300
+    shards = Shards((shard,), (sha256_file(shard),))
+    assert sum(map(len, iter_text(shards))) == 300
     flip_bit(shard, 1000, bit=0)
     with pytest.raises(UserError, match="changed since"):
-        next(iter_text([shard], hashes))
+        next(iter_text(shards))
     shard.unlink()
     with pytest.raises(UserError, match=r"No such file.*get it again: python -m nanochat\.dataset --source=docs"):
-        next(iter_text([shard], hashes))
+        next(iter_text(shards))
 
 
 def test_the_command_is_that_of_the_source() -> None:
-    assert set(shards.SOURCES) == {"docs", *dataset.HUBS}
-    assert shards.command_for("books") == "python -m nanochat.dataset --source=folder --path=DIR --name=books"
-
-
-@pytest.mark.parametrize("start", [(1, 0, 0), (0, 3, 0), (0, 2, 100), (0, 10**20, 5)])
-def test_a_place_that_does_not_exist_is_refused(shard: Path, start: tuple[int, int, int]) -> None:
-    """A row beyond its row group was taken for the beginning of the next one."""
-    with pytest.raises(UserError, match=r"is beyond .*--resume-from-step"):
-        next(read_blocks([shard], DocumentIndex(*start), 1000))
+    assert set(corpus.SOURCES) == {"docs", *dataset.HUBS}
+    assert corpus.command_for("books") == "python -m nanochat.dataset --source=folder --path=DIR --name=books"
 
 
 # -----------------------------------------------------------------------------
@@ -120,7 +113,7 @@ def test_no_row_group_is_no_document(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no documents"):
         list(read_documents(tmp_path / "a.parquet"))
     with pytest.raises(UserError, match="holds no documents"):
-        shards.describe_shard(tmp_path / "a.parquet")
+        corpus_writer.describe_shard(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 8, 12, 1000, -9, -1])

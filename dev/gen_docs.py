@@ -1,5 +1,7 @@
 """English text that is on this machine already: the documentation strings of Python's library and of our dependencies.
 
+    python -m nanochat.dataset --source=docs
+
 Each module becomes one document: what the module says about itself, then each class and function under a heading with
 its name and arguments. reStructuredText is turned into plain prose: markup goes, formulas with it, wrapped lines are
 joined, and paragraphs that are mostly symbols (tables, drawn formulas) are left out.
@@ -22,6 +24,13 @@ from collections.abc import Collection, Iterator
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from nanochat.common import UserError, print0
+from nanochat.corpus import load_corpus
+from nanochat.corpus_writer import write_corpus
 
 # Distributions that every install has, chosen for prose. No two may hold copies of each other (multiprocess is Python's
 # multiprocessing again). What validates is of every kind, and 0.7 MB, because it is scored in full.
@@ -48,6 +57,28 @@ VERSION_NOTES = {
 }
 
 Section = tuple[str, str]  # heading, raw documentation string
+
+
+def build_docs(corpus: Path) -> dict[str, Any]:
+    """Make the docs corpus, or return its manifest when it was made from the same versions and is whole."""
+    places = find_packages()
+    versions = package_versions(places)
+    try:
+        manifest = load_corpus(corpus.name).manifest
+        if manifest["versions"] == {"pyarrow": pa.__version__, **versions}:
+            print0(f"{corpus}: already made from these versions")
+            return manifest
+    except UserError:
+        pass  # not there, or not whole
+    absent = [package for package in PACKAGES if package not in places]
+    print0(f"reading the docs of Python and {len(places) - 1} packages; not installed: {', '.join(absent) or 'none'}")
+    sizes: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()
+    about = {"source": "docs", "arguments": {}, "versions": versions, "absent": absent}
+    about |= {"validation_packages": VALIDATION, "text_bytes_by_package": sizes, "left_out": left_out}
+    manifest = write_corpus(corpus, collect_docs(places, VALIDATION, sizes, left_out), about)
+    print0("MB by package: " + ", ".join(f"{package} {size / 1e6:.2f}" for package, size in sizes.most_common()))
+    return manifest
 
 
 def find_packages(packages: Collection[str] = PACKAGES) -> dict[str, Path]:
