@@ -3,71 +3,43 @@
 #
 #   bash launch_6x_amd_xtx.sh
 #   STAGES="sft eval report" bash launch_6x_amd_xtx.sh     # some of: tok base mid sft rl eval report
-#   NPROC=4 DEVICE_BATCH_SIZE=7 bash launch_6x_amd_xtx.sh  # fewer cards; other rows per card than the plan's
+#   NPROC=4 DEVICE_BATCH_SIZE=7 bash launch_6x_amd_xtx.sh  # fewer cards; other rows per card than the most that fit
 #   DEPTH=32 MEMORY_ARGS="--shard --recompute" bash launch_6x_amd_xtx.sh
 #
 # The stages are those of speedrun.sh, in which every other variable means the same. Whatever is set below can be set from outside.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-# -----------------------------------------------------------------------------
 # ROCm and RCCL on a desktop board: cards on PCIe, one node, no InfiniBand. No card is hidden: HIP_VISIBLE_DEVICES is yours to set.
 export HSA_FORCE_FINE_GRAIN_PCIE="${HSA_FORCE_FINE_GRAIN_PCIE:-1}" # memory that cards may read from each other over PCIe
-export HSA_ENABLE_INTERRUPT="${HSA_ENABLE_INTERRUPT:-1}"
-export HSA_XNACK="${HSA_XNACK:-0}"
-export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
-export NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-lo}" NCCL_IB_DISABLE="${NCCL_IB_DISABLE:-1}"
-export NCCL_P2P_LEVEL="${NCCL_P2P_LEVEL:-PHB}" NCCL_DMABUF_ENABLE="${NCCL_DMABUF_ENABLE:-1}"
-export NCCL_BUFFSIZE="${NCCL_BUFFSIZE:-33554432}" NCCL_NTHREADS="${NCCL_NTHREADS:-128}"
-export NCCL_MIN_NCHANNELS="${NCCL_MIN_NCHANNELS:-16}" NCCL_MAX_NCHANNELS="${NCCL_MAX_NCHANNELS:-32}"
+export HSA_ENABLE_INTERRUPT="${HSA_ENABLE_INTERRUPT:-1}" HSA_XNACK="${HSA_XNACK:-0}"
+export NCCL_DEBUG="${NCCL_DEBUG:-WARN}" NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-lo}" NCCL_IB_DISABLE="${NCCL_IB_DISABLE:-1}"
+export NCCL_P2P_LEVEL="${NCCL_P2P_LEVEL:-PHB}" NCCL_DMABUF_ENABLE="${NCCL_DMABUF_ENABLE:-1}" NCCL_BUFFSIZE="${NCCL_BUFFSIZE:-33554432}"
+export NCCL_NTHREADS="${NCCL_NTHREADS:-128}" NCCL_MIN_NCHANNELS="${NCCL_MIN_NCHANNELS:-16}" NCCL_MAX_NCHANNELS="${NCCL_MAX_NCHANNELS:-32}"
 export RCCL_MSCCL_ENABLE="${RCCL_MSCCL_ENABLE:-0}" RCCL_MSCCLPP_ENABLE="${RCCL_MSCCLPP_ENABLE:-0}"
-# Without this, attention on RDNA 3 stores all T x T scores, which the plan below does not count with.
+# Without this, attention on RDNA 3 stores all T x T scores.
 export TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL="${TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL:-1}"
-
 source dev/stages.sh # STAGES, mistake, enter_venv
 case "${PYTORCH_ALLOC_CONF:-}${PYTORCH_HIP_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-}" in
   *expandable_segments:True*) mistake "PYTORCH_*ALLOC_CONF asks for expandable_segments, which these cards do not have; unset it" ;;
 esac
-export TORCH_BUILD="${TORCH_BUILD:-rocm7.2}"
+export TORCH_BUILD="${TORCH_BUILD:-rocm7.2}" NANOCHAT_VENV
 enter_venv
-export NANOCHAT_VENV
 
-# -----------------------------------------------------------------------------
-# Cards and their memory: what torch sees, else what rocm-smi sees, else NPROC (6) and VRAM_GB.
-query='import torch
-count = torch.cuda.device_count()
-memory = torch.cuda.get_device_properties(0).total_memory if count else 0
-print(torch.__version__, torch.version.hip or "none", count, -(-memory // 2**30))'
-found="$(python -c "$query")"
-read -r version hip count vram <<<"$found"
+# Cards: those that torch sees, else those that rocm-smi sees, else NPROC, which is 6.
+query='import torch; n = torch.cuda.device_count(); gb = torch.cuda.get_device_properties(0).total_memory / 2**30 if n else 0
+print(torch.__version__, torch.version.hip or "none", n, round(gb))'
+seen="$(python -c "$query")"
+read -r version hip cards gb <<<"$seen"
 [ "$hip" != none ] || mistake "torch $version is not a build for ROCm; install one with: TORCH_BUILD=rocm7.2 bash dev/setup.sh"
-if [ "$count" -eq 0 ] && command -v rocm-smi >/dev/null; then
-  count="$(rocm-smi --showproductname | grep -ciE 'GPU\[[0-9]+\].*card series')" || true
-fi
-if [ "$count" -gt 0 ] && [ "${NPROC:-0}" -gt "$count" ]; then
-  mistake "NPROC=$NPROC, but there are $count cards; look at rocm-smi, HIP_VISIBLE_DEVICES, power, risers, or use NPROC=$count"
-fi
-[ "$count" -gt 0 ] || count=6
-export NPROC="${NPROC:-$count}"
-vram="${VRAM_GB:-$vram}"
-if [ "$vram" -eq 0 ]; then
-  echo "warning: the cards do not say how much memory they have; VRAM_GB=24 is assumed" >&2
-  vram=24
-fi
+[ "$cards" -gt 0 ] || cards="$(rocm-smi --showproductname 2>/dev/null | grep -ciE 'GPU\[[0-9]+\].*card series')" || true
+[ "$cards" -eq 0 ] || [ "${NPROC:-0}" -le "$cards" ] ||
+  mistake "NPROC=$NPROC, but there are $cards cards; look at rocm-smi, HIP_VISIBLE_DEVICES, power, risers, or use NPROC=$cards"
 
-# Rows per card: as many as fit, by arithmetic. 6 for a d20 with 24 GB; on 7900 XTX cards 6 rows took 15 GB with an older nanochat, 7 took
-# 17 and 9 took 22.
-sizes() { echo "--depth=${DEPTH:-20} --gpus=$NPROC --vram-gb=$vram ${MEMORY_ARGS:-}"; }
-# shellcheck disable=SC2046 # they are several words
-plan() { python -m scripts.plan $(sizes); }
-if [ -z "${DEVICE_BATCH_SIZE:-}" ]; then
-  plan="$(plan)"
-  DEVICE_BATCH_SIZE="$(sed -n 's/^fits: \([0-9]*\) rows.*/\1/p' <<<"$plan")"
-fi
-export DEVICE_BATCH_SIZE
-
-# Three quarters of speedrun.sh's tokens per step. Six cards with 6 rows take 5 micro-batches of 73,728, which is 368,640; any number of
-# cards takes the nearest whole number of them.
-export TOTAL_BATCH_SIZE="${TOTAL_BATCH_SIZE:-393216}"
-echo "$NPROC cards of $vram GB: $DEVICE_BATCH_SIZE rows each, about $TOTAL_BATCH_SIZE tokens per step"
+# Rows per card: as many as fit. 6 of a d20 fit into 24 GB: six cards take 5 micro-batches of 6 x 6 x 2,048 = 73,728 tokens for a step of
+# 368,640, and other numbers of cards come near to it. On 7900 XTX cards 6 rows took 15 GB with an older nanochat, 7 took 17 and 9 took 22.
+export NPROC="${NPROC:-${cards/#0/6}}" DEVICE_BATCH_SIZE="${DEVICE_BATCH_SIZE:-auto}" TOTAL_BATCH_SIZE="${TOTAL_BATCH_SIZE:-368640}"
+# shellcheck disable=SC2086 # MEMORY_ARGS are several words
+[ "$gb" -eq 0 ] || python -m scripts.plan --depth="${DEPTH:-20}" --gpus="$NPROC" --vram-gb="$gb" \
+  --device-batch-size="$DEVICE_BATCH_SIZE" --total-batch-size="$TOTAL_BATCH_SIZE" ${MEMORY_ARGS:-} # a model of which no row fits ends here
 exec bash speedrun.sh

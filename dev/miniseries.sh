@@ -7,19 +7,17 @@
 #   SERIES=lr0.03 BASE_ARGS="--matrix-lr=0.03" bash dev/miniseries.sh      # another series, for comparison
 #
 # Needs text and a tokenizer: STAGES=tok bash speedrun.sh. Rows that are finished are skipped. Ends with report/SERIES.csv.
-# shellcheck disable=SC2086 # CORE_ARGS are several words
+# shellcheck disable=SC2086 # RANKS and CORE_ARGS are several words
 set -euo pipefail
 cd "$(dirname "$0")/.."
 SERIES="${SERIES:-mini}"
 DEPTHS="${DEPTHS:-10 12 14 16 18 20}"
 CORE_ARGS="${CORE_ARGS:---max-per-task=500}"
 STAGES="${STAGES-base eval report}"
-row() { echo "--depth=$depth --target-param-data-ratio=20 --save-every=2000"; }
 source dev/series.sh # NPROC, DEVICE_BATCH_SIZE, CORPUS, WANDB_RUN, BASE_ARGS; train_row
 
 for depth in $DEPTHS; do
-  tag="$SERIES-d$depth"
-  train_row "$tag"
-  trained base "$tag" && stage eval "base_eval_$tag" "${ranks[@]}" -m scripts.base_eval -- --model-tag="$tag" $CORE_ARGS
+  train_row "$SERIES-d$depth" --depth="$depth" --target-param-data-ratio=20 --save-every=2000
+  trained base && stage eval "base_eval_$TAG" $RANKS -m scripts.base_eval -- --model-tag="$TAG" $CORE_ARGS
 done
 stage report "$SERIES" python -m dev.series_table --prefix="$SERIES-"

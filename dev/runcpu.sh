@@ -7,42 +7,41 @@
 #
 # NANOCHAT_BASE_DIR says where everything goes (default ~/.cache/nanochat). A stage that is finished is skipped on the next call, one that
 # was stopped goes on.
-# shellcheck disable=SC2046 # $(resume) and $(priced) are a word or none
+# shellcheck disable=SC2046 # $(resume) is a word or none
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source dev/stages.sh # STAGES="sft eval report" runs a part of them
-check_inputs laptop
-enter_venv
+TAG=laptop
 CORPUS="${CORPUS:-docs}"
+source dev/stages.sh # STAGES="sft eval report" runs a part of them
+check_inputs
+enter_venv
 
 # 1. Text. docs: about 20 MB of documentation strings of Python and its libraries. Questions about it are part of the chat stages,
 #    whatever the base model reads; so are words to spell and conversations about the model itself, which are made here.
-stage "tok base mid sft" docs python -m nanochat.dataset --source=docs
+stage tok,base,mid,sft docs python -m nanochat.dataset --source=docs
 if [ "$CORPUS" != docs ]; then
-  stage "tok base" text python -m nanochat.dataset --source="$CORPUS" -n 2
+  stage tok,base text python -m nanochat.dataset --source="$CORPUS" -n 2
 fi
-stage "mid sft eval" words python -m dev.gen_words --corpus=docs
-stage "mid sft eval" identity python -m dev.gen_identity
+stage mid,sft,eval words python -m dev.gen_words --corpus=docs
+stage mid,sft,eval identity python -m dev.gen_identity
 
 # 2. Tokenizer. 4,096 tokens and not 65,536: at this size the head would be 90 % of the arithmetic.
 stage tok tok_train python -m scripts.tok_train --corpus="$CORPUS" --vocab-size=4096 --max-chars=100000000
 stage tok tok_eval python -m scripts.tok_eval --corpus="$CORPUS"
 
 # 3. Base model, then its score against byte frequencies and xz -9.
-stage base base_train python -m scripts.base_train dev/configs/laptop.py --corpus="$CORPUS" --model-tag=laptop $(resume base laptop)
+stage base base_train python -m scripts.base_train dev/configs/laptop.py --corpus="$CORPUS" --model-tag=laptop $(resume base)
 stage eval base_loss python -m scripts.base_loss --corpus="$CORPUS" --model-tag=laptop --split-tokens=262144
 
 # 4. Chat: the format, spelling and arithmetic with a tool; then answers alone; then harder problems by trial and error.
-stage mid mid_train python -m scripts.mid_train dev/configs/laptop_mid.py --model-tag=laptop $(resume mid laptop)
+stage mid mid_train python -m scripts.mid_train dev/configs/laptop_mid.py --model-tag=laptop $(resume mid)
 stage eval mid_eval python -m scripts.chat_eval -i mid -a offline --model-tag=laptop --max-new-tokens=128
-stage sft chat_sft python -m scripts.chat_sft dev/configs/laptop_sft.py --model-tag=laptop $(resume chatsft laptop)
+stage sft chat_sft python -m scripts.chat_sft dev/configs/laptop_sft.py --model-tag=laptop $(resume sft)
 stage eval sft_eval python -m scripts.chat_eval -i sft -a offline --model-tag=laptop --max-new-tokens=128
-stage rl chat_rl python -m scripts.chat_rl dev/configs/laptop_rl.py --model-tag=laptop $(resume chatrl laptop)
+stage rl chat_rl python -m scripts.chat_rl dev/configs/laptop_rl.py --model-tag=laptop $(resume rl)
 stage eval rl_eval python -m scripts.chat_eval -i rl -a offline --model-tag=laptop --max-new-tokens=128
 
 # 5. Who is it? And the report.
-trained chatsft laptop && stage report hello python -m scripts.chat_cli --model-tag=laptop -p "Who are you?"
-stage report report python -m nanochat.report generate $(priced)
-if trained chatsft laptop; then
-  echo Talk to it, after: source .venv/bin/activate, with: python -m scripts.chat_web
-fi
+trained sft && stage report hello python -m scripts.chat_cli --model-tag=laptop -p "Who are you?"
+stage report report python -m nanochat.report generate ${DOLLARS_PER_HOUR:+--dollars-per-hour="$DOLLARS_PER_HOUR"}
+! trained sft || echo Talk to it, after: source .venv/bin/activate, with: python -m scripts.chat_web

@@ -14,12 +14,11 @@ SERIES="${SERIES:-law}"
 BUDGETS="${BUDGETS:-1e18 2e18 5e18 1e19}"
 DEPTHS="${DEPTHS:-8 10 12 14 16 18}"
 STAGES="${STAGES-base report}"
-row() { echo "--depth=$depth --target-flops=$budget"; }
 source dev/series.sh # NPROC, DEVICE_BATCH_SIZE, CORPUS, WANDB_RUN, BASE_ARGS; train_row
 
 for budget in $BUDGETS; do
   for depth in $DEPTHS; do
-    train_row "$SERIES-$budget-d$depth"
+    train_row "$SERIES-$budget-d$depth" --depth="$depth" --target-flops="$budget"
   done
 done
 stage report "$SERIES" python -m dev.series_table --prefix="$SERIES-"

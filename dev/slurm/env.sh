@@ -51,7 +51,7 @@ fetch_everything() { .venv/bin/python -m nanochat.dataset --prefetch=all --sourc
 # Everything that a job needs and cannot fetch: a line for each thing that is missing, exit code 2 where one is.
 preflight() {
   local missing
-  missing="$(missing_inputs "$TAG")"
+  missing="$(missing_inputs)"
   if [ ! -x .venv/bin/python ]; then
     missing+="${missing:+$'\n'}$PWD/.venv, without which the data cannot be looked at; make it with: bash dev/slurm/setup_hpc.sh"
   elif ! .venv/bin/python -m nanochat.dataset --prefetch=list --source="$CORPUS" -n "$SHARDS"; then
