@@ -1,8 +1,7 @@
 """Whether a script takes the settings that a launcher has for it, without running it: if not, a line and exit code 2.
 
-    python -m dev.check_settings torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20
-
-The words before -m, which start the script, are not looked at. dev/stages.sh calls it for DRY_RUN=1.
+Its own arguments are the command that would run, such as torchrun --nproc_per_node=8 -m scripts.base_train -- --depth=20.
+For DRY_RUN=1 in dev/stages.sh.
 """
 
 import sys

@@ -582,10 +582,12 @@ def test_modules_without_a_module_command_are_one_line(checkout: Checkout) -> No
     assert "unset MODULES" in result.stderr
 
 
-def test_prefetch_fetches_and_ends_with_the_check_of_the_job(checkout: Checkout) -> None:
+def test_prefetch_fetches_and_ends_with_the_check_of_the_job(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert checkout.run("dev/slurm/prefetch.sh", PREFETCH_TOKENIZER=1).returncode == 0
     assert [call[3] for call in checkout.calls("--prefetch")] == ["--prefetch=all", "--prefetch=list"]
-    assert "tok_train" in checkout.modules()
+    assert "tok_train" in parse_calls(checkout, monkeypatch)
     assert checkout.run("dev/slurm/prefetch.sh", MISSING="x").returncode == 2
 
 
