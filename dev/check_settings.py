@@ -1,7 +1,8 @@
 """Whether a script takes the settings that a launcher has for it, without running it: if not, a line and exit code 2.
 
-Its own arguments are the command that would run, such as torchrun --nproc_per_node=8 -m scripts.base_train -- --depth=20.
-For DRY_RUN=1 in dev/stages.sh.
+dev/stages.sh calls it for DRY_RUN=1, with the command that would run:
+
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20
 """
 
 import sys
