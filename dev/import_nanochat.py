@@ -40,10 +40,10 @@ import torch
 from torch import Tensor
 
 import rustbpe
-from nanochat.checkpoint_manager import checkpoints_dir, save_checkpoint, saved_steps
+from nanochat.checkpoint_manager import checkpoint_path, save_checkpoint, saved_steps
 from nanochat.common import UserError, print0, run_main
 from nanochat.compute import Compute
-from nanochat.files import sha256_file
+from nanochat.files import one_line, sha256_file
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -234,22 +234,19 @@ def rename_prefix(match: re.Match[str]) -> str:
     return "blocks" if match[3] else ""
 
 
-def fit_state(state: dict[str, Tensor], config: GPTConfig, path: Path) -> dict[str, Tensor]:
-    """The tensors in fp32 for our model of `config`. Rows of padding, which stand for no token, are cut off and that is
+def fit(model: GPT, state: dict[str, Tensor], path: Path) -> None:
+    """Give a model on "meta" these tensors, in fp32. Rows of padding, which stand for no token, are cut off and that is
     printed. Raises UserError naming every tensor that the model does not have, and the first that does not fit.
     """
-    if config.n_layer > len(state):
-        raise UserError(f"{path} has {len(state)} tensors, too few for the {config.n_layer} layers of its meta file")
-    with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    expected = model.state_dict()
     if more := sorted(state.keys() - expected.keys()):
         names = ", ".join(name[:60] for name in more[:6]) + (f" and {len(more) - 6} more" if len(more) > 6 else "")
         raise UserError(f"{path} is of a later nanochat: our model has no place for its trained tensors {names}")
     fitted = {}
-    for name, shape in expected.items():
-        tensor = state.get(name)
-        if tensor is None:
+    for name, place in expected.items():
+        if name not in state:
             raise UserError(f"{path} has no tensor {name}, which the model of its meta file needs")
+        tensor, shape = state[name], place.shape
         padding = tensor.size(0) - shape[0] if tensor.ndim else 0
         if 0 < padding < PADDING and tensor.size(0) % PADDING == 0 and name in ("wte.weight", "lm_head.weight"):
             print0(f"{name}: left out the last {padding} rows, padding that stands for no token")
@@ -257,25 +254,10 @@ def fit_state(state: dict[str, Tensor], config: GPTConfig, path: Path) -> dict[s
         if tensor.shape != shape:
             raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, its meta file says {tuple(shape)}")
         fitted[name] = tensor.float().contiguous()
-    return fitted
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    model.load_state_dict(fitted, assign=True)
 
 
 # -----------------------------------------------------------------------------
-
-
-def write(
-    config: GPTConfig, state: dict[str, Tensor], imported: Tokenizer, tag: str, at: int, origin: dict[str, Any]
-) -> Path:
-    """Write it as a checkpoint of ours, without optimizer state. Returns its directory."""
-    with torch.device("meta"):
-        model = GPT(config)
-    model.load_state_dict(state, assign=True)
-    meta = {"model_config": model.config_dict(), "imported": origin}
-    return save_checkpoint(source, tag, at, model, [], imported, meta, Compute(torch.device("cpu"), torch.float32))
 
 
 def main() -> None:
@@ -285,9 +267,10 @@ def main() -> None:
         raise UserError("--tokenizer=None: give the tokenizer.pkl; nanochat keeps it in ~/.cache/nanochat/tokenizer")
     folder = Path(checkpoint).absolute()
     tag = model_tag or folder.name
-    if steps := saved_steps(checkpoints_dir(source, tag)):
-        raise UserError(f"--model-tag={tag}: {source} already has that with step {steps[-1]}; choose another")
     at = find_step(folder)
+    path = checkpoint_path(source, tag, at)
+    if steps := saved_steps(path.parent):
+        raise UserError(f"--model-tag={tag}: {source} already has that with step {steps[-1]}; choose another")
     model_path, meta_path = folder / f"model_{at:06d}.pt", folder / f"meta_{at:06d}.json"
     foreign_meta = read_meta(meta_path)
     config = read_config(foreign_meta["model_config"], meta_path)
@@ -297,10 +280,18 @@ def main() -> None:
             f"{tokenizer} has {imported.get_vocab_size():,} tokens, {meta_path} says {config.vocab_size:,}; "
             "give the tokenizer that the model was trained with"
         )
-    state = fit_state(read_state(model_path), config, model_path)
-    files = {str(path): sha256_file(path) for path in (model_path, meta_path, Path(tokenizer).absolute())}
-    path = write(config, state, imported, tag, at, {"files": files, "meta": foreign_meta})
-    print0(f"{path}: {sum(tensor.numel() for tensor in state.values()):,} parameters, {config.n_layer} layers")
+    state = read_state(model_path)
+    if config.n_layer > len(state):
+        raise UserError(
+            f"{model_path} has {len(state)} tensors, too few for the {config.n_layer} layers of {meta_path}"
+        )
+    with torch.device("meta"):
+        model = GPT(config)
+    fit(model, state, model_path)
+    files = {str(file): sha256_file(file) for file in (model_path, meta_path, Path(tokenizer).absolute())}
+    meta = {"model_config": model.config_dict(), "imported": {"files": files, "meta": foreign_meta}}
+    save_checkpoint(path, model, [], imported, meta, Compute(torch.device("cpu"), torch.float32))
+    print0(f"{path}: {model.num_params():,} parameters, {config.n_layer} layers")
 
 
 if __name__ == "__main__":

@@ -4,48 +4,42 @@
         model.safetensors    fp32 master weights
         optim.safetensors    whole-shape optimizer state, so that any number of ranks can go on
         tokenizer.json       a model is useless with another tokenizer, so they travel together
-        meta.json            written last: sizes and sha256 of the other three, model config, settings, position,
-                             loop state, versions
+        meta.json            sizes and sha256 of the other three, model config, settings, position, loop state, versions
 
-A save is written beside its place and renamed into it, every byte flushed to the disk first. meta.json is sealed with
-its own sha256, so one wrong bit in any of the four files is found, and the newest checkpoint that is whole is the one
-that a run continues from. Nothing damaged is deleted: it is moved aside. One run at a time writes under a tag.
+meta.json is sealed with its own sha256 and every other file is compared with its sha256 there before it is read, so one
+wrong bit is found in any of the four; what was compared is trusted. Nothing damaged is deleted: it is moved aside. One
+run at a time writes under a tag.
 """
 
 import base64
 import errno
+import fcntl
 import json
 import os
 import re
 import shutil
-import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from nanochat.adamw import AdamW
-from nanochat.common import NotFinite, UserError, get_base_dir, print0
+from nanochat.common import STAGES, NotFinite, UserError, get_base_dir, print0
 from nanochat.compute import Compute
-from nanochat.files import flush, read_sealed, seal, sha256_file, write_atomic
+from nanochat.files import one_line, read_sealed, seal, sha256_file, whole, write_atomic
 from nanochat.gpt import GPT, GPTConfig, build_model
 from nanochat.muon import Muon
 from nanochat.record import provenance
 from nanochat.sharding import Place, local, own_rows, whole_weights
-from nanochat.tensors import check_tensors, open_tensors, read_header, save_tensors
 from nanochat.tokenizer import Tokenizer
 
-# Stage as the user says it -> directory, and the script that makes it.
-STAGES = {
-    "base": ("base_checkpoints", "scripts.base_train"),
-    "mid": ("mid_checkpoints", "scripts.mid_train"),
-    "sft": ("chatsft_checkpoints", "scripts.chat_sft"),
-    "rl": ("chatrl_checkpoints", "scripts.chat_rl"),
-}
 FORMAT = 2  # 2: meta.json is sealed
 ASIDE = re.compile(r"-before-\d{8}-\d{6}$")  # how set_aside() names what it moves
 BEST = "best.json"
@@ -53,10 +47,11 @@ BEST = "best.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A step directory whose meta.json has been read and whose files have their recorded sizes."""
+    """A step directory whose meta.json has been read."""
 
     path: Path
     meta: dict[str, Any]
+    verified: set[str] = field(default_factory=set)  # files that were compared with meta.json, once per process
 
     @property
     def step(self) -> int:
@@ -76,13 +71,26 @@ class Checkpoint:
         """The name, and what tells its weights from those of another run under the same name."""
         return f"{self.name} sha256 {self.meta['files']['model.safetensors']['sha256'][:12]}"
 
+    def damage(self, name: str, compare: bool = True) -> str | None:
+        """What is wrong with one of its files: missing, its size or, if asked, its sha256. None where nothing is."""
+        path, entry = self.path / name, self.meta["files"][name]
+        if not path.is_file():
+            return "missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{path.stat().st_size:,} bytes, not {entry['bytes']:,}"
+        return "sha256 differs" if compare and sha256_file(path) != entry["sha256"] else None
+
+    def file(self, name: str) -> Path:
+        """The path of one of its files, verified. Raises UserError naming it where it is damaged."""
+        if name not in self.verified and (why := self.damage(name)):
+            raise damaged(self.path / name, why)
+        self.verified.add(name)
+        return self.path / name
+
     def verify(self) -> None:
-        """Compare sha256 of all files; raises UserError naming the first that differs."""
-        for name, entry in self.meta["files"].items():
-            if sha256_file(self.path / name) != entry["sha256"]:
-                raise UserError(
-                    f"{self.path / name} is damaged (sha256 differs); use another step: {other_steps(self.path)}"
-                )
+        """Verify all files; raises UserError naming the first that is damaged."""
+        for name in self.meta["files"]:
+            self.file(name)
 
 
 # -----------------------------------------------------------------------------
@@ -91,10 +99,17 @@ class Checkpoint:
 
 def checkpoints_dir(source: str, model_tag: str) -> Path:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", model_tag):
-        raise UserError(
-            f"--model-tag={model_tag}: expected letters, digits, dots, dashes and underscores", everywhere=True
-        )
-    return get_base_dir() / STAGES[source][0] / model_tag
+        allowed = "expected letters, digits, dots, dashes and underscores"
+        raise UserError(f"--model-tag={model_tag}: {allowed}", everywhere=True)
+    return get_base_dir() / STAGES[source].folder / model_tag
+
+
+def checkpoint_path(source: str, model_tag: str, step: int) -> Path:
+    return step_dir(checkpoints_dir(source, model_tag), step)
+
+
+def step_dir(directory: Path, step: int) -> Path:
+    return directory / f"step_{step:06d}"
 
 
 def saved_steps(directory: Path) -> list[int]:
@@ -105,58 +120,48 @@ def saved_steps(directory: Path) -> list[int]:
 
 def find_tag(source: str, model_tag: str | None) -> str:
     """The tag as given, or the one saved last. Raises UserError naming the command that makes one."""
-    folder, script = STAGES[source]
-    root = get_base_dir() / folder
+    root = get_base_dir() / STAGES[source].folder
     tags = [path for path in sorted(root.glob("*")) if saved_steps(path) and not ASIDE.search(path.name)]
     if not tags:
-        raise UserError(f"no {source} checkpoint in {root}; make one with: python -m {script}")
+        raise UserError(f"no {source} checkpoint in {root}; make one with: python -m {STAGES[source].script}")
     if model_tag is None:
         return max(tags, key=lambda tag: max(path.stat().st_mtime for path in tag.glob("step_*/meta.json"))).name
     if not saved_steps(checkpoints_dir(source, model_tag)):
-        raise UserError(
-            f"no {source} checkpoint {model_tag} in {root}; there is {', '.join(path.name for path in tags)}"
-        )
+        there = ", ".join(path.name for path in tags)
+        raise UserError(f"no {source} checkpoint {model_tag} in {root}; there is {there}")
     return model_tag
 
 
 def find_checkpoint(source: str, model_tag: str | None = None, step: int | None = None) -> Checkpoint:
-    """The checkpoint of a stage: by default of the tag saved last, and its last step. Raises UserError where there is
-    none.
-    """
+    """The checkpoint of a stage: by default of the tag saved last, and its last step. UserError where there is none."""
     directory = checkpoints_dir(source, find_tag(source, model_tag))
+    return open_checkpoint(step_dir(directory, candidates(directory, step)[0]))
+
+
+def candidates(directory: Path, step: int | None) -> list[int]:
+    """The step asked for, or all, the newest first. Raises UserError where the one asked for is not there."""
     steps = saved_steps(directory)
     if step is not None and step not in steps:
-        raise UserError(f"no step {step} in {directory}; there is {', '.join(map(str, steps))}")
-    return open_checkpoint(step_dir(directory, steps[-1] if step is None else step))
-
-
-def step_dir(directory: Path, step: int) -> Path:
-    return directory / f"step_{step:06d}"
+        raise UserError(f"no step {step} in {directory}; there is {', '.join(map(str, steps))}", everywhere=True)
+    return steps[::-1] if step is None else [step]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Read meta.json and check the files' sizes; their bytes are checked by Checkpoint.verify()."""
+    """Read meta.json. Raises UserError where it is damaged or of another format."""
     try:
         meta = read_sealed(path / "meta.json")
-        sizes = {name: entry["bytes"] for name, entry in meta["files"].items()}
-        version = meta["format"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}/meta.json is damaged ({error}); use another step: {other_steps(path)}") from None
-    if version != FORMAT:
-        raise UserError(f"{path} has checkpoint format {version}, this version reads {FORMAT}")
-    for name, size in sizes.items():
-        file = path / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            state = "missing" if found is None else f"{found:,} bytes, not {size:,}"
-            raise UserError(f"{file} is damaged ({state}); use another step: {other_steps(path)}")
+    except (OSError, ValueError) as error:
+        raise damaged(path / "meta.json", str(error)) from None
+    if meta["format"] != FORMAT:
+        raise UserError(f"{path} has checkpoint format {meta['format']}, this version reads {FORMAT}")
     return Checkpoint(path, meta)
 
 
-def other_steps(path: Path) -> str:
-    """What a user whose checkpoint is damaged may load instead."""
-    others = [step for step in saved_steps(path.parent) if step_dir(path.parent, step) != path]
-    return " or ".join(f"--step={step}" for step in others[-3:]) or "there is none"
+def damaged(file: Path, why: str) -> UserError:
+    """The error that names a damaged file, and the steps that may be used instead."""
+    others = [step for step in saved_steps(file.parents[1]) if step_dir(file.parents[1], step) != file.parent]
+    instead = " or ".join(f"--step={step}" for step in others[-3:]) or "there is none"
+    return UserError(f"{file} is damaged ({why}); use another step: {instead}")
 
 
 def find_resume(
@@ -168,9 +173,8 @@ def find_resume(
     fresh: bool,
     compute: Compute,
 ) -> Checkpoint | None:
-    """The checkpoint that a run asked to continue, verified, or None for a run from the start. Without a step it is the
-    newest one that is whole; damaged ones after it are named and moved aside. Takes the tag for this process, and
-    sweeps up what a killed save has left.
+    """The checkpoint that a run asked to continue, all of it verified, or None for a run from the start. Without a step
+    it is the newest one that is whole; damaged ones after it are named and moved aside. Takes the tag for this process.
 
     Raises UserError where the checkpoint differs in anything of `identity`, where no step is whole, where another
     process is writing under the tag, and for a run from the start over existing checkpoints without `fresh`, which sets
@@ -191,12 +195,10 @@ def find_resume(
         set_aside(directory, steps, compute)
         return None
     find_tag(source, model_tag)
-    if resume_from_step is not None and resume_from_step not in steps:
-        there = ", ".join(map(str, steps))
-        raise UserError(f"no step {resume_from_step} in {directory}; there is {there}", everywhere=True)
-    candidates = steps[::-1] if resume_from_step is None else [resume_from_step]
-    step = on_master(compute, lambda: newest_whole(directory, candidates))
+    in_question = candidates(directory, resume_from_step)
+    step = on_master(compute, lambda: newest_whole(directory, in_question))
     checkpoint = open_checkpoint(step_dir(directory, step))
+    checkpoint.verified.update(checkpoint.meta["files"])  # rank 0 has just compared them, for all
     for name, value in identity.items():
         if checkpoint.meta.get(name) != value:
             raise UserError(
@@ -210,29 +212,36 @@ def find_resume(
 
 def on_master(compute: Compute, work: Callable[[], int | None]) -> int:
     """Do what only rank 0 may do, and give its number to every rank. A UserError of it ends all of them, told once."""
-    result, error = 0, None
+    error, outcome = None, torch.zeros(2, dtype=torch.float64)  # exit code, number
     if compute.is_master:
         try:
-            result = work() or 0
+            outcome[1] = work() or 0
         except UserError as problem:
-            error = problem
-            error.everywhere = True
-    exit_code = int(compute.sum(torch.tensor(error.exit_code if error else 0, dtype=torch.int32)))
+            error, outcome[0], problem.everywhere = problem, problem.exit_code, True
+    exit_code, number = map(int, compute.sum(outcome).tolist())
     if exit_code:
         kind = NotFinite if exit_code == NotFinite.exit_code else UserError
         raise error or kind("rank 0 said why", everywhere=True)
-    return int(compute.sum(torch.tensor(result, dtype=torch.float64)))
+    return number
 
 
-def newest_whole(directory: Path, candidates: Sequence[int]) -> int:
-    """The first of the steps that verifies; says what is wrong with those passed over. UserError where none does."""
-    for step in candidates:
-        try:
-            open_checkpoint(step_dir(directory, step)).verify()
+def newest_whole(directory: Path, steps: Sequence[int]) -> int:
+    """The first of the steps that is whole; says what is wrong with those passed over. UserError where none is."""
+    for step in steps:
+        wrong = what_is_wrong(step_dir(directory, step))
+        if not wrong:
             return step
-        except UserError as error:
-            print0(f"warning: {error}")
+        print0(f"warning: {wrong}")
     raise UserError(f"no checkpoint in {directory} is whole; start over with --fresh")
+
+
+def what_is_wrong(path: Path) -> UserError | None:
+    """The error that verifying a step directory ends with; None where all of it is as it was written."""
+    try:
+        open_checkpoint(path).verify()
+        return None
+    except UserError as error:
+        return error
 
 
 TAKEN: dict[Path, int] = {}  # directories this process has a lock on; the end of the process gives them back
@@ -240,19 +249,16 @@ TAKEN: dict[Path, int] = {}  # directories this process has a lock on; the end o
 
 def take_directory(directory: Path) -> None:
     """Make this process the only one that writes there, and sweep up what killed ones have left. Raises UserError where
-    another one lives. Not held on Windows, nor on file systems without locks.
+    another one lives. Not held on file systems without locks.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    if directory not in TAKEN and sys.platform != "win32":
-        import fcntl
-
+    if directory not in TAKEN:
         handle = os.open(directory, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"another run is writing to {directory}; wait for it, or choose another --model-tag"
-            ) from None
+            what = f"another run is writing to {directory}; wait for it, or choose another --model-tag"
+            raise UserError(what) from None
         except OSError as error:
             print0(f"warning: {directory} cannot be locked ({error.strerror}); start one run at a time with this tag")
         TAKEN[directory] = handle
@@ -269,10 +275,8 @@ def set_aside(directory: Path, steps: list[int], compute: Compute) -> None:
         aside.mkdir(exist_ok=True)
         for step in steps:
             os.replace(step_dir(directory, step), step_dir(aside, step))
-        print0(
-            f"set aside: checkpoint{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps))} of {directory.name} "
-            f"moved to {aside}"
-        )
+        numbers = ", ".join(map(str, steps))
+        print0(f"set aside: checkpoint{'s' * (len(steps) > 1)} {numbers} of {directory.name} moved to {aside}")
     compute.barrier()
 
 
@@ -281,98 +285,70 @@ def set_aside(directory: Path, steps: list[int], compute: Compute) -> None:
 
 
 def save_checkpoint(
-    source: str,
-    model_tag: str,
-    step: int,
+    path: Path,
     model: GPT,
     optimizers: Sequence[AdamW | Muon],
     tokenizer: Tokenizer,
     meta: dict[str, Any],
     compute: Compute,
     keep_last: int = -1,
-) -> Path:
-    """Write a checkpoint, say so, and return its directory; then, unless keep_last is -1, delete all but the last
-    keep_last steps and the best one. Collective: every rank calls it, rank 0 writes. A verified checkpoint already in
-    the place is kept as it is.
+) -> None:
+    """Write a checkpoint to checkpoint_path(...) and say so; then, unless keep_last is -1, delete all but the last
+    keep_last steps and the best one. A verified checkpoint in the place is kept as it is, a damaged one moved aside.
+    Collective: every rank calls it, rank 0 writes.
 
     Raises UserError when the disk is too small, NotFinite when weights or optimizer state are not: the checkpoints that
     were there stay as they are.
     """
     started = time.perf_counter()
-    path = step_dir(checkpoints_dir(source, model_tag), step)
-    model_state, optim_state = {}, {}  # on rank 0; the others only take part in gathering
-    for name, tensor in whole_weights(model):
-        if compute.is_master:
-            model_state[name] = tensor.cpu().contiguous()
-    for name, tensor in (item for optimizer in optimizers for item in optimizer.full_state()):
-        if compute.is_master:
-            optim_state[name] = tensor.detach().cpu().clone()
+    # All ranks gather, rank 0 keeps.
+    weights = {name: tensor.cpu().contiguous() for name, tensor in whole_weights(model) if compute.is_master}
+    states = (item for optimizer in optimizers for item in optimizer.full_state())
+    state = {name: tensor.to("cpu", copy=True) for name, tensor in states if compute.is_master}
 
     def write() -> None:
-        if not is_verified(path):
-            check_finite(step, model_state, optim_state)
-            write_step_directory(path, model_state, optim_state, tokenizer, {"step": step, **meta, "rng": rng_state()})
-            size = sum(tensor.nbytes for state in (model_state, optim_state) for tensor in state.values())
+        if what_is_wrong(path):
+            tensors = {"model.safetensors": weights, "optim.safetensors": state}
+            size = write_step(path, tensors, tokenizer, {**meta, "rng": rng_state()})
             print0(f"saved {path} ({size / 1e6:,.1f} MB in {time.perf_counter() - started:.2f} s)")
         if keep_last > 0:
             delete_old(path.parent, keep_last)
 
     on_master(compute, write)
-    return path
 
 
-def is_verified(path: Path) -> bool:
-    try:
-        open_checkpoint(path).verify()
-        return True
-    except UserError:
-        return False
-
-
-def check_finite(step: int, *states: dict[str, Tensor]) -> None:
-    """A checkpoint that cannot be trained on must not become the newest one."""
-    for name, tensor in ((name, tensor) for state in states for name, tensor in state.items()):
+def write_step(path: Path, tensors: dict[str, dict[str, Tensor]], tokenizer: Tokenizer, meta: dict[str, Any]) -> int:
+    """Write a step directory with these files of tensors, whole or not at all; returns the tensors' bytes."""
+    step = int(path.name[5:])
+    everything = [(name, tensor) for state in tensors.values() for name, tensor in state.items()]
+    for name, tensor in everything:  # what cannot be trained on must not become the newest checkpoint
         if not tensor.isfinite().all():
             raise NotFinite(f"{name} has values that are not finite: step {step} is not saved, earlier ones stay")
-
-
-def write_step_directory(
-    path: Path,
-    model_state: dict[str, Tensor],
-    optim_state: dict[str, Tensor],
-    tokenizer: Tokenizer,
-    meta: dict[str, Any],
-) -> None:
-    """Write the four files beside `path`, flush them to the disk, and rename the whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    need = sum(tensor.nbytes for state in (model_state, optim_state) for tensor in state.values()) + 2**20
+    size = sum(tensor.nbytes for _, tensor in everything)
+    need = size + 2**20
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(path.parent).free < need:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        temporary.mkdir()
-        save_tensors(temporary / "model.safetensors", model_state)
-        save_tensors(temporary / "optim.safetensors", optim_state)
-        tokenizer.save(temporary)
-        files = {}
-        for file in sorted(temporary.iterdir()):
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-            files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-        meta = {"format": FORMAT, **meta, "files": files, "provenance": provenance()}
-        write_atomic(temporary / "meta.json", seal(json.dumps(meta, indent=1)))
-        if path.exists():  # only reached when what stands there is damaged
-            os.replace(path, path.with_name(f"{path.name}-damaged-{time.strftime('%Y%m%d-%H%M%S')}"))
-        os.replace(temporary, path)
-        flush(path.parent)
-    except (OSError, UserError) as error:  # save_tensors raises UserError
-        why, free = getattr(error, "strerror", None) or error, shutil.disk_usage(path.parent).free
+        with whole(path) as building:
+            building.mkdir()
+            if shutil.disk_usage(building).free < need:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            for name, state in tensors.items():
+                save_file(state, building / name)
+            tokenizer.save(building)
+            files = {
+                file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+                for file in sorted(building.iterdir())
+            }
+            meta = {"format": FORMAT, "step": step, **meta, "files": files, "provenance": provenance()}
+            (building / "meta.json").write_text(seal(json.dumps(meta, indent=1)))
+            if path.exists():  # only reached when what stands there is damaged
+                os.replace(path, path.with_name(f"{path.name}-damaged-{time.strftime('%Y%m%d-%H%M%S')}"))
+    except (OSError, SafetensorError) as error:
+        why, free = getattr(error, "strerror", None) or one_line(error), shutil.disk_usage(path.parent).free
         raise UserError(
             f"step {path.name[5:]} could not be saved ({why}): a checkpoint needs {need:,} bytes and {path.parent} has "
             f"{free:,} free; make room (--keep-last=2 keeps it), then go on with --resume"
         ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    return size
 
 
 def delete_old(directory: Path, keep_last: int) -> None:
@@ -394,18 +370,16 @@ def is_best(source: str, model_tag: str, value: float) -> bool:
 def mark_best(source: str, model_tag: str, step: int, value: float, compute: Compute) -> None:
     """Remember a saved step as the one with the best validation; keep_last spares it."""
     if compute.is_master:
-        content = seal(json.dumps({"step": step, "value": value}))
-        write_atomic(checkpoints_dir(source, model_tag) / BEST, content)
+        write_atomic(checkpoints_dir(source, model_tag) / BEST, seal(json.dumps({"step": step, "value": value})))
 
 
 def read_best(directory: Path) -> tuple[int, float] | None:
     """(step, value) of the step marked as best; None where there is none, or it is no longer there."""
     try:
-        content = read_sealed(directory / BEST)
+        best = read_sealed(directory / BEST)
     except (OSError, ValueError):
         return None
-    step = int(content["step"])
-    return (step, float(content["value"])) if step in saved_steps(directory) else None
+    return (best["step"], best["value"]) if best["step"] in saved_steps(directory) else None
 
 
 def rng_state() -> dict[str, str]:
@@ -413,7 +387,7 @@ def rng_state() -> dict[str, str]:
     but an experiment that adds dropout does. The same on every rank, so rank 0's stand for all.
     """
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
     return {device: base64.b64encode(state.numpy().tobytes()).decode() for device, state in states.items()}
 
@@ -432,44 +406,59 @@ def restore_rng(states: dict[str, str]) -> None:
 # Loading
 
 
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """The safetensors handle of a file: keys(), get_tensor(name), get_slice(name). UserError where it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is no intact safetensors file: {one_line(error)}; get it again") from None
+
+
 def restore_model(model: GPT, checkpoint: Checkpoint) -> None:
-    """Load weights in place; names, shapes and dtypes must match exactly. Raises UserError naming the first difference,
-    before anything is read.
+    """Load weights in place. Raises UserError naming the first tensor that is missing, not the model's, or of another
+    shape or dtype; those before it are loaded then.
     """
-    path, state = checkpoint.path / "model.safetensors", dict(model.named_parameters())
-    check_tensors(read_header(path), {name: (t.dtype, tuple(t.shape)) for name, t in state.items()}, path)
-    with open_tensors(path) as tensors, torch.no_grad():
-        for name, p in state.items():
-            local(p).copy_(tensors.get_slice(name)[own_rows(p)])  # a sharded model reads just its rows
+    path, weights = checkpoint.file("model.safetensors"), dict(model.named_parameters())
+    with open_tensors(path) as file, torch.no_grad():
+        stored = set(file.keys())
+        for name in sorted(stored | weights.keys()):
+            if name not in stored:
+                raise UserError(f"{path} has no tensor {name}, which this model needs; is it of another model?")
+            if name not in weights:
+                raise UserError(f"{path} has a tensor {name} that this model does not have; is it of another model?")
+            saved, p = file.get_slice(name), weights[name]
+            shape, needed = tuple(saved.get_shape()), tuple(p.shape)
+            if shape != needed:
+                raise UserError(f"{path}: {name} has shape {shape}, this model needs {needed}; check --depth")
+            rows = saved[own_rows(p)]  # a sharded model reads just its rows
+            if rows.dtype != p.dtype:
+                raise UserError(f"{path}: {name} is {rows.dtype}, this model needs {p.dtype}")
+            local(p).copy_(rows)
 
 
 def restore_optimizers(optimizers: Sequence[AdamW | Muon], checkpoint: Checkpoint) -> None:
     """Load the optimizer state saved by any number of ranks. Raises UserError where one is missing."""
-    path = checkpoint.path / "optim.safetensors"
-    header = read_header(path)
+    path = checkpoint.file("optim.safetensors")
+    with open_tensors(path) as file:
+        names = set(file.keys())
 
-    def read(name: str) -> Tensor:
-        if name not in header:
-            raise UserError(
-                f"{path} has no tensor {name}; mid_train and chat_sft begin without with --warm-start=false"
-            )
-        return tensors.get_tensor(name)
+        def read(name: str) -> Tensor:
+            if name not in names:
+                without = "mid_train and chat_sft begin without with --warm-start=false"
+                raise UserError(f"{path} has no tensor {name}; {without}")
+            return file.get_tensor(name)
 
-    with open_tensors(path) as tensors:
         for optimizer in optimizers:
             optimizer.load_full_state(read)
 
 
 def load_model(
-    source: str,
-    device: torch.device,
-    phase: str = "eval",
-    model_tag: str | None = None,
-    step: int | None = None,
+    source: str, device: torch.device, phase: str = "eval", model_tag: str | None = None, step: int | None = None
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """The model, its own tokenizer and meta of a checkpoint of stage `source` (base, mid, sft, rl), verified by sha256;
-    `phase` is train or eval. Without a tag the one saved last, without a step the last. Raises UserError where there is
-    none or it is damaged.
+    """The model, its own tokenizer and meta of a checkpoint of stage `source` (base, mid, sft, rl); `phase` is train or
+    eval. Without a tag the one saved last, without a step the last. UserError where there is none or it is damaged.
     """
     if source not in STAGES:
         raise UserError(f"source={source}: expected one of {', '.join(STAGES)}")
@@ -480,23 +469,9 @@ def load_model(
 def open_model(
     checkpoint: Checkpoint, device: torch.device, phase: str = "eval", place: Place | None = None
 ) -> tuple[GPT, Tokenizer]:
-    """The model and the tokenizer of a checkpoint, verified by sha256; `phase` is train or eval, `place` as in
-    build_model. What meta.json says of the model is compared with the file of weights before memory is taken for it.
-    """
-    checkpoint.verify()
-    path = checkpoint.path / "model.safetensors"
-    header = read_header(path)
-    try:
-        config = GPTConfig(**checkpoint.meta["model_config"])
-        if config.n_layer > len(header):
-            raise ValueError(f"{config.n_layer} layers in {len(header)} tensors")
-        with torch.device("meta"):
-            expected = {name: (t.dtype, tuple(t.shape)) for name, t in GPT(config).state_dict().items()}
-    except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{checkpoint.path}/meta.json: model_config is none of a model's ({error})") from None
-    check_tensors(header, expected, path)
-    model = build_model(config, device, place=place)
+    """The model and the tokenizer of a checkpoint; `phase` is train or eval, `place` as in build_model."""
+    model = build_model(GPTConfig(**checkpoint.meta["model_config"]), device, place=place)
     restore_model(model, checkpoint)
     model.train(phase == "train")
     print0(f"model: {checkpoint.name}, {model.num_params():,} parameters")
-    return model, Tokenizer.load(checkpoint.path)
+    return model, Tokenizer.load(checkpoint.file("tokenizer.json"))

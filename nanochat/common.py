@@ -10,8 +10,23 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
+
+class Stage(NamedTuple):
+    """A stage that trains, as people and files call it."""
+
+    folder: str  # of its checkpoints, in the base directory
+    script: str
+    title: str  # in reports
+
+
+STAGES = {
+    "base": Stage("base_checkpoints", "scripts.base_train", "base"),
+    "mid": Stage("mid_checkpoints", "scripts.mid_train", "mid"),
+    "sft": Stage("chatsft_checkpoints", "scripts.chat_sft", "SFT"),
+    "rl": Stage("chatrl_checkpoints", "scripts.chat_rl", "RL"),
+}
 EXIT_RANK_DIED = 4  # another rank of the run is dead; one of those that ended prints which
 
 

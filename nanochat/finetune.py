@@ -13,6 +13,7 @@ from typing import Any
 
 from nanochat import train
 from nanochat.checkpoint_manager import (
+    checkpoint_path,
     find_checkpoint,
     find_resume,
     is_best,
@@ -109,8 +110,8 @@ def fine_tune(
         loop = train.loop_state(num_steps, position.to_json(), meter, spikes, wandb_run)
         meta = {**identity, **loop, "settings": settings}
         if not s.dry_run:
-            where = (stage, start.tag, meter.steps)
-            save_checkpoint(*where, model, optimizers, tokenizer, meta, compute, s.keep_last)
+            path = checkpoint_path(stage, start.tag, meter.steps)
+            save_checkpoint(path, model, optimizers, tokenizer, meta, compute, s.keep_last)
 
     clock = SaveClock(s.save_every, s.save_minutes, compute)
     with (

@@ -76,6 +76,7 @@ from typing import Any
 
 from nanochat import train
 from nanochat.checkpoint_manager import (
+    checkpoint_path,
     find_resume,
     is_best,
     mark_best,
@@ -181,7 +182,8 @@ def main() -> None:
         """The state after the last whole step, whatever has happened since."""
         loop = train.loop_state(num_steps, position.to_json(), meter, spikes, wandb_run)
         meta = {**identity, **loop, "settings": settings}
-        save_checkpoint("base", tag, meter.steps, model, optimizers, tokenizer, meta, compute, keep_last)
+        path = checkpoint_path("base", tag, meter.steps)
+        save_checkpoint(path, model, optimizers, tokenizer, meta, compute, keep_last)
 
     clock = SaveClock(save_every, save_minutes, compute)
     with (

@@ -63,6 +63,7 @@ import torch
 
 from nanochat import train
 from nanochat.checkpoint_manager import (
+    checkpoint_path,
     find_checkpoint,
     find_resume,
     is_best,
@@ -137,7 +138,8 @@ def main() -> None:
         """The state after the last whole step, whatever has happened since."""
         loop = train.loop_state(num_steps, {"dead_steps": dead_steps}, meter, spikes, wandb_run)
         meta = {**identity, **loop, "settings": settings}
-        save_checkpoint("rl", start.tag, meter.steps, model, optimizers, tokenizer, meta, compute, keep_last)
+        path = checkpoint_path("rl", start.tag, meter.steps)
+        save_checkpoint(path, model, optimizers, tokenizer, meta, compute, keep_last)
 
     def evaluate(done: int, watch: SignalWatch) -> None:
         pass_at = evaluate_pass_at_k(model, tokenizer, held_out, compute, watch)

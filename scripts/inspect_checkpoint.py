@@ -27,7 +27,6 @@ settings = configure(__name__)
 import json
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +36,13 @@ from nanochat.checkpoint_manager import (
     find_checkpoint,
     find_tag,
     open_checkpoint,
+    open_tensors,
     read_best,
     saved_steps,
     step_dir,
 )
 from nanochat.common import UserError, get_base_dir, print0, run_main
-from nanochat.files import sha256_file
 from nanochat.record import read_record
-from nanochat.tensors import TensorInfo, open_tensors, read_header
 
 SHOWN = ("format", "step", "model_config", "files", "provenance", "settings")  # in sections of their own
 
@@ -71,6 +69,12 @@ def find_evals(tag: str) -> dict[int, str]:
     return found
 
 
+def damage_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """{file: what is wrong with it}, of the files that are not as they were written."""
+    found = {name: checkpoint.damage(name, verify) for name in checkpoint.meta["files"]}
+    return {name: why for name, why in found.items() if why}
+
+
 # -----------------------------------------------------------------------------
 # One step
 
@@ -83,86 +87,51 @@ def show(title: str, content: dict[str, Any]) -> None:
         print0(f"  {name} = {text if len(text) <= 200 else f'{text[:180]}... ({len(text):,} characters)'}")
 
 
-def show_origin(checkpoint: Checkpoint) -> None:
-    meta = checkpoint.meta
-    made = meta.get("provenance", {})
-    when = written(checkpoint.path / "meta.json")
-    print0(f"{checkpoint.path}\n  stage {source}, tag {checkpoint.tag}, step {checkpoint.step:,}, written {when}")
-    measured = find_evals(checkpoint.tag).get(checkpoint.step)
-    print0(f"  measured at this step: {measured or 'no record says'}")
-    show("made by", {"format": meta["format"], **made})
-    show("model", meta.get("model_config", {}))
-
-
-def show_files(checkpoint: Checkpoint) -> list[str]:
-    """The files with their sizes and sha256; returns what is wrong."""
-    damage = []
-    print0("\nfiles")
-    for name, entry in checkpoint.meta["files"].items():
-        state = "not compared"
-        if verify:
-            whole = sha256_file(checkpoint.path / name) == entry["sha256"]
-            state = "as written" if whole else "DAMAGED"
-            damage += [] if whole else [f"{checkpoint.path / name} is damaged (sha256 differs)"]
-        print0(f"  {name:20} {entry['bytes']:>15,} bytes  sha256 {entry['sha256']}  {state}")
-    return damage
-
-
-def describe(tensors: Any, name: str) -> str:
-    """The values of one tensor in figures."""
-    tensor = tensors.get_tensor(name).double()
+def describe(tensor: Any) -> str:
+    """The values of a tensor in figures."""
     if tensor.numel() == 0:
         return "empty"
-    broken = tensor.numel() - int(tensor.isfinite().sum())
-    rms = tensor.square().mean().sqrt()
+    broken, rms = tensor.numel() - int(tensor.isfinite().sum()), tensor.square().mean().sqrt()
     return f"min {tensor.min():.4g}  max {tensor.max():.4g}  rms {rms:.4g}" + (f"  {broken:,} NaN/inf" * bool(broken))
 
 
-def tensor_lines(path: Path, header: dict[str, TensorInfo]) -> Iterator[str]:
-    """One line per tensor: name, dtype, shape, and its values if asked."""
-    width = max(map(len, header), default=0)
-    with open_tensors(path) as tensors:
-        for name, info in sorted(header.items()):
-            what = f"  {describe(tensors, name)}" if values else ""
-            yield f"  {ascii(name)[1:-1]:{width}}  {info.dtype:5} {str(info.shape):16}{what}".rstrip()
-
-
 def show_tensors(path: Path) -> None:
-    header = read_header(path)
-    numbers = sum(math.prod(info.shape) for info in header.values())
-    print0(f"\n{path.name}: {len(header):,} tensors, {numbers:,} numbers")
-    if keys or values:
-        for line in tensor_lines(path, header):
-            print0(line)
+    """How many there are, and a line for each: name, dtype, shape, and its values if asked."""
+    with open_tensors(path) as file:
+        tensors = {name: file.get_slice(name) for name in sorted(file.keys())}
+        numbers = sum(math.prod(tensor.get_shape()) for tensor in tensors.values())
+        print0(f"\n{path.name}: {len(tensors):,} tensors, {numbers:,} numbers")
+        width = max(map(len, tensors), default=0)
+        for name, tensor in tensors.items() if keys or values else ():
+            what = f"  {describe(file.get_tensor(name).double())}" if values else ""
+            shape = str(tuple(tensor.get_shape()))
+            print0(f"  {name:{width}}  {tensor.get_dtype():5} {shape:16}{what}".rstrip())
 
 
 def show_checkpoint(checkpoint: Checkpoint) -> None:
     """Everything about one step. Raises UserError, at the end, for a file that is not as it was written."""
-    show_origin(checkpoint)
-    show("settings", checkpoint.meta.get("settings", {}))
-    show("position, loop state and the rest", {k: v for k, v in checkpoint.meta.items() if k not in SHOWN})
-    damage = show_files(checkpoint)
-    if not damage:  # the tensors of a damaged file would not be those that were saved
-        for name in checkpoint.meta["files"]:
-            if name.endswith(".safetensors"):
-                show_tensors(checkpoint.path / name)
-    if damage:
-        raise UserError(f"{'; '.join(damage)}; list the other steps with --model-tag={checkpoint.tag} --all-steps")
+    meta, when = checkpoint.meta, written(checkpoint.path / "meta.json")
+    print0(f"{checkpoint.path}\n  stage {source}, tag {checkpoint.tag}, step {checkpoint.step:,}, written {when}")
+    print0(f"  measured at this step: {find_evals(checkpoint.tag).get(checkpoint.step, 'no record says')}")
+    show("made by", {"format": meta["format"], **meta["provenance"]})
+    show("model", meta["model_config"])
+    show("settings", meta.get("settings", {}))
+    show("position, loop state and the rest", {k: v for k, v in meta.items() if k not in SHOWN})
+    damage = damage_of(checkpoint)
+    print0("\nfiles")
+    for name, entry in meta["files"].items():
+        state = "DAMAGED" if name in damage else "as written" if verify else "not compared"
+        print0(f"  {name:20} {entry['bytes']:>15,} bytes  sha256 {entry['sha256']}  {state}")
+    if damage:  # the tensors of a damaged file would not be those that were saved
+        what = "; ".join(f"{checkpoint.path / name} is damaged ({why})" for name, why in damage.items())
+        raise UserError(f"{what}; list the other steps with --model-tag={checkpoint.tag} --all-steps")
+    for name in meta["files"]:
+        if name.endswith(".safetensors"):
+            show_tensors(checkpoint.path / name)
 
 
 # -----------------------------------------------------------------------------
 # All steps
-
-
-def state_of(path: Path) -> str:
-    """`whole`, or what is wrong with a step."""
-    try:
-        checkpoint = open_checkpoint(path)
-        if verify:
-            checkpoint.verify()
-    except UserError as error:
-        return str(error)
-    return "whole" if verify else "sizes as written"
 
 
 def show_steps(tag: str) -> None:
@@ -173,10 +142,14 @@ def show_steps(tag: str) -> None:
     damaged = []
     for number in steps:
         path = step_dir(directory, number)
-        state = state_of(path)
-        damaged += [number] if state not in ("whole", "sizes as written") else []
+        try:
+            wrong = [f"{path / name} is damaged ({why})" for name, why in damage_of(open_checkpoint(path)).items()]
+        except UserError as error:
+            wrong = [str(error)]
+        damaged += [number] if wrong else []
+        remarks = wrong or ["whole" if verify else "sizes as written"]
+        remarks += [*filter(None, [evals.get(number)]), *(["best"] if best and best[0] == number else [])]
         size = sum(file.stat().st_size for file in path.iterdir())
-        remarks = [state, *filter(None, [evals.get(number)]), *(["best"] if best and best[0] == number else [])]
         print0(f"{number:>10,} {size:>15,}  {written(path / 'meta.json')}  {', '.join(remarks)}")
     if damaged:
         raise UserError(f"{len(damaged)} of {len(steps)} steps of {directory} are damaged: {damaged}")

@@ -24,16 +24,12 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from nanochat.common import STAGES
 from tests import tiny
 
-SCRIPTS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}
+SCRIPTS = {name: stage.script.removeprefix("scripts.") for name, stage in STAGES.items()}
 SCRIPTS |= {name: name for name in ("base_loss", "base_eval", "chat_eval")}
-FOLDERS = {
-    "base": "base_checkpoints",
-    "mid": "mid_checkpoints",
-    "sft": "chatsft_checkpoints",
-    "rl": "chatrl_checkpoints",
-}
+FOLDERS = {name: stage.folder for name, stage in STAGES.items()}
 COMMON: dict[str, Any] = {"device_type": "cpu", "dtype": "float32", "eval_every": -1}
 CHAT = {**COMMON, "source": "base", "compile": False, "device_batch_size": 2, "total_batch_size": 1024}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -54,7 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 LIMIT = 300  # seconds of a run
 # What `save` stands for: the functions whose lines are points, by file. Everything that runs below them counts too.
-SAVING = {"checkpoint_manager.py", "tensors.py", "common.py", "tokenizer.py", "shutil.py", "tempfile.py"}
+SAVING = {"checkpoint_manager.py", "files.py", "tokenizer.py", "shutil.py", "tempfile.py"}
 
 
 class Faults:

@@ -7,20 +7,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nanochat import checkpoint_manager as manager
 from nanochat.common import NotFinite, UserError
 from nanochat.compute import Compute
 from nanochat.files import read_sealed, seal
 from nanochat.gpt import GPTConfig, build_model
+from nanochat.tokenizer import Tokenizer
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 CONFIG = GPTConfig(sequence_len=8, vocab_size=50, n_layer=1, n_head=1, n_kv_head=1, n_embd=16)
 
 
-class FakeTokenizer:
-    def save(self, directory):
-        (directory / "tokenizer.json").write_text("{}")
+TOKENIZER = Tokenizer([])
 
 
 @pytest.fixture
@@ -33,9 +33,9 @@ def saved(tmp_path, monkeypatch):
     return model
 
 
-def save(model, step, tag="t", **meta):
-    meta = {"model_config": model.config_dict(), "seed": 1, **meta}
-    return manager.save_checkpoint("base", tag, step, model, model.setup_optimizers(), FakeTokenizer(), meta, CPU)
+def save(model, step, tag="t", keep_last=-1):
+    path, meta = manager.checkpoint_path("base", tag, step), {"model_config": model.config_dict(), "seed": 1}
+    manager.save_checkpoint(path, model, model.setup_optimizers(), TOKENIZER, meta, CPU, keep_last)
 
 
 def test_weights_and_optimizer_state_round_trip(saved):
@@ -61,27 +61,76 @@ def test_only_whole_directories_count(saved, tmp_path):
     assert manager.find_checkpoint("base", "t", 5).step == 5
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optim.safetensors", "tokenizer.json"])
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-def test_damage_is_found_and_named(saved, tmp_path, name, damage):
-    path = tmp_path / "base_checkpoints" / "t" / "step_000010" / name
+FILES = ["model.safetensors", "optim.safetensors", "tokenizer.json", "meta.json"]
+
+
+def hurt(path, how="flip"):
     data = bytearray(path.read_bytes())
-    if damage == "flip":
-        data[-1] ^= 1
-        path.write_bytes(data)
-    elif damage == "cut":
-        path.write_bytes(data[:-1])
-    else:
+    if how == "flip":
+        data[len(data) // 2] ^= 1
+    path.write_bytes(data[:-1] if how == "cut" else data)
+    if how == "remove":
         path.unlink()
-    with pytest.raises(UserError, match=f"{name} is damaged"):
-        manager.find_checkpoint("base", "t").verify()
+
+
+def read_it(checkpoint, name):
+    """What a stage does that reads this file of a checkpoint."""
+    if name == "optim.safetensors":
+        model = build_model(CONFIG, CPU.device, 0)
+        return manager.restore_optimizers(model.setup_optimizers(), checkpoint)
+    return manager.open_model(checkpoint, CPU.device)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("how", ["flip", "cut", "remove"])
+def test_damage_is_found_and_named_when_the_file_is_read(saved, tmp_path, name, how):
+    path = tmp_path / "base_checkpoints" / "t" / "step_000010"
+    hurt(path / name, how)
+    for read in (lambda: read_it(manager.open_checkpoint(path), name), lambda: manager.open_checkpoint(path).verify()):
+        with pytest.raises(UserError, match=f"{name} is damaged .*; use another step: --step=5"):
+            read()
+
+
+def test_a_bit_anywhere_in_the_weights_counts(saved, tmp_path):
+    """Of the header, of its length, of the first and the last tensor."""
+    path = tmp_path / "base_checkpoints" / "t" / "step_000010" / "model.safetensors"
+    data = path.read_bytes()
+    for at in range(0, len(data), len(data) // 60):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
+        with pytest.raises(UserError, match="model.safetensors is damaged"):
+            manager.load_model("base", CPU.device, model_tag="t")
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "remove"])
+def test_a_model_is_read_without_its_optimizer_state(saved, tmp_path, capsys, how):
+    """Chatting hashed 3 GB of a d20 that it never looked at; training goes on with them, so there they count."""
+    hurt(tmp_path / "base_checkpoints" / "t" / "step_000010" / "optim.safetensors", how)
+    model, tokenizer, meta = manager.load_model("base", CPU.device, model_tag="t")
+    assert meta["step"] == 10 and torch.equal(model.wte.weight, saved.wte.weight)
+    assert tokenizer.fingerprint == TOKENIZER.fingerprint
+    assert find_resume(resume=True).step == 5
+    assert "optim.safetensors is damaged" in capsys.readouterr().out
+
+
+def test_no_file_is_hashed_twice(saved, monkeypatch):
+    hashed = []
+    hash_file = manager.sha256_file
+    monkeypatch.setattr(manager, "sha256_file", lambda path: hashed.append(path.name) or hash_file(path))
+    checkpoint = find_resume(resume=True)
+    assert sorted(hashed) == ["model.safetensors", "optim.safetensors", "tokenizer.json"]
+    manager.restore_model(saved, checkpoint)
+    manager.restore_optimizers(saved.setup_optimizers(), checkpoint)
+    assert len(hashed) == 3
+    hashed.clear()
+    manager.load_model("base", CPU.device, model_tag="t")
+    assert hashed == ["model.safetensors", "tokenizer.json"]
 
 
 def test_a_failed_save_leaves_what_was_there(saved, tmp_path, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(manager, "save_tensors", full_disk)
+    monkeypatch.setattr(manager, "save_file", full_disk)
     with pytest.raises(
         UserError, match=r"step 000015 could not be saved \(No space left on device\): .* needs 1,0\d\d,\d{3} bytes"
     ):
@@ -92,7 +141,7 @@ def test_a_failed_save_leaves_what_was_there(saved, tmp_path, monkeypatch):
 
 def test_a_small_disk_is_refused_before_writing(saved, monkeypatch):
     monkeypatch.setattr(manager.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
-    monkeypatch.setattr(manager, "save_tensors", None)
+    monkeypatch.setattr(manager, "save_file", None)
     with pytest.raises(UserError, match="needs .* bytes and .* has 10 free"):
         save(saved, 15)
 
@@ -137,10 +186,72 @@ def test_another_setting_is_refused_by_name(saved):
         manager.find_resume("base", "t", {"seed": 2}, True, None, False, CPU)
 
 
-def test_another_shape_is_refused_by_name(saved):
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"wte.weight": None}, "has no tensor wte.weight, which this model needs"),
+        ({"value_embeds.1": torch.ones(3)}, "has a tensor value_embeds.1 that this model does not have"),
+        (
+            {"wte.weight": torch.ones(50, 8)},
+            r"wte.weight has shape \(50, 8\), this model needs \(50, 16\); check --dep",
+        ),
+        ({"wte.weight": torch.ones(1, 16)}, r"wte.weight has shape \(1, 16\), this model needs \(50, 16\)"),
+        ({"wte.weight": torch.ones(50, 16).half()}, "wte.weight is torch.float16, this model needs torch.float32"),
+    ],
+)
+def test_the_first_difference_from_the_model_is_named(saved, change, words):
+    checkpoint = manager.find_checkpoint("base", "t")
+    path = checkpoint.file("model.safetensors")
+    tensors = load_file(path) | change
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+    with pytest.raises(UserError, match=words):
+        manager.restore_model(saved, checkpoint)
+
+
+def test_the_weights_of_another_model_are_named(saved):
     other = build_model(GPTConfig(**{**CONFIG.__dict__, "n_layer": 2}), CPU.device, 1)
     with pytest.raises(UserError, match=r"has no tensor blocks\.1\.attn\.c_k\.weight"):
         manager.restore_model(other, manager.find_checkpoint("base", "t"))
+
+
+def raw(header, data=b"", length=None):
+    """A safetensors file with this header, whatever it says."""
+    return (len(header) if length is None else length).to_bytes(8, "little") + header + data
+
+
+def entry(shape=(2,), offsets=(0, 8), dtype="F32"):
+    return raw(json.dumps({"x": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}).encode(), bytes(8))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        bytes(7),
+        raw(b"{}", length=1 << 63),
+        raw(b"{}", length=3),
+        raw(b"[]"),
+        raw(b'{"x":'),
+        raw(b'{"x":' + b"[" * 1_000_000),
+        raw(b"{}", b"x"),
+        raw(b'{"\\u001b[2J\\n":1}'),
+        entry((-2,)),
+        entry((1 << 33, (1 << 31) + 1)),
+        entry(offsets=(8, 0)),
+        entry((1,), (4, 8)),
+        entry((3,), (0, 12)),
+        entry(dtype="F31"),
+    ],
+)
+def test_what_safetensors_refuses_is_one_line(tmp_path, data):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(data)
+    with (
+        pytest.raises(UserError, match="x.safetensors is no intact safetensors file: ") as caught,
+        manager.open_tensors(path),
+    ):
+        pass
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 600
 
 
 def test_missing_checkpoints_name_the_command(tmp_path, monkeypatch, saved):
@@ -165,16 +276,10 @@ def test_another_format_is_refused(saved, tmp_path):
 # What is damaged is passed over, and kept
 
 
-def damage(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "optim.safetensors", "tokenizer.json", "meta.json"])
+@pytest.mark.parametrize("name", FILES)
 def test_resume_falls_back_to_the_newest_whole_checkpoint(saved, tmp_path, capsys, name):
     root = tmp_path / "base_checkpoints"
-    damage(root / "t" / "step_000010" / name)
+    hurt(root / "t" / "step_000010" / name)
     assert find_resume(resume=True).step == 5
     assert f"{name} is damaged" in capsys.readouterr().out
     assert [manager.saved_steps(path) for path in root.glob("t-before-*")] == [[10]]  # kept, for whoever wants to look
@@ -182,7 +287,7 @@ def test_resume_falls_back_to_the_newest_whole_checkpoint(saved, tmp_path, capsy
 
 def test_resume_from_a_damaged_step_is_refused(saved, tmp_path):
     for step in (5, 10):
-        damage(tmp_path / "base_checkpoints" / "t" / f"step_{step:06d}" / "meta.json")
+        hurt(tmp_path / "base_checkpoints" / "t" / f"step_{step:06d}" / "meta.json")
     with pytest.raises(UserError, match=r"no checkpoint in .* is whole; start over with --fresh"):
         find_resume(resume_from_step=10)
     with pytest.raises(UserError, match="is whole"):
@@ -202,9 +307,9 @@ def test_every_bit_of_meta_json_counts(saved, tmp_path):
 
 def test_a_damaged_checkpoint_in_the_place_of_a_new_one_is_kept(saved, tmp_path):
     root = tmp_path / "base_checkpoints" / "t"
-    damage(root / "step_000010" / "model.safetensors")
+    hurt(root / "step_000010" / "model.safetensors")
     save(saved, 10)
-    assert manager.is_verified(root / "step_000010") and len(list(root.glob("step_000010-damaged-*"))) == 1
+    assert not manager.what_is_wrong(root / "step_000010") and len(list(root.glob("step_000010-damaged-*"))) == 1
     assert manager.saved_steps(root) == [5, 10]
 
 
@@ -241,26 +346,20 @@ def test_old_checkpoints_are_deleted_but_not_the_best(saved, tmp_path):
     root = tmp_path / "base_checkpoints" / "t"
     manager.mark_best("base", "t", 5, 1.25, CPU)
     for step in (15, 20):
-        save_keeping(saved, step, 2)
+        save(saved, step, keep_last=2)
     assert manager.saved_steps(root) == [5, 15, 20] and manager.read_best(root) == (5, 1.25)
     manager.mark_best("base", "t", 20, 1.0, CPU)
-    save_keeping(saved, 25, 1)
+    save(saved, 25, keep_last=1)
     assert manager.saved_steps(root) == [20, 25]
     assert not list(root.glob(".*"))
     assert manager.is_best("base", "t", 0.9) and not manager.is_best("base", "t", 1.0)
-
-
-def save_keeping(model, step, keep_last):
-    meta = {"model_config": model.config_dict()}
-    optimizers = model.setup_optimizers()
-    manager.save_checkpoint("base", "t", step, model, optimizers, FakeTokenizer(), meta, CPU, keep_last)
 
 
 def test_the_mark_of_a_step_that_is_gone_means_nothing(saved, tmp_path):
     manager.mark_best("base", "t", 10, 1.0, CPU)
     find_resume(resume_from_step=5)
     assert manager.is_best("base", "t", 7.0)
-    damage(tmp_path / "base_checkpoints" / "t" / "best.json")
+    hurt(tmp_path / "base_checkpoints" / "t" / "best.json")
     assert manager.is_best("base", "t", 7.0)
 
 
@@ -280,15 +379,3 @@ def test_random_numbers_go_on_where_they_were(saved):
     manager.restore_rng(states)
     assert torch.equal(first, torch.rand(3))
     torch.set_rng_state(before)
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [({"n_layer": 10**9}, "1000000000 layers"), ({"n_embd": 10**6}, "shape"), ({"speed": 3}, "model_config")],
-)
-def test_a_model_of_another_size_than_its_weights_takes_no_memory(saved, tmp_path, change, said):
-    path = tmp_path / "base_checkpoints" / "t" / "step_000010" / "meta.json"
-    meta = read_sealed(path)
-    path.write_text(seal(json.dumps({**meta, "model_config": {**meta["model_config"], **change}})))
-    with pytest.raises(UserError, match=said):
-        manager.load_model("base", CPU.device, model_tag="t")

@@ -1,6 +1,7 @@
 """Whole files, exit codes, and records that survive a crash."""
 
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -101,3 +102,18 @@ def test_a_sealed_file_is_read_as_it_was_written_or_not_at_all(tmp_path):
     path.write_text(files.seal('{"a":' + "[" * 100_000 + "]" * 100_000 + "}"))
     with pytest.raises(ValueError, match="nested too deeply"):
         files.read_sealed(path)
+
+
+def test_mutated_sealed_json_is_refused(tmp_path):
+    """Bits flipped, the end cut off, pages zeroed, pieces repeated: whatever is changed, also in the seal."""
+    content = {"step": 5, "files": {"x": {"bytes": 3, "sha256": "ab" * 32}}, "deep": [[[1, 2.5, None]]] * 20}
+    original = files.seal(json.dumps(content, indent=1)).encode()
+    for trial in range(200):
+        rng = random.Random(trial)
+        at, length = rng.randrange(len(original)), rng.choice((1, 8, 64, 512))
+        piece, rest = original[at : at + length], original[at + length :]
+        flipped = bytes([piece[0] ^ 1 << rng.randrange(8)]) + piece[1:]
+        mutated = original[:at] + rng.choice((flipped + rest, b"", bytes(len(piece)) + rest, 2 * piece + rest, rest))
+        (tmp_path / "x.json").write_bytes(mutated)
+        with pytest.raises(ValueError, match="not as it was written"):
+            files.read_sealed(tmp_path / "x.json")

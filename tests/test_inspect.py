@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat.checkpoint_manager import mark_best, save_checkpoint
+from nanochat.checkpoint_manager import checkpoint_path, mark_best, save_checkpoint
 from nanochat.common import UserError
 from nanochat.compute import Compute
 from nanochat.gpt import GPTConfig, build_model
@@ -26,7 +26,8 @@ def saved(base_dir: Path) -> Path:
     model = build_model(CONFIG, CPU.device, 0)
     meta = {"model_config": model.config_dict(), "settings": {"depth": 1}, "position": {"shard": 3, "row": 7}}
     for step in (5, 10):
-        save_checkpoint("base", "t", step, model, model.setup_optimizers(), Tokenizer([]), meta, CPU)
+        path = checkpoint_path("base", "t", step)
+        save_checkpoint(path, model, model.setup_optimizers(), Tokenizer([]), meta, CPU)
     mark_best("base", "t", 5, 1.25, CPU)
     (base_dir / "records").mkdir()
     events: list[dict[str, Any]] = [{"event": "start", "tag": "t", "time": 1.5}]
