@@ -27,7 +27,6 @@ STAGES = {
     "sft": Stage("chatsft_checkpoints", "scripts.chat_sft", "SFT"),
     "rl": Stage("chatrl_checkpoints", "scripts.chat_rl", "RL"),
 }
-EXIT_RANK_DIED = 4  # another rank of the run is dead; one of those that ended prints which
 
 
 class UserError(ValueError):
@@ -66,8 +65,8 @@ class Stopped(Exception):
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's main() and turn its end into an exit code: 0 done, 2 the user's mistake (one line, no traceback),
-    3 numbers that are not finite, 130 Ctrl-C, 128 + n stopped by signal n after saving (and 4 another rank died, see
-    peers.py). Every other exception is ours and keeps its traceback.
+    3 numbers that are not finite, 130 Ctrl-C, 128 + n stopped by signal n after saving. Every other exception is ours
+    and keeps its traceback.
     """
     try:
         main()

@@ -19,15 +19,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat import peers
 from nanochat.common import UserError, print0
+from nanochat.files import one_line
 from nanochat.sizing import find_card
 
-# All ranks must have started within this time; the slowest imports from a cold network disk.
-MEETING_TIMEOUT = timedelta(minutes=10)
-# How long a collective waits for a rank that lives. Dead ranks are noticed by peers.py in seconds, so this is only for
-# one that hangs, and must be longer than anything one rank does alone: a download, a compilation, an evaluation.
-COLLECTIVE_TIMEOUT = timedelta(minutes=60)
+# How long the ranks wait for each other, at the start and in every collective. Longer than anything one rank does alone
+# while the others wait: rank 0 hashes a checkpoint before --resume and writes and hashes one at a save, each 5.2 GB for
+# a d20 and 20 GB for a d32, which takes 3 minutes on a disk of 100 MB/s; ranks compile at different speeds, and import
+# torch from a cold network disk. Downloads come before the ranks meet.
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 DEVICE_TYPES = ("cuda", "mps", "xpu", "cpu")  # ROCm builds of torch call their devices cuda
 
@@ -163,17 +163,24 @@ def open_device(device_type: str, local_rank: int | None) -> torch.device:
 
 
 def join_ranks(device: torch.device) -> None:
+    """Wait for all ranks at MASTER_ADDR:MASTER_PORT. Raises UserError when some do not come in COLLECTIVE_TIMEOUT."""
     if device.type not in ("cuda", "cpu"):
         raise UserError(f"several ranks need cuda or cpu devices, not {device.type}; start without torchrun")
-    store, rank, world_size = meet()
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    device_id = device if device.type == "cuda" else None
-    store = dist.PrefixStore("default_pg", store)
-    with collective():
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} needs {' and '.join(missing)} too; torchrun sets them")
+    cuda = device.type == "cuda"
+    try:
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT, device_id=device_id
+            "nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, device_id=device if cuda else None
         )
-    if device.type == "cpu":
+    except RuntimeError as error:  # DistError, and what gloo raises
+        raise UserError(
+            f"{os.environ['WORLD_SIZE']} ranks did not meet at MASTER_ADDR={os.environ['MASTER_ADDR']} "
+            f"MASTER_PORT={os.environ['MASTER_PORT']} within {COLLECTIVE_TIMEOUT.total_seconds():.0f} s "
+            f"({one_line(error)}); start all of them with the same"
+        ) from None
+    if not cuda:
         share_cores()
 
 
@@ -182,42 +189,27 @@ def share_cores() -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
 
 
-def meet() -> tuple[dist.Store, int, int]:
-    """Wait for all ranks at MASTER_ADDR:MASTER_PORT, and watch them from then on. Returns their store, this rank and
-    the number of ranks; raises UserError when some did not come.
-    """
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if missing:
-        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} needs {' and '.join(missing)} too; torchrun sets them")
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=MEETING_TIMEOUT))
-        peers.watch(rank, world_size, address, store)
-    except dist.DistError as error:
-        raise UserError(
-            f"{os.environ['WORLD_SIZE']} ranks did not meet at MASTER_ADDR={address} MASTER_PORT={port} within "
-            f"{MEETING_TIMEOUT.total_seconds():.0f} s ({str(error).splitlines()[0]}); start all of them with the same"
-        ) from None
-    return store, rank, world_size
-
-
 @contextlib.contextmanager
 def collective() -> Iterator[None]:
-    """Around every collective: one that fails because a rank died ends this process from another thread, with one line
-    in all instead of a traceback on each rank. Any other failure passes through as it is.
+    """Around every collective: one that fails because the connection to a rank is lost, or none answers within
+    COLLECTIVE_TIMEOUT, raises UserError on this rank. Any other failure passes through as it is. Under NCCL a rank that
+    dies makes no error but a wait: the launcher ends it, or after the timeout torch's watchdog does.
     """
     try:
         yield
-    except RuntimeError:
-        peers.await_verdict()
-        raise
+    except RuntimeError as error:
+        text = str(error)  # gloo's errors have no type of their own
+        if not (isinstance(error, dist.DistError) or "gloo/transport" in text or "pair closure" in text):
+            raise
+        raise UserError(
+            f"a collective failed: another rank ended or hangs ({one_line(error)}); resume with --resume"
+        ) from None
 
 
 def compute_cleanup() -> None:
-    """Leave the other ranks; safe to call without any. A rank that ends without it is missed: peers.py ends the run."""
+    """Leave the other ranks; safe to call without any."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    peers.stop()
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:

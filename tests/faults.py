@@ -9,7 +9,6 @@ Points are lines of Python: `loop` counts those that main() or fine_tune() execu
 save_checkpoint(). The server itself never computes, so that a fork of it is as good as a new process.
 """
 
-import atexit
 import importlib
 import json
 import os
@@ -46,7 +45,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         **{"eval_examples": 2, "eval_samples": 2, "max_dead_steps": 100},
     },
     **{name: {"device_type": "cpu", "dtype": "float32"} for name in ("base_loss", "base_eval", "chat_eval")},
-    "collectives": {},  # no stage, but tests/rank_faults.py
 }
 LIMIT = 300  # seconds of a run
 # What `save` stands for: the functions whose lines are points, by file. Everything that runs below them counts too.
@@ -172,7 +170,6 @@ def fork(job: dict[str, Any], rank: int, log: Path) -> int:
     finally:
         for act in AT_END:
             act()
-        atexit._run_exitfuncs()  # os._exit runs none, and peers.py says good-bye in one
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -181,15 +178,10 @@ def fork(job: dict[str, Any], rank: int, log: Path) -> int:
 def run(job: dict[str, Any], rank: int) -> None:
     """A stage's main() with settings by name, as run_main would run it, with something that goes wrong."""
     from nanochat.common import run_main
-    from tests import rank_faults
 
     if job["ranks"] > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(job["ranks"])}
         os.environ |= {"WORLD_SIZE": str(job["ranks"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
-    if job["stage"] == "collectives":
-        os.environ["RANK_AT_FAULT"] = str(job["fault"]["rank"])
-        run_main(lambda: rank_faults.compute_together(job["fault"]["kind"]))
-        return
     script = importlib.import_module(f"scripts.{SCRIPTS[job['stage']]}")
     everything = {**script.settings, **job["settings"]}
     assert everything.keys() == script.settings.keys(), everything.keys() ^ script.settings.keys()

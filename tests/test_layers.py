@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     "calculator common configurator download eval_bundle execution files jail_stub record report_page report_runs "
     "schedule sizing task_data",
-    "adamw compute corpus corpus_writer dataset folder_corpus muon peers sharding tokenizer",
+    "adamw compute corpus corpus_writer dataset folder_corpus muon sharding tokenizer",
     "conversation dataloader gpt",
     "checkpoint_manager core_eval engine guard hf_model loss_eval task_eval",
     "device_batch finetune report report_compare server train",
@@ -29,7 +29,6 @@ SIBLINGS = {
     "finetune": {"device_batch", "train"},
     "device_batch": {"train"},
     "adamw": {"compute", "sharding"},
-    "compute": {"peers"},
     "muon": {"compute", "sharding"},
     "sharding": {"compute"},
     "corpus_writer": {"corpus"},

@@ -1,16 +1,18 @@
-"""Two machines, as two network namespaces joined by a cable, that train one model with the commands of
-docs/how-to/several-nodes.md; and which GPU and how many neighbours a rank has, whoever started it.
+"""A rank or a node that dies: torchrun on one machine, and on two, which are network namespaces joined by a cable, with
+the commands of docs/how-to/several-nodes.md; and which GPU and how many neighbours a rank has, whoever started it.
 """
 
 import contextlib
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -19,8 +21,10 @@ import torch
 from nanochat import compute
 from nanochat.common import UserError
 from tests import tiny
-from tests.test_peers import DEATH, PROMISE, launch, two_machines
 
+PROMISE = 30  # seconds from a death to the end of the other ranks
+LOST = "another rank ended or hangs"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 STEPS = 40
 # The later of two equal options holds.
 FLAGS = [*tiny.RUN, *tiny.EAGER, f"--num-iterations={STEPS}", "--eval-every=-1", "--save-every=5"]
@@ -33,12 +37,47 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base_dir
 
 
+@contextlib.contextmanager
+def two_machines() -> Iterator[tuple[str, str]]:
+    """Two network namespaces with a cable, 10.77.0.1 and 10.77.0.2, each with its `eth`; skips where forbidden."""
+    if not shutil.which("ip"):
+        pytest.skip("no iproute2 to make network namespaces with")
+    names = (f"nanochat-a-{os.getpid()}", f"nanochat-b-{os.getpid()}")
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+    try:
+        try:
+            for name in names:
+                ip("netns", "add", name)
+            ip("link", "add", "eth", "netns", names[0], "type", "veth", "peer", "name", "eth", "netns", names[1])
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no network namespaces: {error.stderr.strip()}")
+        for name, address in zip(names, ("10.77.0.1/24", "10.77.0.2/24"), strict=True):
+            ip("-n", name, "address", "add", address, "dev", "eth")
+            ip("-n", name, "link", "set", "eth", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
 @pytest.fixture
 def machines() -> Iterator[tuple[str, str]]:
     with two_machines() as names:
         yield names
         for name in names:
             kill_all(name)
+
+
+def launch(folder: Path, name: str, home: Path, words: list[str], **variables: str) -> subprocess.Popen[bytes]:
+    """Start a process whose output goes into files of the folder."""
+    folder.mkdir(exist_ok=True)
+    with open(folder / f"out{name}", "wb") as out, open(folder / f"err{name}", "wb") as err:
+        env = {**tiny.environment(home), **variables}
+        return subprocess.Popen(words, env=env, cwd=tiny.ROOT, stdout=out, stderr=err)
 
 
 def pids(machine: str) -> list[int]:
@@ -62,14 +101,12 @@ def start_nodes(
     commands = [shlex.split(line)[1:] for line in re.findall(r"^torchrun .*", text, re.MULTILINE)]
     assert [words[:2] for words in commands] == [["--nnodes=2", f"--node_rank={node}"] for node in (0, 1)]
     here = {"--nproc_per_node=8": f"--nproc_per_node={ranks}", "--master_addr=10.0.0.1": "--master_addr=10.77.0.1"}
-    folder.mkdir()
     processes = []
     for node, words in enumerate(commands):
-        start = ["ip", "netns", "exec", machines[node], sys.executable, "-m", "torch.distributed.run"]
+        start = ["ip", "netns", "exec", machines[node], *TORCHRUN]
         command = [*start, *(here.get(word, word) for word in words), *FLAGS, *flags]
         # gloo listens where the name of the machine leads, which on both is loopback.
-        where = {"NANOCHAT_BASE_DIR": home, "GLOO_SOCKET_IFNAME": "eth"}
-        processes.append(launch(folder, str(node), command, **where))
+        processes.append(launch(folder, str(node), home, command, GLOO_SOCKET_IFNAME="eth"))
     return processes
 
 
@@ -81,15 +118,20 @@ def wait_for_checkpoint(home: Path, tag: str, folder: Path) -> None:
         time.sleep(0.02)
 
 
-def kill_node(machines: tuple[str, str], nodes: list[subprocess.Popen[bytes]], dead: int, err: Path) -> None:
-    """End all of one node: the other ends within PROMISE, one line says why, and nothing is left."""
+def check_end(err: Path, ranks: int) -> None:
+    """Each of the ranks that lost another has said so in a line; the only traceback is torchrun's own."""
+    text = err.read_text()
+    assert text.count(LOST) == ranks and all("--resume" in line for line in text.splitlines() if LOST in line), text
+    assert text.count("Traceback") == 1 and "base_train.py" not in text, text
+
+
+def kill_node(machines: tuple[str, str], nodes: list[subprocess.Popen[bytes]], dead: int, folder: Path) -> None:
+    """End all of one node: the other ends within PROMISE, its ranks say why, and nothing is left."""
+    ranks = len(pids(machines[1 - dead])) - 1
     kill_all(machines[dead])
     codes = [node.wait(PROMISE) for node in nodes]
     assert codes[dead] == -signal.SIGKILL and codes[1 - dead] == 1  # torchrun's code, whatever that of its ranks
-    text = err.read_text()
-    deaths = [match for line in text.splitlines() if (match := DEATH.fullmatch(line))]
-    assert len(deaths) == 1 and int(deaths[0][1]) * 2 // int(deaths[0][2]) == dead, text
-    assert text.count("Traceback") == 1 and "base_train.py" not in text, text  # it is torchrun's own
+    check_end(folder / f"err{1 - dead}", ranks)
     assert not pids(machines[0]) and not pids(machines[1])
 
 
@@ -98,34 +140,72 @@ def finish_again(machines: tuple[str, str], home: Path, tag: str, folder: Path) 
     nodes = start_nodes(machines, home, folder, 2, f"--model-tag={tag}", "--resume")
     assert [node.wait(4 * PROMISE) for node in nodes] == [0, 0], (folder / "err0").read_text()
     assert "resumed from" in (folder / "out0").read_text()
-    if not (home / "base_checkpoints/whole").exists():
-        tiny.torchrun(home, 4, "scripts.base_train", "--", *FLAGS, "--model-tag=whole")
-    assert tiny.weights(home, tag, STEPS) == tiny.weights(home, "whole", STEPS)
+    check_weights(home, tag, 4)
+
+
+def check_weights(home: Path, tag: str, ranks: int) -> None:
+    """They are those of as many ranks that nothing has happened to."""
+    if not (home / f"base_checkpoints/whole{ranks}").exists():
+        tiny.torchrun(home, ranks, "scripts.base_train", "--", *FLAGS, f"--model-tag=whole{ranks}")
+    assert tiny.weights(home, tag, STEPS) == tiny.weights(home, f"whole{ranks}", STEPS)
 
 
 # -----------------------------------------------------------------------------
-# A node that dies
+# A rank that dies, on one machine
+
+
+@pytest.mark.parametrize("dead", [pytest.param(0, marks=pytest.mark.soak), 1])
+def test_a_rank_that_is_killed_ends_the_other_and_the_run_resumes(home, tmp_path, dead):
+    words = ["--standalone", "--nproc_per_node=2", "-m", "scripts.base_train", "--", *FLAGS, f"--model-tag=rank{dead}"]
+    torchrun = launch(tmp_path, "", home, [*TORCHRUN, *words])
+    wait_for_checkpoint(home, f"rank{dead}", tmp_path)
+    ranks = (
+        Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    )  # in the order of their start
+    assert len(ranks) == 2
+    os.kill(int(ranks[dead]), signal.SIGKILL)
+    assert torchrun.wait(PROMISE) == 1
+    check_end(tmp_path / "err", 1)
+    assert not Path(f"/proc/{ranks[1 - dead]}").exists()
+    resumed = tiny.torchrun(home, 2, *words[3:], "--resume")
+    assert "resumed from" in resumed.stdout
+    check_weights(home, f"rank{dead}", 2)
+
+
+def test_a_rank_that_never_comes_is_one_line(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(compute, "COLLECTIVE_TIMEOUT", timedelta(seconds=1))
+    with pytest.raises(
+        UserError, match=r"2 ranks did not meet at MASTER_ADDR=127\.0\.0\.1 MASTER_PORT=0 within 1 s"
+    ) as end:
+        compute.compute_init("cpu")
+    assert "\n" not in str(end.value)
+
+
+def test_a_collective_that_fails_for_another_reason_keeps_its_error():
+    with pytest.raises(RuntimeError, match="shape"), compute.collective():
+        raise RuntimeError("a wrong shape")
+
+
+# -----------------------------------------------------------------------------
+# A node that dies. Of processes that are killed the kernel tells the other node; of a machine without power nobody
+# does: the others wait for compute.COLLECTIVE_TIMEOUT, which no test does.
 
 
 def test_a_node_that_dies_ends_the_other(machines, home, tmp_path):
     nodes = start_nodes(machines, home, tmp_path / "run", 1, "--model-tag=short")
     wait_for_checkpoint(home, "short", tmp_path / "run")
-    kill_node(machines, nodes, 1, tmp_path / "run/err0")
+    kill_node(machines, nodes, 1, tmp_path / "run")
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("dead", [0, 1])
-@pytest.mark.parametrize("fault", ["killed", "without_power"])
-def test_two_nodes_of_which_one_dies_go_on_when_started_again(machines, home, tmp_path, fault, dead):
-    """Of processes that are killed the kernel tells the other node; of a machine without power nobody does."""
-    nodes = start_nodes(machines, home, tmp_path / "run", 2, f"--model-tag={fault}{dead}")
-    wait_for_checkpoint(home, f"{fault}{dead}", tmp_path / "run")
-    if fault == "without_power":
-        subprocess.run(["ip", "-n", machines[dead], "link", "set", "eth", "down"], check=True)
-    kill_node(machines, nodes, dead, tmp_path / f"run/err{1 - dead}")
-    if fault == "without_power":
-        subprocess.run(["ip", "-n", machines[dead], "link", "set", "eth", "up"], check=True)
-    finish_again(machines, home, f"{fault}{dead}", tmp_path / "again")
+def test_two_nodes_of_which_one_dies_go_on_when_started_again(machines, home, tmp_path, dead):
+    nodes = start_nodes(machines, home, tmp_path / "run", 2, f"--model-tag=killed{dead}")
+    wait_for_checkpoint(home, f"killed{dead}", tmp_path / "run")
+    kill_node(machines, nodes, dead, tmp_path / "run")
+    finish_again(machines, home, f"killed{dead}", tmp_path / "again")
 
 
 @pytest.mark.soak
