@@ -43,7 +43,7 @@ from nanochat.common import UserError, print0, run_main
 from nanochat.compute import Compute, compute_cleanup, compute_init
 from nanochat.conversation import decode_parts, parts_text, render_for_completion
 from nanochat.core_eval import GPTScorer, batch_units, make_units
-from nanochat.engine import Engine
+from nanochat.engine import Engine, Sampling
 from nanochat.gpt import GPT
 from nanochat.loss_eval import windows
 from nanochat.record import open_record
@@ -122,10 +122,9 @@ class Adapter:
             options = json.loads(text)
             limit = options.get("max_gen_toks", 256)
             prompts = [self.prompt(requests[i].args[0], self.context - min(limit, self.context // 2)) for i in numbers]
-            sampling = {name: options.get(name) for name in ("top_k", "top_p")}
             temperature = options.get("temperature", 1.0) if options.get("do_sample") else 0.0
-            size = {"slots": self.batch_size, "max_tokens": limit, "first": [*numbers]}
-            sequences, _ = self.engine.generate_batch(prompts, temperature=temperature, **sampling, **size)
+            sampling = Sampling(limit, temperature, options.get("top_k"), options.get("top_p"))
+            sequences, _ = self.engine.generate_batch(prompts, sampling, slots=self.batch_size, first=numbers)
             until = options.get("until") or []
             stops = [until] if isinstance(until, str) else until
             for i, tokens in zip(numbers, sequences, strict=True):

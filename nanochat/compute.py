@@ -64,6 +64,14 @@ class Compute:
         """Whether `flag` is true on one rank or more; the same answer on every rank."""
         return bool(self.sum(torch.tensor(flag, dtype=torch.int32)).item())
 
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank gives, any object that pickle takes, in rank order, on every rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            with collective():
+                dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         if self.world_size > 1:
             with collective():

@@ -10,9 +10,8 @@ sequences share its batch (but for the last bits of a matmul).
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +22,6 @@ from nanochat.calculator import use_calculator
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
-
-Column = list[int | None]  # one entry per sequence, None for those that have ended
 
 
 @dataclass
@@ -100,21 +97,28 @@ class KVCache:
 # Sampling
 
 
-def sample(
-    logits: Tensor,
-    draws: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-) -> Tensor:
-    """One token per row of logits (B, V), as (B,), by the row's own random number of draws (B,), uniform in [0, 1).
-    Temperature 0 takes the most likely one. top_k keeps the k most likely, then top_p the fewest whose probabilities
-    reach p; 0 or None switches either off.
-    """
-    check_sampling(temperature, top_k, top_p)
-    if temperature == 0:
+@dataclass(frozen=True)
+class Sampling:
+    """How continuations are drawn. Raises UserError for values that mean nothing."""
+
+    max_tokens: int | None = None  # of a continuation (None = up to the end of the context)
+    temperature: float = 1.0  # 0 = always the most likely token
+    top_k: int | None = None  # draw from the k most likely tokens only (None or 0 = from all)
+    top_p: float | None = None  # then from the fewest whose probabilities reach p (None or 0 = from all)
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or (self.top_k or 0) < 0 or not 0 <= (self.top_p or 0) <= 1:
+            given = f"temperature={self.temperature} top_k={self.top_k} top_p={self.top_p}"
+            raise UserError(f"{given}: expected at least 0, at least 0, and 0 to 1")
+
+
+def sample(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
+    """One token per row of logits (B, V), as (B,), by the row's own random number of draws (B,), uniform in [0, 1)."""
+    top_k, top_p = sampling.top_k, sampling.top_p
+    if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits / temperature
+    logits = logits / sampling.temperature
     if top_k and top_k < logits.size(-1):
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -127,14 +131,6 @@ def sample(
     # last token could come out although it has probability 0.
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
     return (cumulative <= draws[:, None].clamp(max=1 - 1e-6) * cumulative[:, -1:]).sum(dim=-1)
-
-
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raises UserError for settings that mean nothing."""
-    if temperature < 0 or (top_k is not None and top_k < 0) or (top_p is not None and not 0 <= top_p <= 1):
-        raise UserError(
-            f"temperature={temperature} top_k={top_k} top_p={top_p}: expected at least 0, at least 0, and 0 to 1"
-        )
 
 
 def uniform_draws(seed: int, sequence: int, steps: int) -> np.ndarray:
@@ -211,54 +207,50 @@ class Engine:
         ends = [tokenizer.encode_special(name) for name in ("<|assistant_end|>", "<|bos|>")] if tokenizer else []
         self.stop_tokens = frozenset([*stop_tokens, *ends])
 
-    def generate(
-        self,
-        tokens: Sequence[int],
-        num_samples: int = 1,
-        max_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 42,
-    ) -> Iterator[tuple[Column, Column]]:
-        """Several continuations of one prompt; see generate_many."""
-        return self.generate_many([tokens], num_samples, max_tokens, temperature, top_k, top_p, seed)
+    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Generator[int]:
+        """The tokens of one continuation as they come, those that the tool forces too; see decode()."""
+        return (token for ((_, token, _),) in self.decode([prompt], sampling))
 
-    def generate_many(
-        self, prompts: Sequence[Sequence[int]], num_samples: int = 1, *values: Any, **options: Any
-    ) -> Iterator[tuple[Column, Column]]:
-        """Continue all prompts together, num_samples times each; the rest is as in decode(). Yields per step a column
-        of tokens and a column of masks: 1 for a token that was sampled, 0 for one that the tool forced.
+    def generate_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        num_samples: int = 1,
+        slots: int | None = None,
+        first: Sequence[int] | None = None,
+        until: Callable[[], object] = lambda: False,
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """The whole continuations of decode(): tokens and masks (1 sampled, 0 forced), a list for each sequence.
+        `until` is asked after each step; once it is true the sequences stay as they are.
         """
-        for said in self.decode(prompts, num_samples, *values, **options):
-            column: Column = [None] * (len(prompts) * num_samples)
-            mask: Column = list(column)
+        sequences: list[list[int]] = [[] for _ in range(len(prompts) * num_samples)]
+        masks: list[list[int]] = [[] for _ in sequences]
+        for said in self.decode(prompts, sampling, num_samples, slots, first):
             for number, token, sampled in said:
-                column[number], mask[number] = token, sampled
-            yield column, mask
+                sequences[number].append(token)
+                masks[number].append(sampled)
+            if until():
+                break
+        return sequences, masks
 
     @torch.inference_mode()
     def decode(
         self,
         prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
         num_samples: int = 1,
-        max_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 42,
-        first: int | Sequence[int] = 0,
         slots: int | None = None,
+        first: Sequence[int] | None = None,
     ) -> Iterator[list[tuple[int, int, int]]]:
         """Continue prompts, num_samples times each (sequence p * num_samples + s is sample s of prompt p), `slots` of
         them at a time (None = all): as sequences end, others take their places. Yields per step, for all that run,
         (sequence, token, 1 if it was sampled or 0 if the tool forced it). A sequence ends after a stop token (which is
         yielded), max_tokens, or at the end of the context.
 
-        Same seed, same tokens; for callers that deal sequences to ranks, `first` is the number of the first sequence in
-        the drawing, or of each prompt's first. Raises UserError for a prompt that is empty or leaves no room.
+        Same seed, same tokens; for callers that deal prompts to ranks, `first` numbers each prompt's first sequence in
+        the drawing (None = as they are yielded). Raises UserError for a prompt that is empty or leaves no room.
         """
-        waiting = self.continuations(prompts, num_samples, max_tokens, seed, first)
+        waiting = self.continuations(prompts, sampling, num_samples, first)
         running: list[Continuation | None] = [None] * min(slots or len(waiting), len(waiting))
         capacity = max((len(sequence.prompt) + len(sequence.draws) for sequence in waiting), default=0)
         cache = KVCache(self.model.config, len(running), capacity, self.model.device, self.dtype)
@@ -274,7 +266,7 @@ class Engine:
                 cache.keep(kept)
                 logits, running = logits[kept], [running[slot] for slot in kept]
             draws = torch.tensor([sequence.draws[sequence.said] if sequence else 0.0 for sequence in running])
-            sampled = sample(logits, draws.to(self.model.device), temperature, top_k, top_p).tolist()
+            sampled = sample(logits, draws.to(self.model.device), sampling).tolist()
             said = []
             for slot, sequence in enumerate(running):
                 if sequence:
@@ -287,12 +279,7 @@ class Engine:
                 logits = self.forward(torch.tensor(sampled, device=self.model.device)[:, None], cache)
 
     def continuations(
-        self,
-        prompts: Sequence[Sequence[int]],
-        num_samples: int,
-        max_tokens: int | None,
-        seed: int,
-        first: int | Sequence[int],
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, num_samples: int, first: Sequence[int] | None
     ) -> deque[Continuation]:
         """What decode() is to do, those with the longest prompts first: neighbours are read together, with padding."""
         limit = self.model.config.sequence_len
@@ -300,12 +287,13 @@ class Engine:
         for prompt, tokens in enumerate(prompts):
             if not 0 < len(tokens) < limit:
                 raise UserError(f"the prompt has {len(tokens)} tokens; this model takes 1 to {limit - 1}")
-            room = limit - len(tokens) if max_tokens is None else min(limit - len(tokens), max_tokens)
-            drawn = first + prompt * num_samples if isinstance(first, int) else first[prompt]
+            room = limit - len(tokens)
+            room = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
             for copy in range(num_samples if room > 0 else 0):
+                number = prompt * num_samples + copy
+                draws = uniform_draws(sampling.seed, first[prompt] + copy if first is not None else number, room)
                 tool = ToolUse(self.tokenizer) if self.tokenizer else None
-                draws = uniform_draws(seed, drawn + copy, room)
-                found.append(Continuation(prompt * num_samples + copy, tokens, draws, tool))
+                found.append(Continuation(number, tokens, draws, tool))
         return deque(sorted(found, key=lambda sequence: -len(sequence.prompt)))
 
     def admit(self, sequences: dict[int, Continuation], cache: KVCache) -> Tensor:
@@ -339,23 +327,3 @@ class Engine:
         positions = cache.begin_step(idx.size(1))
         hidden = self.model.hidden(idx, self.dtype, positions, list(cache.layers))
         return self.model.logits(hidden[:, -1])
-
-    def generate_batch(
-        self,
-        prompts: Sequence[Sequence[int]],
-        num_samples: int = 1,
-        until: Callable[[], object] | None = None,
-        **options: object,
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        """The whole sequences of decode, without their prompts: tokens (the terminal one included) and masks, one list
-        for each. `until` is asked after each step; once it is true the sequences stay as they are.
-        """
-        results: list[list[int]] = [[] for _ in range(len(prompts) * num_samples)]
-        masks: list[list[int]] = [[] for _ in results]
-        for said in self.decode(prompts, num_samples, **options):  # type: ignore[arg-type]
-            for number, token, sampled in said:
-                results[number].append(token)
-                masks[number].append(sampled)
-            if until and until():
-                break
-        return results, masks

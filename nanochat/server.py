@@ -45,7 +45,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanochat.common import UserError
 from nanochat.conversation import StreamDecoder, check_messages, render_within
-from nanochat.engine import Engine
+from nanochat.engine import Engine, Sampling
 from nanochat.tokenizer import Tokenizer
 
 Event = dict[str, Any]
@@ -84,8 +84,8 @@ class Defaults:
 class Job:
     """One reply: what it continues, how it is drawn, and the way back to the event loop that waits for it."""
 
-    def __init__(self, tokens: list[int], options: dict[str, Any], left_out: int = 0):
-        self.tokens, self.options, self.left_out = tokens, options, left_out
+    def __init__(self, tokens: list[int], sampling: Sampling, left_out: int = 0):
+        self.tokens, self.sampling, self.left_out = tokens, sampling, left_out
         self.cancelled = False
         self.ahead = 0  # requests that come first, as last told
         self.events: asyncio.Queue[Event] = asyncio.Queue()
@@ -116,7 +116,6 @@ class Worker:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, max_waiting: int = MAX_WAITING):
         self.engine, self.tokenizer, self.max_waiting = engine, tokenizer, max_waiting
-        self.ends = {tokenizer.encode_special(name) for name in ("<|assistant_end|>", "<|bos|>")}
         self.line: deque[Job] = deque()
         self.active: Job | None = None
         self.closed = False
@@ -198,16 +197,15 @@ class Worker:
     def reply(self, job: Job) -> None:
         """Generate one reply, piece by piece. The engine's generator is closed however this ends."""
         decoder = StreamDecoder(self.tokenizer)
-        steps = cast(Any, self.engine.generate(job.tokens, **job.options))  # a generator: it has close()
+        tokens = self.engine.generate(job.tokens, job.sampling)
         reason, count = "length", 0
         clock = time.monotonic()
-        with contextlib.closing(steps):
-            while not job.cancelled and (columns := next(steps, None)):
-                token = columns[0][0]
+        with contextlib.closing(tokens):
+            while not job.cancelled and (token := next(tokens, None)) is not None:
                 count += 1
                 self.counts["tokens"] += 1
                 self.seconds, clock = self.seconds + time.monotonic() - clock, time.monotonic()
-                if token in self.ends:
+                if token in self.engine.stop_tokens:
                     reason = "stop"
                     break
                 tell_piece(job, decoder.feed(token))
@@ -235,8 +233,8 @@ def check_range(name: str, value: object, given: str) -> None:
         raise UserError(f"{given}: expected {number} from {low:,} to {high:,}")
 
 
-def parse_request(body: bytes, defaults: Defaults) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """(messages, options of Engine.generate) of a request's body. Raises UserError with the value and the limit. A
+def parse_request(body: bytes, defaults: Defaults) -> tuple[list[dict[str, Any]], Sampling]:
+    """(messages, sampling) of a request's body. Raises UserError with the value and the limit. A
     request without a seed gets a random one.
     """
     try:
@@ -256,7 +254,7 @@ def parse_request(body: bytes, defaults: Defaults) -> tuple[list[dict[str, Any]]
     messages: Any = content.get("messages")
     check_messages(messages)
     check_sizes(messages)
-    return messages, options
+    return messages, Sampling(**options)
 
 
 def check_sizes(messages: list[dict[str, Any]]) -> None:
@@ -464,10 +462,10 @@ def create_app(
 
     @app.post("/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        messages, options = parse_request(await read_body(request), defaults)
-        room = context - min(options["max_tokens"], context // 4)  # the rest is kept for the reply
+        messages, sampling = parse_request(await read_body(request), defaults)
+        room = context - min(sampling.max_tokens or context, context // 4)  # the rest is kept for the reply
         tokens, left_out = await asyncio.to_thread(render_within, messages, tokenizer, room)
-        return Reply(worker, Job(tokens, options, left_out))
+        return Reply(worker, Job(tokens, sampling, left_out))
 
     @app.exception_handler(UserError)
     async def bad_request(request: Request, error: UserError) -> Response:

@@ -6,20 +6,18 @@ letters, in one forward pass of problems of about the same length. Problems are 
 answers. A prompt that does not fit into the model's context counts as wrong and is counted.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from nanochat.compute import Compute
 from nanochat.conversation import Conversations, decode_parts, parts_text, render_for_completion
-from nanochat.engine import Engine
-from nanochat.tokenizer import Tokenizer
+from nanochat.engine import Engine, Sampling
 
 Conversation = dict[str, Any]
 
@@ -104,10 +102,10 @@ def mean_centred(results: Iterable[tuple[float, float, float]]) -> tuple[float, 
     """The mean over tasks of (accuracy - baseline) / (1 - baseline), and its standard error, from (accuracy, its
     standard error, baseline) of each: 0 is guessing, 1 is everything right. ChatCORE is this over nanochat's six tasks.
     """
-    centred = [((value - base) / (1 - base), error / (1 - base)) for value, error, base in results]
-    return sum(value for value, _ in centred) / len(centred), math.hypot(*(error for _, error in centred)) / len(
-        centred
+    values, errors = zip(
+        *[((value - base) / (1 - base), error / (1 - base)) for value, error, base in results], strict=True
     )
+    return sum(values) / len(values), math.hypot(*errors) / len(values)
 
 
 # -----------------------------------------------------------------------------
@@ -117,84 +115,54 @@ def mean_centred(results: Iterable[tuple[float, float, float]]) -> tuple[float, 
 def evaluate_task(
     task: Judge,
     engine: Engine,
-    tokenizer: Tokenizer,
     compute: Compute,
+    sampling: Sampling,
     batch_size: int = 8,
     max_problems: int | None = None,
     num_samples: int = 1,
-    max_new_tokens: int = 512,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    seed: int = 42,
 ) -> TaskResult:
     """The task's first max_problems. Each rank works on batch_size at a time: prompts of a categorical task, answers of
     a generative one, which gets num_samples to each problem. What is answered does not depend on ranks and batch_size.
     """
     began = time.perf_counter()
+    assert engine.tokenizer, "an engine without a tokenizer knows no chats"
     n = len(task) if max_problems is None else min(max_problems, len(task))
     mine = {i: task[i] for i in range(compute.rank, n, compute.world_size)}
-    prompts = {i: render_for_completion(mine[i]["messages"], tokenizer) for i in mine}
+    prompts = {i: render_for_completion(mine[i]["messages"], engine.tokenizer) for i in mine}
     fitting = {i: prompt for i, prompt in prompts.items() if len(prompt) < engine.model.config.sequence_len}
     if task.eval_type == "categorical":
         num_samples = 1
-        letters = {i: mine[i]["letters"] for i in fitting}
-        answers = {i: [letter] for i, letter in choose_letters(engine, tokenizer, fitting, letters, batch_size).items()}
+        answers = choose_letters(engine, fitting, {i: mine[i]["letters"] for i in fitting}, batch_size)
     else:
-        options = {"max_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
-        answers = write_answers(engine, tokenizer, fitting, num_samples, slots=batch_size, **options)
+        firsts = [i * num_samples for i in fitting]  # what is drawn depends on the problem, not on the rank
+        sequences, _ = engine.generate_batch(list(fitting.values()), sampling, num_samples, batch_size, firsts)
+        texts = [parts_text(decode_parts(tokens, engine.tokenizer)) for tokens in sequences]
+        answers = {i: texts[place * num_samples :][:num_samples] for place, i in enumerate(fitting)}
     problems = []
     for i, conversation in mine.items():
         right = [bool(task.evaluate(conversation, answer)) for answer in answers.get(i, [])]
         problems.append(Answered(i, last_question(conversation), answers.get(i, []), right))
-    return TaskResult(gather(problems, compute), num_samples, time.perf_counter() - began)
-
-
-def write_answers(
-    engine: Engine, tokenizer: Tokenizer, prompts: Mapping[int, Sequence[int]], num_samples: int, **options: Any
-) -> dict[int, list[str]]:
-    """num_samples texts for each of {number of a problem: prompt}, without tool calls and their output."""
-    firsts = [number * num_samples for number in prompts]  # what is drawn depends on the problem, not on the rank
-    sequences, _ = engine.generate_batch(list(prompts.values()), num_samples, first=firsts, **options)
-    texts = [parts_text(decode_parts(tokens, tokenizer)) for tokens in sequences]
-    return {number: texts[i * num_samples :][:num_samples] for i, number in enumerate(prompts)}
+    everyone = sorted(chain(*compute.gather(problems)), key=lambda problem: problem.index)
+    return TaskResult(everyone, num_samples, time.perf_counter() - began)
 
 
 @torch.inference_mode()
 def choose_letters(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    prompts: Mapping[int, Sequence[int]],
-    letters: Mapping[int, Sequence[str]],
-    batch_size: int,
-) -> dict[int, str]:
-    """The letter that the model would rather begin each answer with than any other letter of the problem."""
+    engine: Engine, prompts: Mapping[int, Sequence[int]], letters: Mapping[int, Sequence[str]], batch_size: int
+) -> dict[int, list[str]]:
+    """The one letter that the model would rather begin each answer with than any other letter of the problem."""
+    assert engine.tokenizer
     chosen = {}
-    letter_ids = {letter: tokenizer.encode(letter)[0] for letter in set().union(*letters.values())}
+    letter_ids = {letter: engine.tokenizer.encode(letter)[0] for letter in set().union(*letters.values())}
     numbers = sorted(prompts, key=lambda number: -len(prompts[number]))  # little padding; the largest batch comes first
     for start in range(0, len(numbers), batch_size):
         batch = numbers[start : start + batch_size]
         logits, _ = engine.prefill([prompts[number] for number in batch])  # (B, V)
         for number, row in zip(batch, logits.cpu(), strict=True):
             ids = [letter_ids[letter] for letter in letters[number]]
-            chosen[number] = letters[number][int(row[ids].argmax())]
+            chosen[number] = [letters[number][int(row[ids].argmax())]]
     return chosen
 
 
 def last_question(conversation: Conversation) -> str:
     return str(next(m["content"] for m in reversed(conversation["messages"]) if m["role"] == "user"))
-
-
-def gather(problems: Sequence[Answered], compute: Compute) -> list[Answered]:
-    """The problems of all ranks on every rank, in the order of their numbers: as JSON, each rank's behind the last."""
-    text = json.dumps([asdict(problem) for problem in problems]).encode()
-    sizes = torch.zeros(compute.world_size, dtype=torch.int64)
-    sizes[compute.rank] = len(text)
-    ends = compute.sum(sizes).cumsum(0).tolist()
-    everything = torch.zeros(ends[-1], dtype=torch.uint8)
-    everything[ends[compute.rank] - len(text) : ends[compute.rank]] = torch.from_numpy(
-        np.frombuffer(text, np.uint8).copy()
-    )
-    joined = compute.sum(everything).numpy().tobytes()
-    pieces = [joined[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    found = [Answered(**problem) for piece in pieces for problem in json.loads(piece)]
-    return sorted(found, key=lambda problem: problem.index)

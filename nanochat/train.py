@@ -22,7 +22,7 @@ from nanochat.common import NotFinite, StepFailed, Stopped, UserError, get_rank,
 from nanochat.compute import Compute, can_compile, peak_flops, synchronize
 from nanochat.conversation import Conversations, decode_parts, parts_text, render_for_completion
 from nanochat.dataloader import chat_stream, rows_in_epoch
-from nanochat.engine import Engine
+from nanochat.engine import Engine, Sampling
 from nanochat.gpt import GPT
 from nanochat.guard import Spikes, stop_votes, stopped_by, write_bundle
 from nanochat.muon import Muon
@@ -442,7 +442,7 @@ def show_chats(
     if not engine:
         return
     prompts = [render_for_completion([{"role": "user", "content": question}], tokenizer) for question in questions]
-    answers, _ = engine.generate_batch(prompts, max_tokens=96, temperature=0)
+    answers, _ = engine.generate_batch(prompts, Sampling(max_tokens=96, temperature=0))
     for question, answer in zip(questions, answers, strict=True):
         text = parts_text(decode_parts(answer, tokenizer))
         record.write("sample", step=step, prompt=question, text=text)

@@ -90,6 +90,7 @@ from nanochat.core_eval import CoreTask, GPTScorer, evaluate_task, load_tasks
 from nanochat.corpus import Corpus, iter_text, load_corpus
 from nanochat.dataloader import Position, training_stream
 from nanochat.device_batch import choose_rows
+from nanochat.engine import Sampling
 from nanochat.eval_bundle import find_bundle
 from nanochat.gpt import GPT, build_model, config_from_depth
 from nanochat.guard import SaveClock, SignalWatch, Spikes
@@ -315,7 +316,7 @@ def show_samples(model: GPT, tokenizer: Tokenizer, compute: Compute, record: Rec
         return
     for prompt in PROMPTS:
         ids = tokenizer.encode(prompt, prepend="<|bos|>")
-        samples, _ = engine.generate_batch([ids], max_tokens=48, temperature=0.7, top_k=50)
+        samples, _ = engine.generate_batch([ids], Sampling(max_tokens=48, temperature=0.7, top_k=50))
         text = tokenizer.decode(samples[0])
         record.write("sample", step=step, prompt=prompt, text=text)
         print0(f"  {prompt!r} -> {text!r}")

@@ -39,7 +39,7 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, run_main
 from nanochat.compute import compute_init
 from nanochat.conversation import StreamDecoder, decode_parts, render_within
-from nanochat.engine import Engine
+from nanochat.engine import Engine, Sampling
 from nanochat.tokenizer import Tokenizer
 
 BRACKETS = {"text": "", "python": "[", "python_output": " = "}  # what stands before each kind of piece
@@ -84,9 +84,9 @@ def answer(
     decoder, kind = StreamDecoder(tokenizer), "text"
     print(label, end="", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
-        for column, _ in engine.generate(tokens, 1, max_tokens, temperature, top_k, top_p, seed):
-            said.append(column[0] or 0)
-            piece = decoder.feed(said[-1])
+        for token in engine.generate(tokens, Sampling(max_tokens, temperature, top_k, top_p, seed)):
+            said.append(token)
+            piece = decoder.feed(token)
             if piece and piece.kind != kind:
                 print("]" * (kind == "python_output") + BRACKETS[piece.kind], end="")
                 kind = piece.kind
@@ -100,8 +100,8 @@ def continue_texts(engine: Engine, tokenizer: Tokenizer) -> None:
     print("Type the beginning of a text; Ctrl-D ends." if prompt is None else "", end="\n" if prompt is None else "")
     for turn, text in enumerate(read_lines("> ") if prompt is None else [prompt]):
         ids = tokenizer.encode(text, prepend="<|bos|>")
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed + turn}
-        sequences, _ = engine.generate_batch([ids], num_samples, max_tokens=max_tokens, **options)
+        sampling = Sampling(max_tokens, temperature, top_k, top_p, seed + turn)
+        sequences, _ = engine.generate_batch([ids], sampling, num_samples)
         for tokens in sequences:
             print(text + tokenizer.decode(token for token in tokens if token not in engine.stop_tokens))
 

@@ -62,7 +62,7 @@ from typing import Any
 from nanochat.checkpoint_manager import find_checkpoint, open_model
 from nanochat.common import UserError, print0, run_main
 from nanochat.compute import compute_cleanup, compute_init
-from nanochat.engine import Engine
+from nanochat.engine import Engine, Sampling
 from nanochat.execution import active_layers
 from nanochat.record import Record, open_record
 from nanochat.task_eval import TaskResult, evaluate_task, mean_centred, pass_at_k
@@ -81,13 +81,13 @@ def main() -> None:
     checkpoint = find_checkpoint(source, model_tag, step)
     model, tokenizer = open_model(checkpoint, compute.device)
     engine = Engine(model, tokenizer, compute.dtype)
+    sampling = Sampling(max_new_tokens, temperature, top_k, seed=seed)
     record = open_record("chat_eval", f"{source}-{checkpoint.tag}", settings, **compute.about())
     for name in skipped:
         record.write("skipped", source=source, task=name, why="programs cannot be locked in on this system")
     results: dict[str, TaskResult] = {}
     for name, task in tasks.items():
-        options = (device_batch_size, max_problems, num_samples, max_new_tokens, temperature, top_k, seed)
-        results[name] = evaluate_task(task, engine, tokenizer, compute, *options)
+        results[name] = evaluate_task(task, engine, compute, sampling, device_batch_size, max_problems, num_samples)
         if compute.is_master:
             report_task(name, task, results[name], record)
     for label, members in (("ChatCORE", CHATCORE), ("ChatCORE-cat", CATEGORICAL)):

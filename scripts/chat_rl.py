@@ -76,7 +76,7 @@ from nanochat.checkpoint_manager import (
 from nanochat.common import Stopped, UserError, print0, run_main
 from nanochat.compute import Compute, compute_cleanup, compute_init, peak_memory_bytes
 from nanochat.conversation import decode_parts, fingerprint, parts_text, render_for_completion
-from nanochat.engine import Engine
+from nanochat.engine import Engine, Sampling
 from nanochat.gpt import GPT
 from nanochat.guard import SaveClock, SignalWatch, Spikes
 from nanochat.record import open_record
@@ -229,10 +229,11 @@ def roll_out(
     conversations = [problems[number] for number in numbers[low:high]]
     prompts = [render_for_completion(conversation["messages"], tokenizer) for conversation in conversations]
     engine = Engine(model, tokenizer, compute.dtype)
-    options = {"max_tokens": max_new_tokens, "temperature": 1.0, "seed": seed, "first": low * samples}
+    sampling = Sampling(max_new_tokens, seed=seed)
+    firsts = range(low * samples, high * samples, samples)  # answers do not depend on who gives them
     sequences, masks = [], []
     if prompts:
-        sequences, masks = engine.generate_batch(prompts, samples, until=lambda: watch.received, **options)
+        sequences, masks = engine.generate_batch(prompts, sampling, samples, first=firsts, until=lambda: watch.received)
     watch.poll()
     groups = []
     for i, conversation in enumerate(conversations):

@@ -14,6 +14,7 @@ import torch
 
 from nanochat.configurator import parse_args, read_block
 from nanochat.conversation import render_for_completion
+from nanochat.engine import Sampling
 from nanochat.gpt import GPTConfig
 from nanochat.record import read_record
 from nanochat.task_eval import evaluate_task, mean_centred
@@ -29,7 +30,7 @@ from tasks.spellingbee import SimpleSpelling, SpellingBee, words_of
 from tests.test_conversation import BYTES
 from tests.test_gpt import small_model
 from tests.test_published_tasks import imported, no_hub, published  # noqa: F401  # fixtures
-from tests.test_task_eval import ONE
+from tests.test_task_eval import GREEDY, ONE
 
 ROOT = Path(__file__).parent.parent
 Prompt = Sequence[int]
@@ -41,8 +42,11 @@ class Says:
     def __init__(self, rule: Callable[[Prompt], str]):
         self.rule = rule
         self.model = SimpleNamespace(config=SimpleNamespace(sequence_len=10**9))
+        self.tokenizer = BYTES
 
-    def generate_batch(self, prompts: Sequence[Prompt], num_samples: int, **_: object) -> tuple[list[list[int]], None]:
+    def generate_batch(
+        self, prompts: Sequence[Prompt], sampling: Sampling, num_samples: int, *_: object
+    ) -> tuple[list[list[int]], None]:
         return [BYTES.encode(self.rule(prompt)) for prompt in prompts for _ in range(num_samples)], None
 
     def prefill(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, None]:
@@ -53,7 +57,7 @@ class Says:
 
 
 def accuracy(task: Any, rule: Callable[[Prompt], str]) -> float:
-    return evaluate_task(task, Says(rule), BYTES, ONE, batch_size=64).accuracy
+    return evaluate_task(task, Says(rule), ONE, GREEDY, batch_size=64).accuracy
 
 
 def oracle(task: Task) -> Callable[[Prompt], str]:

@@ -12,13 +12,13 @@ import torch
 from dev.lm_eval_adapter import Adapter, as_lm, cut_at
 from nanochat.common import UserError
 from nanochat.compute import Compute
-from nanochat.engine import Engine
+from nanochat.engine import Engine, Sampling
 from nanochat.gpt import GPTConfig
 from nanochat.task_eval import evaluate_task
 from nanochat.tokenizer import Tokenizer
 from tests.reference.bpb import bits_and_bytes
 from tests.test_gpt import small_model
-from tests.test_task_eval import Letters
+from tests.test_task_eval import GREEDY, Letters
 
 ONE = Compute(torch.device("cpu"), torch.float32)
 TOKENIZER = Tokenizer.train(["the cat sat on the mat, and the dog too. Which? A B C D"] * 20, 285)
@@ -84,7 +84,7 @@ def test_texts_end_at_the_first_stop_string(adapter):
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         tokens, limit = TOKENIZER.encode(prompt, prepend="<|bos|>"), 12 if i else 5
         engine = Engine(MODEL, stop_tokens=[TOKENIZER.get_bos_token_id()])
-        (said,), _ = engine.generate_batch([tokens[-(96 - limit) :]], max_tokens=limit, temperature=0)
+        (said,), _ = engine.generate_batch([tokens[-(96 - limit) :]], Sampling(limit, 0))
         specials = {TOKENIZER.encode_special(name) for name in TOKENIZER.get_special_tokens()}
         assert specials.isdisjoint(said), "this model writes text alone"
         assert answer == cut_at(TOKENIZER.decode(said), ["\n"])
@@ -101,7 +101,7 @@ def chat_answers(adapter: Adapter) -> list[str]:
 
 
 def test_letters_in_a_chat_are_those_that_chat_eval_takes(adapter):
-    ours = evaluate_task(Letters(), Engine(MODEL, TOKENIZER), TOKENIZER, ONE)
+    ours = evaluate_task(Letters(), Engine(MODEL, TOKENIZER), ONE, GREEDY)
     assert [problem.answers for problem in ours.problems] == [[letter] for letter in chat_answers(adapter)]
     with pytest.raises(UserError, match="gen_prefix"):
         adapter.apply_chat_template([{"role": "user", "content": "x"}], add_generation_prompt=False)
@@ -142,6 +142,6 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     lm = as_lm(MODEL, TOKENIZER, ONE)
     outcome = simple_evaluate(lm, tasks=["letters"], task_manager=manager, apply_chat_template=True, bootstrap_iters=0)
-    ours = evaluate_task(Letters(), Engine(MODEL, TOKENIZER), TOKENIZER, ONE)
+    ours = evaluate_task(Letters(), Engine(MODEL, TOKENIZER), ONE, GREEDY)
     assert outcome["results"]["letters"]["acc,none"] == pytest.approx(ours.accuracy)
     assert outcome["n-samples"]["letters"]["effective"] == len(rows) == ours.n

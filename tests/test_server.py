@@ -18,7 +18,7 @@ import pytest
 from nanochat.checkpoint_manager import Checkpoint
 from nanochat.common import UserError
 from nanochat.conversation import render_for_completion, render_within
-from nanochat.engine import Engine
+from nanochat.engine import Engine, Sampling
 from nanochat.gpt import GPTConfig
 from nanochat.server import (
     LIMITS,
@@ -52,6 +52,7 @@ class FakeEngine:
     def __init__(self, tokens: list[int], stepped: bool = False, error: Exception | None = None):
         self.tokens, self.error = tokens, error
         self.gate = threading.Semaphore(0) if stepped else None
+        self.stop_tokens = frozenset(tokens_of("<|assistant_end|>", "<|bos|>"))
         self.calls: list[dict[str, Any]] = []  # what generate() was asked
         self.taken: list[int] = []  # steps that each finished generator took
         self.closed = threading.Semaphore(0)  # one release per finished generator
@@ -60,15 +61,15 @@ class FakeEngine:
         if self.gate:
             self.gate.release(steps)
 
-    def generate(self, tokens: list[int], num_samples: int = 1, **options: Any) -> Iterator[Any]:
-        self.calls.append({"tokens": tokens, **options})
+    def generate(self, tokens: list[int], sampling: Sampling) -> Iterator[int]:
+        self.calls.append({"tokens": tokens, **vars(sampling)})
         steps = 0
         try:
-            for token in self.tokens[: options["max_tokens"]]:
+            for token in self.tokens[: sampling.max_tokens]:
                 if self.gate:
                     self.gate.acquire()
                 steps += 1
-                yield [token], [1]
+                yield token
             if self.error:
                 raise self.error
         finally:
@@ -214,8 +215,8 @@ def test_settings_of_a_request_reach_the_engine_and_the_defaults_where_it_has_no
         texts(live.chat(temperature=0, top_k=0, max_tokens=1, seed=3))
     first, second, third = ({key: call[key] for key in call if key != "tokens"} for call in engine.calls)
     assert first.pop("seed") != second.pop("seed")  # else every chat would go the same way
-    assert first == second == {"temperature": 0.5, "top_k": 7, "max_tokens": 2}
-    assert third == {"temperature": 0, "top_k": 0, "max_tokens": 1, "seed": 3}
+    assert first == second == {"temperature": 0.5, "top_k": 7, "top_p": None, "max_tokens": 2}
+    assert third == {"temperature": 0, "top_k": 0, "top_p": None, "max_tokens": 1, "seed": 3}
 
 
 def test_earlier_tool_use_is_rendered_as_in_training_and_text_never_becomes_a_special_token() -> None:

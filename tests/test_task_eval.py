@@ -4,7 +4,7 @@ import itertools
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from nanochat import task_eval
 from nanochat.common import UserError
 from nanochat.compute import Compute
 from nanochat.conversation import render_conversation
-from nanochat.engine import Engine
+from nanochat.engine import Engine, Sampling
 from nanochat.gpt import GPTConfig
 from scripts import chat_eval
 from tasks.arithmetic import Arithmetic
@@ -26,6 +26,7 @@ from tests.test_gpt import small_model
 
 T = TypeVar("T")
 ONE = Compute(torch.device("cpu"), torch.float32, 0, 1)
+GREEDY = Sampling(512, temperature=0)
 
 
 class Letters(Task):
@@ -52,7 +53,7 @@ def engine() -> Engine:
 
 def test_letters_are_chosen_by_their_logits_alone(engine):
     """Against the full forward pass, one problem at a time; the batch holds prompts of different length."""
-    result = task_eval.evaluate_task(Letters(), engine, BYTES, ONE, batch_size=5)
+    result = task_eval.evaluate_task(Letters(), engine, ONE, GREEDY, batch_size=5)
     assert [answered.index for answered in result.problems] == list(range(23))
     for i, answered in enumerate(result.problems):
         rendered = render_conversation(Letters()[i]["messages"], BYTES)
@@ -67,16 +68,16 @@ def test_letters_are_chosen_by_their_logits_alone(engine):
 
 def on_ranks(count: int, work: Callable[[Compute], T]) -> list[T]:
     """What work(compute) returns on each of so many ranks, which are threads."""
-    shared: list[torch.Tensor] = [torch.empty(0)] * count
+    shared: list[Any] = [None] * count
     meeting = threading.Barrier(count, timeout=60)
 
     class Rank(Compute):
-        def sum(self, values: torch.Tensor) -> torch.Tensor:
-            shared[self.rank] = values
+        def gather(self, value: Any) -> list[Any]:
+            shared[self.rank] = value
             meeting.wait()
-            total = torch.stack(shared).sum(0, dtype=values.dtype)
+            values = list(shared)
             meeting.wait()
-            return total
+            return values
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(lambda rank: work(Rank(torch.device("cpu"), torch.float32, rank, count)), range(count)))
@@ -87,8 +88,7 @@ def test_answers_do_not_depend_on_ranks_or_batches(engine, task):
     """Also sampled ones; and every rank has them all, in the order of the problems."""
 
     def evaluate(compute: Compute, batch_size: int = 3) -> task_eval.TaskResult:
-        options = {"max_new_tokens": 5, "temperature": 1.0, "num_samples": 2}
-        return task_eval.evaluate_task(task, engine, BYTES, compute, batch_size, **options)
+        return task_eval.evaluate_task(task, engine, compute, Sampling(max_tokens=5), batch_size, num_samples=2)
 
     one = evaluate(ONE).problems
     assert [problem.index for problem in one] == list(range(len(task)))
@@ -117,7 +117,7 @@ def test_chatcore_is_centred_on_guessing():
 def test_prompts_that_do_not_fit_count_as_wrong_and_are_counted(engine):
     task = TaskSequence([Letters(), Long()])
     task.eval_type, task.evaluate = "categorical", lambda conversation, answer: True
-    result = task_eval.evaluate_task(task, engine, BYTES, ONE, batch_size=4)
+    result = task_eval.evaluate_task(task, engine, ONE, GREEDY, batch_size=4)
     assert (result.n, sum(result.right), result.too_long) == (26, 23, 3)
     assert result.among([0, 25]).accuracy == 0.5
 
