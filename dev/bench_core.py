@@ -52,7 +52,8 @@ def measure(tasks, tokenizer, context):
 
     from nanochat.compute import Compute, choose_dtype, keep_freed_memory
     from nanochat.core_eval import GPTScorer, evaluate_items, read_items
-    from nanochat.gpt import build_model, config_from_depth
+    from nanochat.gpt import config_from_depth
+    from nanochat.model import build_model
     from tests.reference import core
 
     keep_freed_memory()  # as compute_init() does

@@ -34,7 +34,8 @@ from nanochat.adamw import AdamW
 from nanochat.common import STAGES, NotFinite, UserError, get_base_dir, print0
 from nanochat.compute import Compute
 from nanochat.files import one_line, read_sealed, seal, sha256_file, whole, write_atomic
-from nanochat.gpt import GPT, GPTConfig, build_model
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.model import build_model
 from nanochat.muon import Muon
 from nanochat.record import provenance
 from nanochat.sharding import Place, local, own_rows, whole_weights

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from nanochat.common import UserError, print0
 from nanochat.files import one_line
-from nanochat.sizing import find_card
 
 # How long the ranks wait for each other, at the start and in every collective. Longer than anything one rank does alone
 # while the others wait: rank 0 hashes a checkpoint before --resume and writes and hashes one at a save, each 5.2 GB for
@@ -254,16 +253,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """The card's dense bf16 FLOP/s by data sheet; None when unknown, and then no MFU is printed: it would be
-    a guess.
-    """
-    if device.type != "cuda":
-        return None
-    card = find_card(torch.cuda.get_device_name(device))
-    return card.tflops * 1e12 if card else None
 
 
 def synchronize(device: torch.device) -> None:

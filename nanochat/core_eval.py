@@ -33,11 +33,13 @@ import torch.nn.functional as F
 import yaml  # type: ignore[import-untyped]
 from torch import Tensor
 
+from nanochat.attention import causal_attention
 from nanochat.common import UserError, print0
 from nanochat.compute import Compute
 from nanochat.eval_bundle import PREFETCH
 from nanochat.files import read_sealed, seal, sha256_file, write_atomic
-from nanochat.gpt import GPT, causal_attention, slice_rows
+from nanochat.gpt import GPT
+from nanochat.model import slice_rows
 from nanochat.tokenizer import Tokenizer
 
 KINDS = ("multiple_choice", "schema", "language_modeling")

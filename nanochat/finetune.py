@@ -27,12 +27,12 @@ from nanochat.common import Stopped, print0
 from nanochat.compute import compute_cleanup, compute_init, peak_memory_bytes
 from nanochat.conversation import Conversations, fingerprint
 from nanochat.dataloader import ChatPosition, chat_stream
-from nanochat.device_batch import choose_rows
 from nanochat.guard import SaveClock, SignalWatch, Spikes
 from nanochat.loss_eval import evaluate_chats
 from nanochat.record import open_record
 from nanochat.schedule import plan_batches
 from nanochat.sharding import held_bytes, placement
+from nanochat.sizing import choose_device_batch
 
 
 def fine_tune(
@@ -57,7 +57,7 @@ def fine_tune(
 
     # The batch, and what a checkpoint and the run that continues it must agree on
     T = train.row_length(model, s.max_seq_len)
-    rows = choose_rows(s.device_batch_size, model, s.total_batch_size, T, compute, s.compile)
+    rows = choose_device_batch(s.device_batch_size, model, s.total_batch_size, T, compute, s.compile)
     batch = plan_batches(s.total_batch_size, rows, T, compute.world_size)
     print0(f"batch: {batch} (asked for {s.total_batch_size:,})")
     identity = {"model_config": model.config_dict(), "rows_per_step": batch.rows, "row_length": T, "seed": s.seed}

@@ -50,6 +50,17 @@ def plan_batches(total_batch_size: int, device_batch_size: int, sequence_len: in
     return BatchPlan(device_batch_size, sequence_len, world_size, max(1, round(total_batch_size / micro_batch)))
 
 
+def one_horizon(**horizons: float | None) -> dict[str, float]:
+    """{name: value} of the horizon that is set, or nothing; None and -1 mean not set. Raises UserError for several, and
+    for one that is not more than 0.
+    """
+    given = {name: value for name, value in horizons.items() if value is not None and value != -1}
+    if len(given) > 1 or any(value <= 0 for value in given.values()):
+        flags = " ".join(f"--{name.replace('_', '-')}={value}" for name, value in given.items())
+        raise UserError(f"{flags}: give at most one horizon, and more than 0")
+    return given
+
+
 def plan_horizon(
     tokens_per_step: int,
     flops_per_token: int,
@@ -58,29 +69,22 @@ def plan_horizon(
     target_flops: float | None = None,
     target_param_data_ratio: float | None = None,
 ) -> tuple[int, str]:
-    """Steps, and the arithmetic that gave them, from exactly one of: steps, training FLOPs, or tokens per parameter (20
-    is Chinchilla's, arXiv 2203.15556). Raises UserError unless exactly one is set.
+    """Steps, and the arithmetic that gave them, from at most one of: steps, training FLOPs, tokens per parameter (20,
+    Chinchilla's, arXiv 2203.15556, where none is set). Raises UserError as one_horizon does.
     """
-    given = [value for value in (num_iterations, target_flops, target_param_data_ratio) if value is not None]
-    if len(given) != 1 or given[0] <= 0:
-        raise UserError(
-            f"--num-iterations={num_iterations} --target-flops={target_flops} "
-            f"--target-param-data-ratio={target_param_data_ratio}: exactly one must be set, to more than 0"
-        )
-    if num_iterations:
-        return num_iterations, f"{num_iterations:,} steps as asked"
-    if target_flops:
-        steps = max(1, round(target_flops / (flops_per_token * tokens_per_step)))
-        return (
-            steps,
-            f"{target_flops:.3g} FLOPs / ({flops_per_token:,} per token x {tokens_per_step:,} tokens per step)",
-        )
-    assert target_param_data_ratio
-    steps = max(1, round(target_param_data_ratio * num_params / tokens_per_step))
-    return (
-        steps,
-        f"{target_param_data_ratio:g} tokens x {num_params:,} parameters / {tokens_per_step:,} tokens per step",
+    given = one_horizon(
+        num_iterations=num_iterations, target_flops=target_flops, target_param_data_ratio=target_param_data_ratio
     )
+    if "num_iterations" in given:
+        return int(given["num_iterations"]), f"{num_iterations:,} steps as asked"
+    if "target_flops" in given:
+        steps = given["target_flops"] / (flops_per_token * tokens_per_step)
+        formula = f"{target_flops:.3g} FLOPs / ({flops_per_token:,} per token x {tokens_per_step:,} tokens per step)"
+    else:
+        ratio = given.get("target_param_data_ratio", 20)
+        steps = ratio * num_params / tokens_per_step
+        formula = f"{ratio:g} tokens x {num_params:,} parameters / {tokens_per_step:,} tokens per step"
+    return max(1, round(steps)), formula
 
 
 def trapezoid(step: int, num_steps: int, warmup_ratio: float, warmdown_ratio: float, final_fraction: float) -> float:

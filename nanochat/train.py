@@ -19,7 +19,7 @@ from tqdm import tqdm
 from nanochat.adamw import AdamW
 from nanochat.checkpoint_manager import Checkpoint, restore_rng
 from nanochat.common import NotFinite, StepFailed, Stopped, UserError, get_rank, print0
-from nanochat.compute import Compute, can_compile, peak_flops, synchronize
+from nanochat.compute import Compute, can_compile, device_name, synchronize
 from nanochat.conversation import Conversations, decode_parts, parts_text, render_for_completion
 from nanochat.dataloader import chat_stream, rows_in_epoch
 from nanochat.engine import Engine, Sampling
@@ -29,6 +29,7 @@ from nanochat.muon import Muon
 from nanochat.record import Record
 from nanochat.schedule import BatchPlan, cosine_to_zero, muon_momentum, trapezoid
 from nanochat.sharding import gathering, is_sharded
+from nanochat.sizing import find_card
 from nanochat.tokenizer import Tokenizer
 
 AnyPosition = TypeVar("AnyPosition")  # Position, ChatPosition, or the step of a stage that needs no more
@@ -228,9 +229,9 @@ class Meter:
 
     @property
     def mfu(self) -> float | None:
-        """Share of the cards' dense bf16 peak that the model's FLOPs use; None where the peak is unknown."""
-        peak = peak_flops(self.compute.device)
-        return self.flops_per_second / (peak * self.compute.world_size) if peak else None
+        """Share of the cards' dense bf16 peak that the model's FLOPs use; None for a card that is not in the table."""
+        card = find_card(device_name(self.compute.device))
+        return self.flops_per_second / (card.tflops * 1e12 * self.compute.world_size) if card else None
 
     @property
     def eta_seconds(self) -> float:

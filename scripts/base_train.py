@@ -89,15 +89,16 @@ from nanochat.compute import Compute, compute_cleanup, compute_init, peak_memory
 from nanochat.core_eval import CoreTask, GPTScorer, evaluate_task, load_tasks
 from nanochat.corpus import Corpus, iter_text, load_corpus
 from nanochat.dataloader import Position, training_stream
-from nanochat.device_batch import choose_rows
 from nanochat.engine import Sampling
 from nanochat.eval_bundle import find_bundle
-from nanochat.gpt import GPT, build_model, config_from_depth
+from nanochat.gpt import GPT, config_from_depth
 from nanochat.guard import SaveClock, SignalWatch, Spikes
 from nanochat.loss_eval import BitsPerByte, evaluate_bpb
+from nanochat.model import build_model
 from nanochat.record import Record, open_record
 from nanochat.schedule import BatchPlan, plan_batches, plan_horizon
 from nanochat.sharding import held_bytes, placement
+from nanochat.sizing import choose_device_batch
 from nanochat.task_eval import mean_centred
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 
@@ -132,7 +133,7 @@ def main() -> None:
         train.compile_model(model, compute.device)
 
     # The batch, and what a checkpoint and the run that continues it must agree on
-    rows = choose_rows(device_batch_size, model, total_batch_size, max_seq_len, compute, compile)
+    rows = choose_device_batch(device_batch_size, model, total_batch_size, max_seq_len, compute, compile)
     batch = plan_batches(total_batch_size, rows, max_seq_len, compute.world_size)
     print0(f"batch: {batch} (asked for {total_batch_size:,})")
     identity = {"model_config": model.config_dict(), "rows_per_step": batch.rows, "packing": packing, "seed": seed}

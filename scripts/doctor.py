@@ -329,7 +329,7 @@ def check_attention(device: Any, dtype: str) -> Finding:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from nanochat.gpt import causal_attention
+    from nanochat.attention import causal_attention
 
     # heads, key/value heads, tokens, window. More than 1,024 tokens take torch's kernel on a CPU too.
     full = (2, 2, 192, 192)

@@ -11,29 +11,27 @@ rank 0.
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from nanochat.common import print0
 from nanochat.compute import compute_cleanup, compute_init
-from nanochat.device_batch import random_rows
-from nanochat.gpt import GPTConfig, build_model
+from nanochat.gpt import GPTConfig
+from nanochat.model import build_model
 from nanochat.sharding import held_bytes, placement
-from nanochat.train import Rates, accumulate, update
 
 
-def most_held(work: Callable[[], Any]) -> tuple[Any, int, int]:
-    """(result, the most bytes allocated at once, bytes still allocated at the end) of some work."""
+def most_held(work: Callable[[], None]) -> tuple[int, int]:
+    """(the most bytes allocated at once, bytes still allocated at the end) of some work."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = work()
+        work()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         most = max(most, held)
-    return result, most, held
+    return most, held
 
 
 def main(shape: str, rows: str, dtype: str, mode: str) -> None:
@@ -44,12 +42,23 @@ def main(shape: str, rows: str, dtype: str, mode: str) -> None:
     if "compiled" in mode:
         model.compile_parts()
     optimizers = model.setup_optimizers(dtype=compute.dtype)
-    stream = random_rows(model, int(rows), model.config.sequence_len)
-    rates = Rates(lr=0.1, momentum=0.9, weight_decay=0.0)
-    update(optimizers, accumulate(model, stream, None, 1, compute), rates, compute)  # compiles, and fills caches
+    tokens = torch.randint(model.config.vocab_size, (int(rows), model.config.sequence_len + 1))
+
+    def gradients() -> None:
+        for _ in range(2):
+            model(tokens[:, :-1], tokens[:, 1:], loss_reduction="sum", dtype=compute.dtype).backward()
+
+    def update() -> None:
+        for optimizer in optimizers:
+            optimizer.reduce_gradients(tokens.numel())
+        for optimizer in optimizers:
+            optimizer.step()
+
+    gradients()  # compiles, and fills caches
+    update()
     lasting = held_bytes(model) + sum(optimizer.state_bytes() for optimizer in optimizers)
-    sums, gradients_most, left = most_held(lambda: accumulate(model, stream, None, 2, compute))
-    _, update_most, _ = most_held(lambda: update(optimizers, sums, rates, compute))
+    gradients_most, left = most_held(gradients)
+    update_most, _ = most_held(update)
     print0(json.dumps({"lasting": lasting, "gradients": gradients_most, "update": left + update_most}))
     compute_cleanup()
 

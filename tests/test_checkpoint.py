@@ -13,7 +13,8 @@ from nanochat import checkpoint_manager as manager
 from nanochat.common import NotFinite, UserError
 from nanochat.compute import Compute
 from nanochat.files import read_sealed, seal
-from nanochat.gpt import GPTConfig, build_model
+from nanochat.gpt import GPTConfig
+from nanochat.model import build_model
 from nanochat.tokenizer import Tokenizer
 
 CPU = Compute(torch.device("cpu"), torch.float32)

@@ -204,7 +204,7 @@ def test_hidden_and_forbidden_gpus_are_told_apart(monkeypatch: pytest.MonkeyPatc
 def test_wrong_attention_is_found() -> None:
     import torch
 
-    from nanochat.gpt import causal_attention
+    from nanochat.attention import causal_attention
 
     shape, cpu = (2, 1, 96, 40), torch.device("cpu")
     assert doctor.attention_error(causal_attention, cpu, torch.float32, shape) < 1e-5
@@ -214,7 +214,7 @@ def test_wrong_attention_is_found() -> None:
 def test_the_formula_is_attention() -> None:
     import torch
 
-    from nanochat.gpt import causal_mask
+    from nanochat.attention import causal_mask
     from tests.reference.attention import attention
 
     q, k, v = (torch.randn(1, heads, 12, 8, dtype=torch.float64) for heads in (4, 2, 2))

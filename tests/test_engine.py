@@ -10,7 +10,8 @@ import torch
 from nanochat.common import UserError
 from nanochat.conversation import decode_parts
 from nanochat.engine import Engine, KVCache, Sampling, sample
-from nanochat.gpt import GPT, GPTConfig, build_model
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.model import build_model
 from nanochat.tokenizer import Tokenizer
 from tests.reference.generate import greedy
 from tests.test_gpt import SMALL, small_model

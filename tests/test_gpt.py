@@ -3,18 +3,11 @@
 import pytest
 import torch
 
-from nanochat import gpt
+from nanochat import attention
+from nanochat.attention import causal_attention, causal_mask
 from nanochat.common import UserError
-from nanochat.gpt import (
-    GPT,
-    GPTConfig,
-    HeadLoss,
-    build_model,
-    causal_attention,
-    causal_mask,
-    config_from_depth,
-    head_loss_slice,
-)
+from nanochat.gpt import GPT, GPTConfig, config_from_depth
+from nanochat.model import HeadLoss, build_model, head_loss_slice
 from tests.reference import attention as slow
 
 CPU = torch.device("cpu")
@@ -80,7 +73,7 @@ def test_init_leaves_nothing_uninitialised():
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("block", [4, 5, 128])
 def test_attention_equals_the_loop_over_everything(monkeypatch, window, kv_heads, block):
-    monkeypatch.setattr(gpt, "QUERY_BLOCK", block)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 12, 8, generator=g) for heads in (4, kv_heads, kv_heads))
     expected = slow.attention(q, k, v, causal_mask(12, 12, window, "cpu"))

@@ -11,7 +11,8 @@ import torch
 from nanochat.checkpoint_manager import checkpoint_path, mark_best, save_checkpoint
 from nanochat.common import UserError
 from nanochat.compute import Compute
-from nanochat.gpt import GPTConfig, build_model
+from nanochat.gpt import GPTConfig
+from nanochat.model import build_model
 from nanochat.tokenizer import Tokenizer
 from scripts import inspect_checkpoint
 from tests.tiny import run

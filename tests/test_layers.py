@@ -5,12 +5,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    "calculator common configurator download eval_bundle execution files jail_stub record report_page report_runs "
-    "schedule sizing task_data",
+    "attention calculator common configurator download eval_bundle execution files jail_stub record report_page "
+    "schedule task_data",
     "adamw compute corpus corpus_writer dataset folder_corpus muon sharding tokenizer",
-    "conversation dataloader gpt",
+    "conversation dataloader gpt model sizing",
     "checkpoint_manager core_eval engine guard hf_model loss_eval task_eval",
-    "device_batch finetune report report_compare server train",
+    "finetune report report_compare report_runs server train",
 ]
 SIBLINGS = {
     "configurator": {"common"},
@@ -20,14 +20,14 @@ SIBLINGS = {
     "execution": {"common", "jail_stub"},
     "task_data": {"common", "download", "files"},
     "schedule": {"common"},
-    "sizing": {"common", "schedule"},
-    "report_runs": {"common", "record", "sizing"},
-    "report": {"report_compare"},
+    "gpt": {"model"},
+    "sizing": {"model"},
+    "report": {"report_compare", "report_runs"},
+    "report_compare": {"report_runs"},
     "dataloader": {"conversation"},
     "task_eval": {"engine"},
     "hf_model": {"core_eval"},
-    "finetune": {"device_batch", "train"},
-    "device_batch": {"train"},
+    "finetune": {"train"},
     "adamw": {"compute", "sharding"},
     "muon": {"compute", "sharding"},
     "sharding": {"compute"},

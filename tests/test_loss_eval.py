@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.compute import Compute
-from nanochat.gpt import GPTConfig, build_model
+from nanochat.gpt import GPTConfig
 from nanochat.loss_eval import byte_unigram_bpb, evaluate_bpb, ratio_over_documents, windows, xz_bpb
+from nanochat.model import build_model
 from nanochat.tokenizer import Tokenizer
 from tests.reference.bpb import bits_and_bytes
 from tests.reference.byte_tokenizer import ByteTokenizer

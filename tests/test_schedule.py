@@ -70,6 +70,8 @@ def test_horizons():
     assert plan_horizon(1000, 600, 5000, num_iterations=7)[0] == 7
     assert plan_horizon(1000, 600, 5000, target_flops=6e6)[0] == 10
     assert plan_horizon(1000, 600, 5000, target_param_data_ratio=20)[0] == 100
-    for wrong in ({}, {"num_iterations": 3, "target_flops": 1e9}, {"num_iterations": 0}, {"target_flops": -1.0}):
-        with pytest.raises(UserError, match="exactly one"):
+    assert plan_horizon(1000, 600, 5000) == plan_horizon(1000, 600, 5000, num_iterations=-1)  # -1: not set
+    assert plan_horizon(1000, 600, 5000)[0] == 100
+    for wrong in ({"num_iterations": 3, "target_flops": 1e9}, {"num_iterations": 0}, {"target_flops": -2.0}):
+        with pytest.raises(UserError, match="give at most one horizon, and more than 0"):
             plan_horizon(1000, 600, 5000, **wrong)

@@ -4,13 +4,15 @@ Losses, checkpoints and validations are those of whole models; what ends a run e
 """
 
 import json
+import math
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from nanochat.sizing import GPTConfig, optimizer_bytes, part_bytes
+from nanochat.gpt import GPTConfig
 from tests import tiny
 from tests.faults import FOLDERS, Faults, start_from_t
 
@@ -68,6 +70,23 @@ def find_config(faults: Faults, stage: str, tag: str) -> dict[str, Any]:
     """The model's shape, as a checkpoint has it."""
     meta = faults.base_dir / FOLDERS[stage] / tag / f"step_{STEPS:06d}" / "meta.json"
     return json.loads(meta.read_text())["model_config"]
+
+
+def part_bytes(config: GPTConfig, ranks: int) -> int:
+    """fp32 parameters of one rank: of each matrix ceil(rows / ranks) rows."""
+    C, G = config.n_embd, config.n_kv_head * config.head_dim
+    matrices = config.n_layer * [(C, C), (G, C), (G, C), (C, C), (4 * C, C), (C, 4 * C)] + 2 * [(config.vocab_size, C)]
+    return 4 * sum(math.ceil(rows / ranks) * columns for rows, columns in matrices)
+
+
+def optimizer_bytes(config: GPTConfig, ranks: int) -> int:
+    """fp32 state of one rank. AdamW: two moments, by rows. Muon: a momentum, and a number per row or column, of those
+    matrices of one shape that it was dealt.
+    """
+    C, G = config.n_embd, config.n_kv_head * config.head_dim
+    shapes = Counter(config.n_layer * [(C, C), (G, C), (G, C), (C, C), (4 * C, C), (C, 4 * C)])
+    muon = sum(math.ceil(n / ranks) * (rows * columns + max(rows, columns)) for (rows, columns), n in shapes.items())
+    return 4 * muon + 2 * 8 * math.ceil(config.vocab_size / ranks) * C
 
 
 def check_losses(one: list[dict[str, Any]], many: list[dict[str, Any]]) -> None:

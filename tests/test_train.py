@@ -10,8 +10,9 @@ from nanochat import train
 from nanochat.common import NotFinite, StepFailed, UserError
 from nanochat.compute import Compute
 from nanochat.dataloader import Position
-from nanochat.gpt import GPTConfig, build_model
+from nanochat.gpt import GPTConfig
 from nanochat.guard import Spikes
+from nanochat.model import build_model
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 CONFIG = GPTConfig(sequence_len=8, vocab_size=50, n_layer=1, n_head=1, n_kv_head=1, n_embd=16)
