@@ -29,8 +29,7 @@ settings = configure(__name__)
 def main() -> None:
     import torch
 
-    from nanochat.core_eval import load_tasks
-    from nanochat.eval_bundle import find_bundle
+    from nanochat.core_eval import find_bundle, load_tasks
     from nanochat.tokenizer import Tokenizer
 
     tasks = [task for task in load_tasks(Path(bundle) if bundle else find_bundle()) if task.path.is_file()]

@@ -33,15 +33,19 @@ import torch.nn.functional as F
 import yaml  # type: ignore[import-untyped]
 from torch import Tensor
 
+<<<<<<< HEAD
 from nanochat.attention import causal_attention
 from nanochat.common import UserError, print0
+=======
+from nanochat.common import UserError, get_base_dir, print0
+>>>>>>> 6d72251 (Fetch by huggingface_hub, read task data by datasets)
 from nanochat.compute import Compute
-from nanochat.eval_bundle import PREFETCH
 from nanochat.files import read_sealed, seal, sha256_file, write_atomic
 from nanochat.gpt import GPT
 from nanochat.model import slice_rows
 from nanochat.tokenizer import Tokenizer
 
+PREFETCH = "python -m nanochat.dataset --prefetch=eval"
 KINDS = ("multiple_choice", "schema", "language_modeling")
 SHUFFLE_SEED = 1337  # the order of a task's items
 FEWSHOT_SEED = 1234  # plus an item's place in that order: the seed of its examples
@@ -74,6 +78,24 @@ class Item:
     continuations: list[str]
     gold: int
     line: int
+
+
+def find_bundle() -> Path:
+    """The folder of the CORE tasks, after every file was compared with its manifest; UserError where that fails."""
+    folder = get_base_dir() / "eval_bundle"
+    manifest = folder / "manifest.json"
+    again = f"get it again: rm -r {folder}; {PREFETCH}"
+    try:
+        files = read_sealed(manifest)["files"]
+    except FileNotFoundError:
+        raise UserError(f"no {manifest}; get the evaluation tasks with: {PREFETCH}") from None
+    except ValueError:
+        raise UserError(f"{manifest}: damaged; {again}") from None
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file() or sha256_file(path) != entry["sha256"]:
+            raise UserError(f"{path}: {'not as it was' if path.is_file() else 'missing'}; {again}")
+    return folder
 
 
 def load_tasks(bundle: Path) -> list[CoreTask]:

@@ -42,13 +42,13 @@ settings = configure(__name__)
 from nanochat.corpus import MANIFEST, fingerprint_of, read_manifest
 from nanochat.corpus_writer import describe_shard, save_manifest
 from nanochat.download import fetch_files, list_repository
-from nanochat.eval_bundle import bundle_path, fetch_bundle
 from nanochat.folder_corpus import build_folder
 from nanochat.task_data import (
     DATA_SETS,
+    bundle_path,
+    fetch_bundle,
     fetch_splits,
     folder_of,
-    list_data_set,
     missing_splits,
     rows_path,
     splits_of,
@@ -113,7 +113,7 @@ def fetch_shards(
     size = sum(listing.files[shard].size or 0 for shard in shards)
     print0(f"{repository} at {listing.revision}: {len(shards):,} files to fetch, {size / 1e6:,.0f} MB")
     entries = {}
-    with closing(fetch_files([(listing.files[shard], corpus / shard) for shard in shards], workers)) as fetched:
+    with closing(fetch_files(listing, shards, corpus, workers)) as fetched:
         for path in fetched:
             entries[path.name] = describe_shard(path)
     return listing.revision, entries
@@ -143,7 +143,7 @@ def fetch_tasks(workers: int) -> None:
         with locked(folder_of(data_set)):
             missing = missing_splits(data_set)
             if missing:
-                fetch_splits(list_data_set(data_set), missing, workers)
+                fetch_splits(data_set, missing, workers)
         print0(f"{folder_of(data_set)}: complete")
 
 

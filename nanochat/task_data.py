@@ -1,24 +1,30 @@
-"""Published data sets on disk: `$NANOCHAT_BASE_DIR/task_data/<dataset>/<subset>/<split>.parquet`.
+"""Published data on disk: the rows of task data sets, and the bundle of the CORE tasks.
 
-Each data set's folder has a sealed manifest.json: the bytes, sha256, rows and origin of every split, and the commit of
-the hub that all of them come from. Files come from the hub as they were published (several parts become one file), or
-from write_rows().
+    task_data/<dataset>/<subset>/<split>.parquet     the same rows as the Hugging Face data set of that name
+    eval_bundle/                                     core.yaml, eval_meta_data.csv, eval_data/: CORE as published
 
-Promises: a split is there whole or not at all; a file that is not what its manifest says is refused; several processes
-that want the same split fetch it once; what is there is never asked for again. A file without an entry, put there by
-hand, is used and said so. Does not: look into the rows.
+Each data set's folder and the bundle have a sealed manifest.json: size, sha256 and origin of every file, and of a data
+set the one commit of the hub that all its splits come from. Rows are from the hub, or from write_rows(); the bundle is
+a zip from the address below or another, or a zip or folder on this machine.
+
+Promises: a split, or the bundle, is there whole or not at all; what the hub sends is compared with its hashes; a file
+that is not what its manifest says is refused; several processes that want the same thing fetch it once; what is there
+is never asked for again. A split without an entry, put there by hand, is used and said so. Does not: look into the
+rows, nor know whether the zip is the right one (its author publishes no hash; each member's CRC-32 is checked).
 """
 
 import json
-import os
-import re
+import shutil
+import zipfile
+import zlib
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import closing
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nanochat.common import UserError, get_base_dir, print0
-from nanochat.download import Listing, RemoteFile, fetch_all, list_repository, reason_of
-from nanochat.files import flush, locked, read_sealed, seal, sha256_file, write_atomic
+from nanochat.download import fetch_files, fetch_url, list_repository, persist
+from nanochat.files import locked, one_line, read_sealed, seal, sha256_file, whole, write_atomic
 
 # Everything that the tasks read from the hub: repository -> subset -> splits.
 DATA_SETS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -35,18 +41,23 @@ WORKERS = 4
 MANIFEST = "manifest.json"
 IMPORT = "python -m dev.import_task_data FOLDER"
 PREFETCH = "python -m nanochat.dataset --prefetch=tasks"
+BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # about 162 MB
+BUNDLE_PREFETCH = "python -m nanochat.dataset --prefetch=eval"
+NEEDED = ("core.yaml", "eval_meta_data.csv")
+LARGEST = 4 << 30  # bytes of a bundle's files together; the published ones have a tenth of it
+LITTER = ("__MACOSX", ".DS_Store")  # what a Mac adds to zips
 
 Split = tuple[str, str]  # subset, split
 
 
-def rows_path(dataset: str, subset: str, split: str) -> Path:
-    """Where a split lies; `dataset` may be a hub name with its owner, which is left off."""
-    return get_base_dir() / "task_data" / dataset.split("/")[-1] / subset / f"{split}.parquet"
-
-
 def folder_of(dataset: str) -> Path:
-    """Where the splits of a data set and their manifest lie."""
+    """Where the splits of a data set and their manifest lie; the owner of a hub name is left off."""
     return get_base_dir() / "task_data" / dataset.split("/")[-1]
+
+
+def rows_path(dataset: str, subset: str, split: str) -> Path:
+    """Where a split lies."""
+    return folder_of(dataset) / subset / f"{split}.parquet"
 
 
 def splits_of(dataset: str) -> list[Split]:
@@ -54,22 +65,28 @@ def splits_of(dataset: str) -> list[Split]:
     return [(subset, split) for subset, splits in DATA_SETS[dataset].items() for split in splits]
 
 
+def missing_splits(dataset: str) -> list[Split]:
+    return [split for split in splits_of(dataset) if not rows_path(dataset, *split).exists()]
+
+
 # -----------------------------------------------------------------------------
-# The manifest
+# Rows on disk
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What is known about the files of a data set; one without splits where there is no manifest."""
     path = folder / MANIFEST
     try:
-        manifest = read_sealed(path)
-        if not isinstance(manifest["splits"], dict):
-            raise ValueError
+        return read_sealed(path)
     except FileNotFoundError:
         return {"splits": {}}
-    except (ValueError, KeyError):
+    except ValueError:
         raise UserError(f"{path}: damaged; get the data set again: rm -r {folder}; {PREFETCH}, or {IMPORT}") from None
-    return manifest
+
+
+def describe(file: Path) -> dict[str, int | str]:
+    """What a manifest says about a file."""
+    return {"file_bytes": file.stat().st_size, "sha256": sha256_file(file)}
 
 
 def checked_path(dataset: str, subset: str, split: str, command: str = PREFETCH) -> Path:
@@ -85,124 +102,147 @@ def checked_path(dataset: str, subset: str, split: str, command: str = PREFETCH)
     return path
 
 
-# -----------------------------------------------------------------------------
-# Writing
-
-
 def write_rows(dataset: str, subset: str, split: str, rows: Any, source: str) -> Path:
     """Write a split, whole or not at all: a list of dicts or an Arrow table. `source` says where the rows are from."""
     import pyarrow as pa
+
+    with locked(folder_of(dataset)):
+        table = pa.Table.from_pylist(rows) if isinstance(rows, list) else rows
+        return place_rows(dataset, (subset, split), table, {"source": source})
+
+
+def place_rows(dataset: str, part: Split, table: Any, about: dict[str, Any], **origin: str) -> Path:
+    """Write the rows of a split; the data set's folder is locked by the caller. Who sees the file finds its entry."""
     import pyarrow.parquet as pq
 
-    table = pa.Table.from_pylist(rows) if isinstance(rows, list) else rows
-    path = rows_path(dataset, subset, split)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        pq.write_table(table.replace_schema_metadata({"source": source}), temporary, compression="zstd")
-        with locked(folder_of(dataset)):
-            place_split(dataset, subset, split, temporary, {"source": source})
-    finally:
-        temporary.unlink(missing_ok=True)
+    folder, path = folder_of(dataset), rows_path(dataset, *part)
+    manifest = {**read_manifest(folder), **origin}
+    with whole(path) as building:
+        pq.write_table(table.replace_schema_metadata(about), building, compression="zstd")
+        manifest["splits"]["/".join(part)] = {"rows": table.num_rows, **describe(building), **about}
+        write_atomic(folder / MANIFEST, seal(json.dumps(manifest, indent=1)))
     return path
 
 
-def place_split(dataset: str, subset: str, split: str, file: Path, about: dict[str, Any], **origin: str) -> None:
-    """Enter a finished file into the manifest and move it to its place; the folder is locked by the caller. In this
-    order: who sees the file finds its entry.
-    """
-    import pyarrow.parquet as pq
-
-    folder, path = folder_of(dataset), rows_path(dataset, subset, split)
-    entry = {"rows": pq.read_metadata(file).num_rows, "file_bytes": file.stat().st_size, "sha256": sha256_file(file)}
-    manifest = {**read_manifest(folder), **origin}
-    manifest["splits"][f"{subset}/{split}"] = {**entry, **about}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "rb") as written:
-        os.fsync(written.fileno())
-    write_atomic(folder / MANIFEST, seal(json.dumps(manifest, indent=1)))
-    os.replace(file, path)
-    flush(path.parent)
-
-
 # -----------------------------------------------------------------------------
-# From the hub
-
-
-def missing_splits(dataset: str) -> list[Split]:
-    return [split for split in splits_of(dataset) if not rows_path(dataset, *split).exists()]
-
-
-def list_data_set(dataset: str) -> Listing:
-    """The hub's files of a data set, at the commit that what is here came from."""
-    manifest = read_manifest(folder_of(dataset))
-    try:
-        return list_repository(dataset, manifest.get("revision"))
-    except UserError as error:
-        raise UserError(f"{error} (or, with the original files: {IMPORT})") from None
-
-
-def parts_of(listing: Listing, subset: str, split: str) -> list[RemoteFile]:
-    """The published parquet files of a split, in order: <subset>/<split>-00000-of-00004.parquet, where the subset
-    default lies in data/.
-    """
-    folder = "data" if subset == "default" else re.escape(subset)
-    pattern = re.compile(rf"{folder}/{re.escape(split)}-(\d+)-of-(\d+)\.parquet")
-    found = sorted((int(match[1]), int(match[2]), path) for path in listing.files if (match := pattern.fullmatch(path)))
-    if not found or [number for number, _, _ in found] != list(range(found[0][1])):
-        names = ", ".join(path for _, _, path in found) or "none"
-        raise UserError(
-            f"{listing.repository} at {listing.revision} has not all parquet files of {subset}/{split} ({names}); "
-            f"with the original files: {IMPORT}"
-        )
-    return [listing.files[path] for _, _, path in found]
+# Rows from the hub
 
 
 def download_rows(dataset: str, subset: str, split: str) -> None:
     """Fetch one split from the hub, unless another process has done so by the time it is this one's turn."""
     with locked(folder_of(dataset)):
         if not rows_path(dataset, subset, split).exists():
-            fetch_splits(list_data_set(dataset), [(subset, split)], WORKERS)
+            fetch_splits(dataset, [(subset, split)], WORKERS)
 
 
-def fetch_splits(listing: Listing, splits: Sequence[Split], workers: int) -> None:
-    """Fetch splits of a data set and enter each into the manifest; its folder is locked by the caller."""
-    dataset, folder = listing.repository, folder_of(listing.repository)
-    parts = {
-        (subset, split): [
-            (file, folder / f".{subset}-{split}-{number}.parquet")
-            for number, file in enumerate(parts_of(listing, subset, split))
-        ]
-        for subset, split in splits
-    }
-    wanted = [pair for pairs in parts.values() for pair in pairs]
-    print(f"{dataset} at {listing.revision}: {len(wanted):,} files to fetch", flush=True)
-    fetch_all(wanted, workers)
-    about = {"source": f"hub {dataset}"}
-    origin = {"repository": dataset, "revision": listing.revision}
-    for (subset, split), pairs in parts.items():
-        files = [target for _, target in pairs]
-        joined = files[0] if len(files) == 1 else join_parts(files, folder / f".{subset}-{split}.parquet")
-        place_split(dataset, subset, split, joined, about, **origin)
-        for file in files:
-            file.unlink(missing_ok=True)
+def fetch_splits(dataset: str, splits: Sequence[Split], workers: int) -> None:
+    """Fetch splits of a data set, whose folder the caller has locked, from the commit that what is here came from.
 
+    `datasets` finds the files of a split and reads them. In between they are fetched by fetch_files(), because it
+    compares them with no hash but for size.
+    """
+    import datasets
 
-def join_parts(files: Sequence[Path], joined: Path) -> Path:
-    """Write the rows of several parquet files into one, a row group at a time; UserError where they do not fit."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    folder = folder_of(dataset)
+    arriving = folder / ".published"
     try:
-        schema = pq.read_schema(files[0])
-        with pq.ParquetWriter(joined, schema, compression="zstd") as writer:
-            for file in files:
-                parquet = pq.ParquetFile(file)
-                for group in range(parquet.num_row_groups):
-                    writer.write_table(parquet.read_row_group(group).cast(schema))
-    except (pa.ArrowException, OSError) as error:
-        joined.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot join {', '.join(map(str, files))} ({reason_of(error)}); run the same command"
-        ) from None
-    return joined
+        listing = list_repository(dataset, read_manifest(folder).get("revision"))
+        files = {part: published_files(dataset, listing.revision, part) for part in splits}
+        paths = [path for part in splits for path in files[part]]
+        print(f"{dataset} at {listing.revision}: {len(paths):,} files to fetch", flush=True)
+        with closing(fetch_files(listing, paths, arriving, workers)) as fetched:
+            list(fetched)
+        origin = {"repository": dataset, "revision": listing.revision}
+        for part in splits:
+            names = [str(arriving / path) for path in files[part]]
+            try:
+                rows = datasets.load_dataset("parquet", data_files=names, split="train", cache_dir=arriving)
+            except (datasets.exceptions.DatasetsError, ValueError) as error:
+                raise UserError(f"{dataset}: cannot read {'/'.join(part)} ({one_line(error)})") from None
+            place_rows(dataset, part, rows.data.table, {"source": f"hub {dataset}"}, **origin)
+    except UserError as error:
+        raise UserError(f"{error} (or, with the original files: {IMPORT})") from None
+    shutil.rmtree(arriving)
+
+
+def published_files(dataset: str, revision: str, part: Split) -> list[str]:
+    """The parquet files of a split in a repository, as its configuration names them."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    subset, split = part
+    builder = persist(
+        lambda: datasets.load_dataset_builder(dataset, subset, revision=revision), f"{dataset} {subset}/{split}"
+    )
+    files = [file.partition(f"@{revision}/")[2] for file in builder.config.data_files.get(split, ())]
+    if not files or not all(file.endswith(".parquet") for file in files):
+        raise UserError(f"{dataset} at {revision} has no parquet files of {subset}/{split}")
+    return files
+
+
+# -----------------------------------------------------------------------------
+# The CORE tasks
+
+
+def bundle_path() -> Path:
+    return get_base_dir() / "eval_bundle"
+
+
+def fetch_bundle(source: str | None) -> Path:
+    """Have the bundle, from `source` (a zip, a folder, an address; None = where it is published) unless it is there. A
+    folder in its place without a manifest gets one if it is the `source`, and is left alone otherwise.
+    """
+    folder = bundle_path()
+    waiting = folder.with_name(".eval_bundle")
+    with locked(waiting):
+        place = Path(source).expanduser().resolve() if source and "://" not in source else None
+        if (folder / MANIFEST).exists():
+            print0(f"{folder}: already there")
+        elif not folder.exists():
+            zipped = place or waiting / "eval_bundle.zip"
+            try:
+                if place is None:
+                    fetch_url(source or BUNDLE_URL, zipped)
+                with whole(folder) as building:
+                    copy_bundle(zipped, building)
+                    seal_bundle(building, source or BUNDLE_URL)
+            except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+                raise UserError(
+                    f"{source or BUNDLE_URL}: not a whole zip file ({one_line(error)}); get it again"
+                ) from None
+            finally:
+                (waiting / "eval_bundle.zip").unlink(missing_ok=True)
+        elif place == folder.resolve():
+            seal_bundle(folder, str(source))
+        else:
+            again = f"{BUNDLE_PREFETCH} --path={folder}"
+            raise UserError(f"{folder} is there without a {MANIFEST}; to take it as it is: {again}")
+    return folder
+
+
+def copy_bundle(source: Path, building: Path) -> None:
+    """Unpack a zip, or copy a folder, without what is no part of a bundle. zipfile never writes outside of a folder."""
+    if source.is_dir():
+        shutil.copytree(source, building, ignore=shutil.ignore_patterns(*LITTER, MANIFEST))
+        return
+    if not source.is_file():
+        raise UserError(f"path={source}: no such file or folder; give a zip or a folder with {', '.join(NEEDED)}")
+    with zipfile.ZipFile(source) as archive:
+        members = [member for member in archive.infolist() if not member.is_dir()]
+        if sum(member.file_size for member in members) > LARGEST:
+            raise UserError(f"{source}: more than {LARGEST:,} bytes in all; this is no evaluation bundle")
+        for member in members:
+            if not set(LITTER) & set(PurePosixPath(member.filename).parts):
+                member.filename = member.filename.removeprefix("eval_bundle/")
+                archive.extract(member, building)
+
+
+def seal_bundle(folder: Path, source: str) -> None:
+    """Write the manifest of a folder; UserError where it is no evaluation bundle."""
+    missing = [name for name in NEEDED if not (folder / name).is_file()]
+    if missing or not any((folder / "eval_data").rglob("*.jsonl")):
+        missing = missing or ["eval_data/**/*.jsonl"]
+        raise UserError(f"{source}: no evaluation bundle, it has no {', '.join(missing)}")
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    files = {name: describe(folder / name) for name in names if name != MANIFEST}
+    write_atomic(folder / MANIFEST, seal(json.dumps({"source": source, "files": files}, indent=1)))

@@ -51,12 +51,12 @@ from nanochat.core_eval import (
     Scorer,
     TaskScore,
     evaluate_task,
+    find_bundle,
     load_score,
     load_tasks,
     save_score,
     score_key,
 )
-from nanochat.eval_bundle import find_bundle
 from nanochat.files import sha256_file
 from nanochat.hf_model import load_hf
 from nanochat.record import Record, open_record

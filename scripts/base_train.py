@@ -74,6 +74,8 @@ settings = configure(__name__)
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from nanochat.eval_bundle import find_bundle
+
 from nanochat import train
 from nanochat.checkpoint_manager import (
     checkpoint_path,
@@ -86,11 +88,10 @@ from nanochat.checkpoint_manager import (
 )
 from nanochat.common import Stopped, UserError, print0, run_main
 from nanochat.compute import Compute, compute_cleanup, compute_init, peak_memory_bytes
-from nanochat.core_eval import CoreTask, GPTScorer, evaluate_task, load_tasks
+from nanochat.core_eval import CoreTask, GPTScorer, evaluate_task, find_bundle, load_tasks
 from nanochat.corpus import Corpus, iter_text, load_corpus
 from nanochat.dataloader import Position, training_stream
 from nanochat.engine import Sampling
-from nanochat.eval_bundle import find_bundle
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.guard import SaveClock, SignalWatch, Spikes
 from nanochat.loss_eval import BitsPerByte, evaluate_bpb

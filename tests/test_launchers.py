@@ -643,8 +643,7 @@ exit $code
 def fill(base: Path) -> None:
     """All that job.slurm looks for, of the smallest size: text of two shards, a row for each split, two CORE tasks."""
     from nanochat.corpus_writer import ShardWriter, save_manifest
-    from nanochat.eval_bundle import fetch_bundle
-    from nanochat.task_data import DATA_SETS, splits_of, write_rows
+    from nanochat.task_data import DATA_SETS, fetch_bundle, splits_of, write_rows
 
     corpus = base / "data" / "climbmix"
     corpus.mkdir(parents=True)

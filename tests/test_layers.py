@@ -16,7 +16,6 @@ SIBLINGS = {
     "configurator": {"common"},
     "record": {"common"},
     "download": {"common", "files"},
-    "eval_bundle": {"common", "download", "files"},
     "execution": {"common", "jail_stub"},
     "task_data": {"common", "download", "files"},
     "schedule": {"common"},
