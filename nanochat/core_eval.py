@@ -33,12 +33,8 @@ import torch.nn.functional as F
 import yaml  # type: ignore[import-untyped]
 from torch import Tensor
 
-<<<<<<< HEAD
 from nanochat.attention import causal_attention
-from nanochat.common import UserError, print0
-=======
 from nanochat.common import UserError, get_base_dir, print0
->>>>>>> 6d72251 (Fetch by huggingface_hub, read task data by datasets)
 from nanochat.compute import Compute
 from nanochat.files import read_sealed, seal, sha256_file, write_atomic
 from nanochat.gpt import GPT

@@ -74,8 +74,6 @@ settings = configure(__name__)
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nanochat.eval_bundle import find_bundle
-
 from nanochat import train
 from nanochat.checkpoint_manager import (
     checkpoint_path,

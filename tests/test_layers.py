@@ -5,8 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    "attention calculator common configurator download eval_bundle execution files jail_stub record report_page "
-    "schedule task_data",
+    "attention calculator common configurator download execution files jail_stub record report_page schedule task_data",
     "adamw compute corpus corpus_writer dataset folder_corpus muon sharding tokenizer",
     "conversation dataloader gpt model sizing",
     "checkpoint_manager core_eval engine guard hf_model loss_eval task_eval",
