@@ -88,11 +88,12 @@ def ours(question: dict[str, Any]) -> Iterator[Any]:
     from nanochat.compute import Compute
     from nanochat.corpus import Shards
     from nanochat.dataloader import training_stream
+    from nanochat.schedule import BatchPlan
     from nanochat.tokenizer import Tokenizer
 
     shards = Shards(tuple(Path(file) for file in question["files"]))
     compute = Compute(torch.device("cpu"), torch.float32, 0, 1)
-    return training_stream(shards, Tokenizer.load(question["tokenizer"]), ROWS, SEQUENCE_LEN, compute)
+    return training_stream(shards, Tokenizer.load(question["tokenizer"]), BatchPlan(ROWS, SEQUENCE_LEN, 1, 1), compute)
 
 
 def usual(question: dict[str, Any]) -> Iterator[Any]:

@@ -103,7 +103,7 @@ def fine_tune(
         optimizer_state_bytes=sum(optimizer.state_bytes() for optimizer in optimizers),
     )
     wandb_run = train.open_wandb(s.run, stage, settings, checkpoint)
-    stream = chat_stream(conversations, tokenizer, rows, T, compute, all_tokens, s.seed, position)
+    stream = chat_stream(conversations, tokenizer, batch, compute, all_tokens, s.seed, position)
 
     def save() -> None:
         """The state after the last whole step, whatever has happened since."""

@@ -164,8 +164,8 @@ def evaluate_chats(
     between batches, as in evaluate_bpb.
     """
     totals = torch.zeros(2, dtype=torch.float64)
-    blocks = chat_blocks(conversations, tokenizer, sequence_len, 0, all_tokens, ChatPosition(), epochs=1)
-    for rows, _ in blocks:
+    blocks = chat_blocks(conversations, tokenizer, sequence_len, all_tokens, ChatPosition())
+    for rows, _, _ in blocks:
         for start in range(0, len(rows), rows_per_rank * compute.world_size):
             if poll:
                 poll()

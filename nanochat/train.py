@@ -406,7 +406,7 @@ def plan_chats(
         raise UserError(f"--num-iterations={num_iterations} --minutes={minutes}: expected more than 0, or None")
     T = batch.sequence_len
     if minutes is not None:
-        stream = chat_stream(conversations, tokenizer, batch.device_batch_size, T, compute, all_tokens)
+        stream = chat_stream(conversations, tokenizer, batch, compute, all_tokens)
         return steps_for_minutes(minutes, model, stream, batch, compute)
     if num_iterations is not None:
         return num_iterations, "as given"

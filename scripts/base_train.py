@@ -244,8 +244,7 @@ def open_stream(
     text: Corpus, tokenizer: Tokenizer, batch: BatchPlan, compute: Compute, start: Position
 ) -> train.Stream[Position]:
     """The training rows of this rank, from a position on."""
-    where = (text.train, tokenizer, batch.device_batch_size, max_seq_len, compute, packing, seed, start)
-    return training_stream(*where)
+    return training_stream(text.train, tokenizer, batch, compute, packing, seed, start)
 
 
 def plan_steps(model: GPT, text: Corpus, tokenizer: Tokenizer, batch: BatchPlan, compute: Compute) -> tuple[int, str]:

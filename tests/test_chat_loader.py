@@ -1,7 +1,6 @@
 """The stream of conversations: packed whole, cut only where that is counted, resumable, the same on any ranks."""
 
 import json
-from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -16,6 +15,7 @@ from nanochat.compute import Compute
 from nanochat.conversation import Rendered, render_conversation
 from nanochat.dataloader import ChatPosition, chat_blocks, chat_stream, pack_chats, rows_in_epoch
 from nanochat.loss_eval import evaluate_chats
+from nanochat.schedule import BatchPlan
 from tests.test_conversation import BYTES
 from tests.test_gpt import SMALL, small_model
 
@@ -31,7 +31,8 @@ CHATS = [chat("q" * (i % 7), "a" * (1 + i % 13)) for i in range(100)]
 
 def batches(count, rank=0, world_size=1, rows=2, start=None, all_tokens=False, chats=CHATS):
     compute = Compute(torch.device("cpu"), torch.float32, rank, world_size)
-    return list(islice(chat_stream(chats, BYTES, rows, T, compute, all_tokens, seed=1, start=start), count))
+    plan = BatchPlan(rows, T, world_size, 1)
+    return list(islice(chat_stream(chats, BYTES, plan, compute, all_tokens, seed=1, start=start), count))
 
 
 @given(st.lists(st.integers(1, T + 1), max_size=40))
@@ -94,30 +95,11 @@ def test_ranks_may_change_at_any_batch(small_blocks, k, before, after, mid):
         assert all(ranks[rank][step][2] == alone[k + step][2] for rank in range(after))
 
 
-@pytest.mark.parametrize(
-    ("change", "line"),
-    [
-        ({"conversation": 112}, "no block of 16 of the 100 conversations begins there"),
-        ({"conversation": 17}, "no block of 16 of the 100 conversations begins there"),
-        ({"rows_used": 99}, "row 99 of a block of"),
-    ],
-)
-def test_a_position_that_does_not_fit_is_refused(small_blocks, change, line):
-    """A conversation beyond the last one was a silent jump to the next epoch."""
-    with pytest.raises(UserError, match=f"{line}.*--resume-from-step=N$"):
-        batches(1, start=replace(ChatPosition(), **change))
-    with pytest.raises(UserError, match="tokens_cut is -1"):
-        ChatPosition.from_json(ChatPosition().to_json() | {"tokens_cut": -1})
-    with pytest.raises(UserError, match="a position in the data has epoch, conversation"):
-        ChatPosition.from_json(dataloader.Position().to_json())
-
-
 def test_long_conversations_are_cut_and_counted():
     """nanochat's chat_sft with T = 256 fills its buffer with conversations that never fit, and then the loss is NaN."""
     chats = [chat("q", "a" * 5000), chat("q" * 5000, "a"), chat("q", "a")] * 4
-    blocks = chat_blocks(chats, BYTES, T, 0, False, ChatPosition())
-    next(blocks)
-    _, after = next(blocks)
+    (block,) = chat_blocks(chats, BYTES, T, False, ChatPosition())
+    after = block.after.next_epoch()
     assert (after.epoch, after.conversations, after.conversations_cut, after.left_out) == (1, 12, 8, 4)
     assert after.tokens_cut == 4 * sum(len(render_conversation(c["messages"], BYTES).ids) - (T + 1) for c in chats[:2])
     for inputs, targets, _ in batches(6, chats=chats):
@@ -131,7 +113,7 @@ def test_nothing_to_learn_is_an_error_and_not_an_endless_loop():
 
 
 def test_an_epoch_is_counted_in_rows(monkeypatch):
-    rows = next(chat_blocks(CHATS, BYTES, T, 0, False, ChatPosition()))[0]
+    rows = next(chat_blocks(CHATS, BYTES, T, False, ChatPosition())).rows
     assert rows_in_epoch(CHATS, BYTES, T, False) == len(rows)
     monkeypatch.setattr(dataloader, "CHAT_BLOCK", 25)
     assert rows_in_epoch(CHATS, BYTES, T, False) == pytest.approx(len(rows), rel=0.15)

@@ -18,8 +18,9 @@ from nanochat import dataloader
 from nanochat.common import UserError
 from nanochat.compute import Compute
 from nanochat.corpus import Shards
-from nanochat.dataloader import Position, deal_rows, pack_bos, pack_flat, packed_blocks, prefetch, training_stream
+from nanochat.dataloader import Block, Position, pack_bos, pack_flat, prefetch, stream, text_blocks, training_stream
 from nanochat.files import sha256_file
+from nanochat.schedule import BatchPlan
 from tests.reference.byte_tokenizer import ByteTokenizer
 
 BOS, T = 256, 8
@@ -104,8 +105,8 @@ def files(tmp_path, monkeypatch):
 
 def batches(files, count, rank=0, world_size=1, rows=2, start=None, packing="bos"):
     compute = Compute(torch.device("cpu"), torch.float32, rank, world_size)
-    stream = training_stream(files, ByteTokenizer(), rows, T, compute, packing, seed=1, start=start)
-    return list(islice(stream, count))
+    plan = BatchPlan(rows, T, world_size, 1)
+    return list(islice(training_stream(files, ByteTokenizer(), plan, compute, packing, 1, start), count))
 
 
 def through_json(position):
@@ -161,65 +162,32 @@ def test_a_damaged_shard_stops_the_stream_before_its_first_token(files):
     seen = []
     compute = Compute(torch.device("cpu"), torch.float32, 0, 1)
     with pytest.raises(UserError, match=f"{files.paths[1]}: changed since"):
-        for _, _, position in training_stream(files, ByteTokenizer(), 2, T, compute, seed=1):
+        for _, _, position in training_stream(files, ByteTokenizer(), BatchPlan(2, T, 1, 1), compute, seed=1):
             seen.append(position)
     assert seen == [position for _, _, position in whole[: len(seen)]] and seen[-1].shard == 0
     with pytest.raises(UserError, match=f"{files.paths[1]}: changed since"):
         batches(files, 1, start=inside)
 
 
-@pytest.mark.parametrize(
-    ("change", "line"),
-    [
-        ({"rows_used": 1000}, "row 1,000 of a block of"),
-        ({"carry": (256, 300)}, "token 300 of 257"),
-        ({"carry": (97, 98)}, "does not begin with BOS"),
-        ({"carry": (256,) * 9}, "unfinished row has 9 of 8 tokens"),
-    ],
-)
-def test_a_position_that_does_not_fit_is_refused(files, change, line):
-    """rows_used beyond the block span for ever; a carry without BOS was dropped; the others were tracebacks."""
-    with pytest.raises(UserError, match=f"{line}.*--resume-from-step=N$"):
-        batches(files, 1, start=replace(Position(), **change))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"epoch": -1}, {"row": 1.0}, {"shard": True}, {"shard": None}, {"carry": 5}, {"carry": ["a"]}, {"new": 1}],
-)
-def test_a_position_is_checked_when_it_is_read(change):
-    with pytest.raises(UserError, match=r"position in the data.*--resume-from-step=N$"):
-        Position.from_json(Position().to_json() | change)
-
-
-@pytest.mark.parametrize("values", [None, [], "x", {}, {"epoch": 0, "conversation": 0}])
-def test_what_is_no_position_is_refused(values):
-    with pytest.raises(UserError, match=r"^a position in the data has epoch, shard.*--resume-from-step=N$"):
-        Position.from_json(values)
-
-
 @pytest.mark.parametrize("packing", ["bos", "flat"])
 def test_an_epoch_has_every_token_once(files, packing):
-    blocks = packed_blocks(files, ByteTokenizer(), T, packing, 1, Position())
     seen: Counter = Counter()
-    for rows, position in blocks:
-        if position.epoch == 1:
-            break
-        seen += without_bos(rows[:, 1:] if packing == "flat" else rows)
-        last = position
+    for block in text_blocks(files, ByteTokenizer(), T, packing, Position()):
+        seen += without_bos(block.rows[:, 1:] if packing == "flat" else block.rows)
     texts = [text for file in files for text in pq.read_table(file)["text"].to_pylist()]
     missing = Counter("".join(texts).encode()) - seen
     assert not seen - Counter("".join(texts).encode())
     assert missing.total() <= T + 1  # the unfinished row, which the next epoch begins with
-    assert last.documents <= 80
+    assert block.after.documents == 80
 
 
-def test_epochs_differ_in_order_only(files):
-    blocks = packed_blocks(files, ByteTokenizer(), T, "flat", 1, Position())
-    first = [next(blocks) for _ in range(3)]
-    while (block := next(blocks))[1].epoch == 0:
-        pass
-    assert block[0].tolist() != first[0][0].tolist()
+def test_epochs_differ_in_order_only(tmp_path):
+    """Every one of 20 documents fills a row."""
+    path = tmp_path / "even.parquet"
+    pq.write_table(pa.table({"text": [chr(97 + i) * T for i in range(20)]}), path)
+    (first, _, _), (second, _, after) = batches(Shards((path,)), 2, rows=20)
+    assert after.epoch == 1
+    assert first.tolist() != second.tolist() and sorted(first.tolist()) == sorted(second.tolist())
 
 
 def test_too_little_text_is_an_error_and_not_an_endless_loop(tmp_path):
@@ -227,11 +195,6 @@ def test_too_little_text_is_an_error_and_not_an_endless_loop(tmp_path):
     pq.write_table(pa.table({"text": ["ab"]}), path)
     with pytest.raises(UserError, match="too little text"):
         batches(Shards((path,)), 1)
-
-
-def test_unknown_packing_is_refused(files):
-    with pytest.raises(UserError, match="--packing=best: expected bos or flat"):
-        batches(files, 1, packing="best")
 
 
 def test_text_of_one_row_repeats_forever(tmp_path):
@@ -265,15 +228,24 @@ def test_prefetch_hands_over_errors_and_lets_go_of_its_thread():
 def test_a_stream_that_is_closed_leaves_no_thread(files):
     """Runs that build a second stream, such as a timed trial before training, kept the first one's thread."""
     compute = Compute(torch.device("cpu"), torch.float32, 0, 1)
-    stream = training_stream(files, ByteTokenizer(), 2, T, compute)
+    stream = training_stream(files, ByteTokenizer(), BatchPlan(2, T, 1, 1), compute)
     next(stream)
-    assert any(thread.name == "prefetch" for thread in threading.enumerate())
+    assert any(thread.name.startswith("prefetch") for thread in threading.enumerate())
     stream.close()
-    assert not any(thread.name == "prefetch" for thread in threading.enumerate())
+    assert not any(thread.name.startswith("prefetch") for thread in threading.enumerate())
 
 
-def test_dealing_rows_crosses_blocks():
-    blocks = ((np.arange(3 * i, 3 * i + 3)[:, None], Position(row=i)) for i in range(10))
-    dealt = list(islice(deal_rows(blocks, Position(), 4, 0, 1), 3))
-    assert [rows.ravel().tolist() for rows, _ in dealt] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+def test_batches_cross_blocks():
+    """Rows 0 to 29 in blocks of three, which the seed shuffles within themselves."""
+
+    def blocks(start):
+        for i in range(start.row, 10):
+            first = replace(start, rows_used=0, row=i)
+            yield Block(np.arange(3 * i, 3 * i + 3), first, replace(first, row=i + 1))
+
+    dealt = list(islice(stream(blocks, Position(), BatchPlan(4, T, 1, 1), 0, 0, "none"), 3))
+    rows = np.concatenate([rows for rows, _ in dealt])
+    assert [sorted(rows[i : i + 3]) for i in range(0, 12, 3)] == np.arange(12).reshape(4, 3).tolist()
     assert [(position.row, position.rows_used) for _, position in dealt] == [(1, 1), (2, 2), (3, 3)]
+    again = stream(blocks, dealt[0][1], BatchPlan(4, T, 1, 1), 0, 0, "none")
+    assert [rows.tolist() for rows, _ in islice(again, 2)] == [rows.tolist() for rows, _ in dealt[1:]]
