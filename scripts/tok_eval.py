@@ -14,6 +14,8 @@ corpus: str | None = None  # directory name in $NANOCHAT_BASE_DIR/data (None = t
 reference: str | None = None  # folder with the published vocabularies (None = $NANOCHAT_BASE_DIR/tokenizer_reference)
 settings = configure(__name__)
 
+import base64
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -24,7 +26,7 @@ import rustbpe
 from nanochat.common import UserError, get_base_dir, print0, run_main
 from nanochat.corpus import iter_text, load_corpus
 from nanochat.record import open_record
-from nanochat.tokenizer import get_tokenizer, load_reference_encoder
+from nanochat.tokenizer import get_tokenizer
 
 REFERENCES = {"GPT-2": "gpt2", "GPT-4": "gpt4"}
 
@@ -112,6 +114,33 @@ def published() -> dict[str, Callable[[str], int]]:
             continue
         found[name] = partial(count_tokens, encoder)
     return found
+
+
+def load_reference_encoder(folder: Path | str, name: str) -> rustbpe.Encoder:
+    """GPT-2's or GPT-4's own vocabulary (without special tokens) from its published file in `folder`: encoder.json for
+    "gpt2", cl100k_base.tiktoken for "gpt4". Encodes as tiktoken does. Raises FileNotFoundError, and UserError where the
+    file is damaged.
+    """
+    path = Path(folder) / {"gpt2": "encoder.json", "gpt4": "cl100k_base.tiktoken"}[name]
+    try:
+        if name == "gpt2":
+            byte_of = gpt2_bytes_by_character()
+            names = json.loads(path.read_text(encoding="utf-8"))
+            del names["<|endoftext|>"]
+            ranks = {rank: bytes(byte_of[character] for character in token) for token, rank in names.items()}
+        else:
+            lines = (line.split() for line in path.read_bytes().splitlines())
+            ranks = {int(rank): base64.b64decode(token, validate=True) for token, rank in lines}
+        return rustbpe.Encoder([ranks[rank] for rank in range(len(ranks))], name)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path}: not the published vocabulary ({error!r}); get the file again") from None
+
+
+def gpt2_bytes_by_character() -> dict[str, int]:
+    """GPT-2's file writes each byte as a visible character: itself where Latin-1 has one, else the next from U+0100."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
 
 
 def count_tokens(encoder: rustbpe.Encoder, sample: str) -> int:

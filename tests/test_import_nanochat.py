@@ -15,7 +15,8 @@ import rustbpe
 from dev import import_nanochat
 from nanochat.checkpoint_manager import find_checkpoint, load_model
 from nanochat.common import UserError
-from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer, expand_merges, gpt2_bytes_by_character
+from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer, expand_merges
+from scripts.tok_eval import gpt2_bytes_by_character
 from tests.reference import nanochat_model
 from tests.tiny import ROOT
 

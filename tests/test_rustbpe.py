@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rustbpe
-from nanochat.tokenizer import expand_merges, load_reference_encoder
+from nanochat.tokenizer import expand_merges
+from scripts.tok_eval import load_reference_encoder
 from tests.reference import bpe
 
 ROOT = Path(__file__).parents[1]

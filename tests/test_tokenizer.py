@@ -1,4 +1,4 @@
-"""The tokenizer: round trips, special tokens, and a file that is refused when anything in it is wrong."""
+"""The tokenizer: round trips, special tokens, and a file that is refused when a bit in it is wrong."""
 
 import json
 from pathlib import Path
@@ -113,39 +113,13 @@ def test_save_and_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert Tokenizer.train([TEXT], VOCAB_SIZE - 1).fingerprint != tokenizer.fingerprint
 
 
-def set_to(key: str, value: object) -> Any:
-    return lambda content: content | {key: value}
-
-
-@pytest.mark.parametrize(
-    ("damage", "problem"),
-    [
-        (lambda content: {"version": 1}, "not an object with exactly the keys"),
-        (set_to("version", 2), "version 2 of the format; this program reads 1"),
-        (set_to("pattern", "gpt5"), "split pattern 'gpt5'; known: nanochat, gpt4, gpt2"),
-        (set_to("pattern", ["gpt4"]), "split pattern"),
-        (set_to("merges", [[97, 98, 99]]), "merges are not pairs of token ids"),
-        (set_to("merges", [[97, -1]]), "merges are not pairs of token ids"),
-        (set_to("merges", [[97, True]]), "merges are not pairs of token ids"),
-        (set_to("merges", [[97, 256]]), "merge 0 joins 97 and 256, but only 0 to 255 exist by then"),
-        (set_to("merges", [[97, 98], [97, 98]]), "tokens 256 and 257 have the same bytes"),
-        (set_to("merges", [[97, 97]] + [[255 + i] * 2 for i in range(1, 40)]), "merge 24 makes a token of more than"),
-        (
-            set_to("merges", [[0, 0]] + [[255 + i] * 2 for i in range(1, 22)] + [[277, i] for i in range(256)]),
-            "the tokens up to merge 35 have more than 67,108,864 bytes",
-        ),
-        (set_to("special_tokens", ["<|bos|>", "<|bos|>"]), "special_tokens are not distinct names with <|bos|> among"),
-        (set_to("special_tokens", ["<|eos|>"]), "special_tokens are not distinct names with <|bos|> among"),
-        (set_to("token_bytes", [1, 2, 3]), "token_bytes are not the lengths of the tokens"),
-        (set_to("token_bytes", "1"), "token_bytes are not lengths"),
-    ],
-)
-def test_a_damaged_file_is_refused_with_what_is_wrong(
-    tokenizer: Tokenizer, tmp_path: Path, damage: Any, problem: str
-) -> None:
+@pytest.mark.parametrize("content", [{"version": 2}, {"model": {"type": "BPE"}}])
+def test_a_file_of_another_version_is_refused(tmp_path: Path, content: Any) -> None:
     path = tmp_path / "tokenizer.json"
-    path.write_text(seal(json.dumps(damage(json.loads(tokenizer.to_json())))))
-    with pytest.raises(UserError, match=f"{path}: .*{problem}.*; make it again with: python -m scripts.tok_train"):
+    path.write_text(seal(json.dumps(content)))
+    with pytest.raises(
+        UserError, match=f"{path}: version .* of the format; this program reads 1; make it again with: "
+    ):
         Tokenizer.load(path)
 
 
