@@ -70,13 +70,9 @@ def find_evals(tag: str) -> dict[int, str]:
 
 
 def damage_of(checkpoint: Checkpoint) -> dict[str, str]:
-    """{file: what is wrong with it}, of the files that are not as they were written."""
+    """{file: message} of the files that are not as they were written."""
     found = {name: checkpoint.damage(name, verify) for name in checkpoint.meta["files"]}
-    return {name: why for name, why in found.items() if why}
-
-
-# -----------------------------------------------------------------------------
-# One step
+    return {name: f"{checkpoint.path / name} is damaged ({why})" for name, why in found.items() if why}
 
 
 def show(title: str, content: dict[str, Any]) -> None:
@@ -123,15 +119,11 @@ def show_checkpoint(checkpoint: Checkpoint) -> None:
         state = "DAMAGED" if name in damage else "as written" if verify else "not compared"
         print0(f"  {name:20} {entry['bytes']:>15,} bytes  sha256 {entry['sha256']}  {state}")
     if damage:  # the tensors of a damaged file would not be those that were saved
-        what = "; ".join(f"{checkpoint.path / name} is damaged ({why})" for name, why in damage.items())
-        raise UserError(f"{what}; list the other steps with --model-tag={checkpoint.tag} --all-steps")
+        other = f"list the other steps with --model-tag={checkpoint.tag} --all-steps"
+        raise UserError("; ".join([*damage.values(), other]))
     for name in meta["files"]:
         if name.endswith(".safetensors"):
             show_tensors(checkpoint.path / name)
-
-
-# -----------------------------------------------------------------------------
-# All steps
 
 
 def show_steps(tag: str) -> None:
@@ -143,7 +135,7 @@ def show_steps(tag: str) -> None:
     for number in steps:
         path = step_dir(directory, number)
         try:
-            wrong = [f"{path / name} is damaged ({why})" for name, why in damage_of(open_checkpoint(path)).items()]
+            wrong = [*damage_of(open_checkpoint(path)).values()]
         except UserError as error:
             wrong = [str(error)]
         damaged += [number] if wrong else []
