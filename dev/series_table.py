@@ -18,7 +18,7 @@ from typing import Any
 
 from nanochat.common import UserError, get_base_dir, run_main
 from nanochat.files import write_atomic
-from nanochat.report_runs import Event, Events, last, merged, newest, read_runs
+from nanochat.report import Event, Events, last, merged, newest, read_runs
 
 COLUMNS = "tag depth parameters tokens tokens_per_parameter flops val_bpb core train_seconds".split()
 

@@ -14,7 +14,7 @@ its section.
     --depth=4   --model-tag=x   --model_tag x   -g x   --dry-run   --no-dry-run   --model-tag=None   tiny.py
 
 A bare word, one without dashes, is a settings file, written like the block (`depth = 4  # why`). What comes later on
-the command line wins.
+the command line wins; several bare words for one text are joined as a shell quotes them.
 
 Promises: scripts and settings files are parsed here, never executed; every value is checked before the first is
 assigned; a mistake is one line and exit code 2. Does not: abbreviate names, nest them, read them from the environment,
@@ -27,6 +27,7 @@ import difflib
 import math
 import operator
 import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -266,7 +267,7 @@ def read_settings_file(block: Block, word: str) -> dict[str, tuple[object, str]]
 def parse_args(block: Block, argv: Sequence[str]) -> dict[str, tuple[object, str]]:
     """{name: (value, where it was given)} of a command line; later wins. UserError for the first word that is wrong."""
     given: dict[str, tuple[object, str]] = {}
-    words = list(argv)
+    words, bare_words = list(argv), []
     while words:
         word = words.pop(0)
         if word == "--":  # torchrun and older command lines put one in front
@@ -274,7 +275,9 @@ def parse_args(block: Block, argv: Sequence[str]) -> dict[str, tuple[object, str
         if not word.startswith("-"):
             bare = block.settings.get(block.short.get("", ""))
             if bare and not word.endswith(".py"):
-                given[bare.name] = bare.parse(word, word), word
+                bare_words.append(word)
+                text = word if bare.choices or len(bare_words) == 1 else shlex.join(bare_words)
+                given[bare.name] = bare.parse(text, text), text
             else:
                 given |= read_settings_file(block, word)
             continue

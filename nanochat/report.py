@@ -1,15 +1,12 @@
-"""The report card of everything that ran under this base directory, and comparisons of runs, from their records alone.
+"""The report card of everything that ran under this base directory, from the records alone.
 
     python -m nanochat.report generate                   # print it; write report/report.md and report/report.html
-    python -m nanochat.report compare --runs="d12 d16"   # or: compare d12 d16; base runs side by side, baseline first
     python -m nanochat.report reset                      # a new one: earlier records move to records/before-<time>/
 
 The newest run of each stage counts; a run that was stopped and resumed is one run. What has not run shows as "-".
-Stages it does not know appear among runs and settings only. A comparison (report_compare.py) takes tags, or the files
-of records, and writes report/compare.md and report/compare.html. How it all looks is the business of report_page.py.
+Stages it does not know appear among runs and settings only. Runs side by side: python -m dev.compare_runs.
 """
 
-import shlex
 import sys
 from typing import Literal
 
@@ -18,104 +15,70 @@ from nanochat.configurator import configure
 SHORT = {"": "action"}
 
 # Action
-action: Literal["generate", "compare", "reset"] = "generate"  # generate, compare: print and write; reset: put aside
-runs = ""  # what to compare: tags of base runs or record files, the baseline first; the words after `compare`
+action: Literal["generate", "reset"] = "generate"  # generate: print and write; reset: put the records aside
 # Cost
-dollars_per_hour: float | None = None  # of one GPU, or of a machine without (None = known for H100, A100 and V100)
+dollars_per_hour: float | None = None  # of one GPU, or of a machine without (None = the list price, where it is known)
 
-
-def join_runs(words: list[str]) -> list[str]:
-    """The command line with the words that follow `compare` as one setting: compare a b -> compare '--runs=a b'."""
-    first = words.index("compare") + 1 if "compare" in words else len(words)
-    end = next((i for i in range(first, len(words)) if words[i].startswith("-")), len(words))
-    return [*words[:first], *(["--runs=" + shlex.join(words[first:end])] if end > first else []), *words[end:]]
-
-
-if __name__ == "__main__":
-    sys.argv[1:] = join_runs(sys.argv[1:])
+if __name__ == "__main__" and "compare" in sys.argv[1:2]:
+    print("report: compare is a command of its own: python -m dev.compare_runs TAG TAG", file=sys.stderr)
+    sys.exit(2)
 settings = configure(__name__)
 
+import math
+import shlex
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 from nanochat import report_page as page
 from nanochat.common import UserError, get_base_dir, run_main
 from nanochat.files import write_atomic
-from nanochat.report_compare import compare
-from nanochat.report_runs import (
-    STAGES,
-    Event,
-    Events,
-    Grades,
-    command,
-    cost,
-    counted,
-    duration,
-    grades,
-    hardware,
-    is_mean,
-    last,
-    newest,
-    number,
-    outcome,
-    points,
-    read_runs,
-    rounded,
-    score,
-    seconds_of,
-    share,
-    val_bpb,
-)
+from nanochat.record import read_record
+from nanochat.sizing import find_card
 
+Event = dict[str, Any]
+Events = list[Event]  # of one record, or of a run that was resumed, merged
+Grades = dict[str, dict[str, Event]]  # task, or mean over tasks; then stage
+STAGES = {"base": "base", "mid": "mid", "sft": "SFT", "rl": "RL"}  # the stages that train, and what they are called
+MEANS = {"core": "CORE", "chatcore": "ChatCORE", "chatcore_cat": "ChatCORE-cat"}  # events with a mean over tasks
 GRADED = 2  # answers shown of each task
 STALE = "†"
 
 
 def main() -> None:
     records = get_base_dir() / "records"
-    if action == "reset":
-        paths = sorted(records.glob("*.jsonl"))
-        aside = records / f"before-{time.strftime('%Y%m%d-%H%M%S')}"
-        for path in paths:
-            aside.mkdir(exist_ok=True)
-            path.rename(aside / path.name)
-        print(f"{len(paths)} records are now in {aside}" if paths else f"no records in {records}: nothing to put aside")
-        return
-    if dollars_per_hour is not None and dollars_per_hour < 0:
-        raise UserError(f"--dollars-per-hour={dollars_per_hour}: expected a price of 0 or more")
-    if action == "compare":
-        try:
-            names = shlex.split(runs)
-        except ValueError as error:
-            raise UserError(
-                f"--runs={runs}: {error}; expected names with spaces between, quoted as for a shell"
-            ) from None
-        write("compare", *compare(names, records, dollars_per_hour))
-    else:
+    if action == "generate":
         write("report", *build(read_runs(records), dollars_per_hour))
+        return
+    paths = sorted(records.glob("*.jsonl"))
+    aside = records / f"before-{time.strftime('%Y%m%d-%H%M%S')}"
+    for path in paths:
+        aside.mkdir(exist_ok=True)
+        path.rename(aside / path.name)
+    print(f"{len(paths)} records are now in {aside}" if paths else f"no records in {records}: nothing to put aside")
 
 
-def write(name: str, title: str, subtitle: str, sections: list[page.Section]) -> None:
+def write(name: str, text: str, curves: Sequence[page.Curve]) -> None:
     """Print a report, and write it as name.md and name.html."""
-    text = page.to_markdown(title, subtitle, sections)
     folder = get_base_dir() / "report"
     write_atomic(folder / f"{name}.md", text)
-    write_atomic(folder / f"{name}.html", page.to_html(title, subtitle, sections))
+    write_atomic(folder / f"{name}.html", page.to_html(text, curves))
     print(text)
     print(f"written to {folder / name}.md and {folder / name}.html")
 
 
-def build(runs: Sequence[Events], dollars: float | None = None) -> tuple[str, str, list[page.Section]]:
-    """Title, subtitle and sections of the report on runs, which are in the order of their starts."""
+def build(runs: Sequence[Events], dollars: float | None = None) -> tuple[str, list[page.Curve]]:
+    """The report on runs, which are in the order of their starts, as Markdown; and its curves."""
     found = {stage: newest(runs, stage) for stage in STAGES}
-    graded = grades(runs)
+    graded, drawn = grades(runs), curves(found)
     tags = ", ".join(dict.fromkeys(events[0]["tag"] for events in found.values() if events))
     day = time.strftime("%Y-%m-%d", time.localtime(runs[-1][0]["time"]))
-    sections: list[page.Section] = [
+    sections: list[tuple[str, Iterable[str]]] = [
         ("", [summary(runs, found, graded, dollars)]),
-        ("Results", results(runs, found, graded)),
-        ("Learning", curves(found)),
+        ("Results", [results(runs, found, graded), *result_notes(runs, graded, found), *parts(graded)]),
+        ("Learning", [page.curves(drawn)] if drawn else []),
         ("Samples", samples(found, graded)),
         ("Training", training(found)),
         ("CORE, task by task", core_tasks(runs)),
@@ -124,17 +87,18 @@ def build(runs: Sequence[Events], dollars: float | None = None) -> tuple[str, st
         ("Machine", [machine(runs, dollars)]),
         ("Settings", all_settings(runs)),
     ]
-    return "Report", f"model {tags or '-'} · {day} · commit {runs[-1][0].get('git', '-')}", sections
+    subtitle = f"model {tags or '-'} · {day} · commit {runs[-1][0].get('git', '-')}"
+    return page.to_markdown("Report", subtitle, sections), drawn
 
 
 # -----------------------------------------------------------------------------
 # Sections
 
 
-def summary(runs: Sequence[Events], found: dict[str, Events], graded: Grades, dollars: float | None) -> page.Figures:
+def summary(runs: Sequence[Events], found: dict[str, Events], graded: Grades, dollars: float | None) -> str:
     """What a reader looks for first: bpb, CORE, ChatCORE, the task of RL or else the first one, time, cost, size."""
     rows = [("val bpb", number(val_bpb(runs, found["base"]).get("value"), ".4f"), "bits per byte, base")]
-    goal, tasks = last(found["rl"], "plan", "task"), [name for name in graded if not is_mean(name)]
+    goal, tasks = last(found["rl"], "plan", "task"), [name for name in graded if not is_mean(graded[name])]
     for name in ["CORE", "ChatCORE", goal if goal in graded else (tasks or [""])[0]]:
         told = [
             (STAGES[stage], f"{event['value']:.3f}" if "value" in event else f"{event['accuracy']:.1%}")
@@ -143,92 +107,75 @@ def summary(runs: Sequence[Events], found: dict[str, Events], graded: Grades, do
         if told:
             before = ", ".join(f"{value} after {stage}" for stage, value in told[:-1])
             rows.append((f"{name} after {told[-1][0]}", told[-1][1], before))
-    parameters = [last(events, "plan", "parameters") for events in found.values()]
     rows.append(("total time", duration(sum(map(seconds_of, runs))), f"{len(runs)} run{'s' if runs[1:] else ''}"))
     spent, _ = cost(runs, dollars)
     rows += [("cost", spent, "of the runs' time")] if spent != "-" else []
-    rows.append(("parameters", rounded(next(filter(None, parameters), None)), ""))
-    return page.Figures(rows)
+    parameters = [last(events, "plan", "parameters") for events in found.values()]
+    rows.append(("parameters", next((page.rounded(count) for count in parameters if count), "-"), ""))
+    return page.facts(rows)
 
 
-def results(runs: Sequence[Events], found: dict[str, Events], graded: Grades) -> list[page.Block]:
+def results(runs: Sequence[Events], found: dict[str, Events], graded: Grades) -> str:
     """All scores by stage, and what they must be held against."""
 
-    def cells(values: dict[str, str]) -> list[str]:
-        return [values.get(stage, "-") for stage in STAGES]
-
-    def old(stage: str, event: Event) -> str:
-        return f" {STALE}" if event["time"] < last(found[stage], "start", "time", 0) else ""
+    def row(name: str, values: dict[str, str], chance: str = "-", n: str = "-") -> list[str]:
+        return [name, *(values.get(stage, "-") for stage in STAGES), chance, n]
 
     bpb, losses = val_bpb(runs, found["base"]), {stage: last(found[stage], "eval", "val_loss") for stage in STAGES}
     documents = f"{bpb['documents']:,} documents" if "documents" in bpb else "-"
-    held_out = cells({stage: number(loss, ".4f") for stage, loss in losses.items()})
-    rows = [
-        ["bits per byte, validation", *cells({"base": score(bpb)}), "-", documents],
-        ["nats per token trained on, held-out chats", *held_out, "-", "-"],
-    ]
-    for name, events in sorted(graded.items(), key=lambda item: is_mean(item[0])):
-        told = {stage: score(event) + old(stage, event) for stage, event in events.items()}
+    held_out = {stage: number(loss, ".4f") for stage, loss in losses.items()}
+    rows = [row("bits per byte, validation", {"base": score(bpb)}, n=documents)]
+    rows.append(row("nats per token trained on, held-out chats", held_out))
+    for name, events in sorted(graded.items(), key=lambda item: is_mean(item[1])):
+        told = {k: score(e) + (f" {STALE}" if is_stale(e, found[k]) else "") for k, e in events.items()}
         chance = next((e["baseline"] for e in events.values() if e.get("baseline") is not None), None)
-        label = name if is_mean(name) else f"{name}, %"
         n = " / ".join(dict.fromkeys(map(counted, events.values())))
-        rows.append([label, *cells(told), number(chance and 100 * chance, ".1f"), n])
+        rows.append(row(name if is_mean(events) else f"{name}, %", told, number(chance and 100 * chance, ".1f"), n))
         for k in dict.fromkeys(k for event in events.values() for k in event.get("pass_at", {})):
-            at = {stage: share(event["pass_at"][k]) for stage, event in events.items() if k in event.get("pass_at", {})}
-            rows.append([f"{name} pass@{k}, %", *cells(at), "-", n])
+            at = {stage: share(e["pass_at"][k]) for stage, e in events.items() if k in e.get("pass_at", {})}
+            rows.append(row(f"{name} pass@{k}, %", at, n=n))
     task, problems = last(found["rl"], "plan", "task", "RL"), number(last(found["rl"], "eval", "problems"))
     for k, value in sorted(last(found["rl"], "eval", "pass_at", {}).items(), key=lambda item: int(item[0])):
-        rows.append([f"{task} pass@{k} in training, %", *cells({"rl": share(value)}), "-", problems])
-    head = ["", *STAGES.values(), "chance", "n"]
-    return [page.Table(head, rows, "lrrrrrr"), *result_notes(runs, graded, rows), *parts(graded)]
+        rows.append(row(f"{task} pass@{k} in training, %", {"rl": share(value)}, n=problems))
+    return page.table(["", *STAGES.values(), "chance", "n"], rows, "lrrrrrr")
 
 
-def parts(graded: Grades) -> list[page.Block]:
-    """The parts of tasks that have some, such as the subjects of MMLU, folded; of the last stage that was graded."""
-    blocks: list[page.Block] = []
-    for name, events in graded.items():
-        stage = [stage for stage in events if events[stage].get("parts")][-1:]
-        for event in [events[stage] for stage in stage]:
-            lines = [f"{part}: {score(about)} % of {about['n']:,}" for part, about in event["parts"].items()]
-            blocks.append(page.Folded(f"{name} after {STAGES[stage[0]]}, its parts", "\n".join(lines)))
-    return blocks
-
-
-def result_notes(runs: Sequence[Events], graded: Grades, rows: list[list[str]]) -> list[page.Block]:
+def result_notes(runs: Sequence[Events], graded: Grades, found: dict[str, Events]) -> list[str]:
     """What to know beside the table: opponents, standard errors, older scores, models left out."""
-    notes = []
-    loss = newest(runs, "base_loss")
+    notes, loss = [], newest(runs, "base_loss")
     opponents = {"byte frequencies": last(loss, "baselines", "byte_unigram"), "xz -9": last(loss, "baselines", "xz")}
     told = [f"{name} {value:.4f}" for name, value in opponents.items() if value is not None]
     if told:
         notes.append(f"To beat, in bits per byte of the same text: {', '.join(told)}.")
     if graded:
         notes.append("± is one standard error over the items; CORE and ChatCORE are 0 for guessing and 1 at best.")
-    if any(STALE in cell for row in rows for cell in row):
+    each = [(name, stage, event) for name, events in graded.items() for stage, event in events.items()]
+    if any(is_stale(event, found[stage]) for _, stage, event in each):
         notes.append(f"{STALE} measured before the newest training of that stage began.")
-    cut = {
-        f"{name} after {STAGES[k]} {e['too_long']:,}"
-        for name in graded
-        for k, e in graded[name].items()
-        if e.get("too_long")
-    }
+    cut = sorted({f"{name} after {STAGES[stage]} {e['too_long']:,}" for name, stage, e in each if e.get("too_long")})
     if cut:
-        notes.append(f"Prompts longer than the context, counted as wrong: {', '.join(sorted(cut))}.")
-    used = {event["tag"] for events in graded.values() for event in events.values()}
-    others = sorted({run[0]["tag"] for run in runs if run[0]["stage"] in ("chat_eval", "base_eval")} - used)
+        notes.append(f"Prompts longer than the context, counted as wrong: {', '.join(cut)}.")
+    evaluated = {run[0]["tag"] for run in runs if run[0]["stage"] in ("chat_eval", "base_eval")}
+    others = sorted(evaluated - {event["tag"] for _, _, event in each})
     if others:
         notes.append(f"Evaluated too, but not the newest or not trained here: {', '.join(others)}.")
-    return list(notes)
+    return [page.marked(note) for note in notes]
 
 
-def core_tasks(runs: Sequence[Events]) -> list[page.Block]:
+def parts(graded: Grades) -> Iterable[str]:
+    """The parts of tasks that have some, such as the subjects of MMLU, folded; of the last stage that was graded."""
+    for name, events in graded.items():
+        for stage in [stage for stage in events if events[stage].get("parts")][-1:]:
+            about = events[stage]["parts"].items()
+            lines = [f"{part}: {score(event)} % of {event['n']:,}" for part, event in about]
+            yield page.folded(f"{name} after {STAGES[stage]}, its parts", "\n".join(lines))
+
+
+def core_tasks(runs: Sequence[Events]) -> list[str]:
     """The tasks of the newest run that has some of CORE."""
-    found = [events for run in runs if (events := [event for event in run if event["event"] == "core_task"])]
-    rows = [
-        [event["task"], score(event), number(event.get("centered"), ".4f"), f"{event['n']:,}"]
-        for event in (found[-1] if found else [])
-    ]
-    return [page.Table(["", "right, %", "centred", "n"], rows, "lrrr")] if rows else []
+    found = next(filter(None, (of_kind(run, "core_task") for run in reversed(runs))), [])
+    rows = [[e["task"], score(e), number(e.get("centered"), ".4f"), f"{e['n']:,}"] for e in found]
+    return [page.table(["", "right, %", "centred", "n"], rows, "lrrr")] if rows else []
 
 
 def smoothed(values: Sequence[tuple[float, float]], beta: float = 0.9) -> list[tuple[float, float]]:
@@ -242,110 +189,107 @@ def smoothed(values: Sequence[tuple[float, float]], beta: float = 0.9) -> list[t
 
 def resumes(events: Events) -> list[int]:
     """The steps at which a run took up an earlier one."""
-    return [event["first_step"] for event in events if event["event"] == "plan" and event["first_step"] > 0]
+    return [event["first_step"] for event in of_kind(events, "plan") if event["first_step"] > 0]
 
 
-def loss_series(events: Events) -> list[page.Series]:
+def loss_curve(events: Events, title: str, unit: str) -> page.Curve:
     """Loss of every step, validation where it is in the same unit, spikes and resumptions."""
     smooth = points(events, "step", "smooth_loss")
-    return [
+    series = [
         page.Series("smoothed", "line", smooth),
         page.Series("each step", "faint", points(events, "step", "loss")),
         page.Series("validation", "mark", points(events, "eval", "val_loss")),
         page.Series("spike", "cross", points([event for event in events if event.get("spike")], "step", "loss")),
         page.Series("resumed", "flag", [(step, smooth[0][1]) for step in resumes(events) if smooth]),
     ]
+    return page.Curve(title, unit, series)
 
 
-def bpb_series(base: Events) -> list[page.Series]:
-    """Validations of the base model, the last of which scores every byte with half a context before it."""
-    quick = points(base, "eval", "val_bpb_quick")
-    whole = page.Series("final, long context", "ring", points(base, "eval", "val_bpb"))
-    return [page.Series("", "line", quick), page.Series("quick", "mark", quick), whole]
-
-
-def reward_series(rl: Events) -> list[page.Series]:
-    """Reward of every step; evaluations at the smallest and at the largest k; resumptions."""
+def curves(found: dict[str, Events]) -> list[page.Curve]:
+    """Loss of base, mid and SFT, bits per byte of base, reward of RL with the smallest and the largest k of its
+    evaluations: those that have points.
+    """
+    quick, rl, tuned = points(found["base"], "eval", "val_bpb_quick"), found["rl"], "nats per token trained on"
+    final = page.Series("final, long context", "ring", points(found["base"], "eval", "val_bpb"))
     reward = points(rl, "step", "reward")
-    series = [page.Series("smoothed", "line", smoothed(reward)), page.Series("each step", "faint", reward)]
-    evals = [event for event in rl if event["event"] == "eval" and "pass_at" in event]
+    rewards = [page.Series("smoothed", "line", smoothed(reward)), page.Series("each step", "faint", reward)]
+    evals = [event for event in of_kind(rl, "eval") if "pass_at" in event]
     ks = sorted({k for event in evals for k in event["pass_at"]}, key=int)
     for k in dict.fromkeys([*ks[:1], *ks[-1:]]):
         at = [(event["step"], event["pass_at"][k]["value"]) for event in evals if k in event["pass_at"]]
-        series.append(page.Series(f"pass@{k}", "mark" if k == ks[0] else "ring", at))
-    flags = [(step, reward[0][1]) for step in resumes(rl) if reward]
-    return [*series, page.Series("resumed", "flag", flags)] if flags else series
-
-
-def curves(found: dict[str, Events]) -> list[page.Block]:
-    """Loss of base, mid and SFT, bits per byte of base, reward of RL: those that have points."""
+        rewards.append(page.Series(f"pass@{k}", "mark" if k == ks[0] else "ring", at))
+    rewards.append(page.Series("resumed", "flag", [(step, reward[0][1]) for step in resumes(rl) if reward]))
     all_curves = [
-        page.Curve("Base: loss", "nats per token", loss_series(found["base"])),
-        page.Curve("Base: validation", "bits per byte", bpb_series(found["base"])),
-        page.Curve("Mid: loss", "nats per token trained on", loss_series(found["mid"])),
-        page.Curve("SFT: loss", "nats per token trained on", loss_series(found["sft"])),
-        page.Curve("RL: reward", "mean reward, share solved", reward_series(found["rl"])),
+        loss_curve(found["base"], "Base: loss", "nats per token"),
+        page.Curve(
+            "Base: validation",
+            "bits per byte",
+            [page.Series("", "line", quick), page.Series("quick", "mark", quick), final],
+        ),
+        loss_curve(found["mid"], "Mid: loss", tuned),
+        loss_curve(found["sft"], "SFT: loss", tuned),
+        page.Curve("RL: reward", "mean reward, share solved", rewards),
     ]
-    drawn = [curve for curve in all_curves if curve.series[0].points]  # a series without points is not drawn
-    return [page.Curves(drawn)] if drawn else []
+    return [curve for curve in all_curves if curve.series[0].points]  # a series without points is not drawn
 
 
-def samples(found: dict[str, Events], graded: Grades) -> list[page.Block]:
+def samples(found: dict[str, Events], graded: Grades) -> list[str]:
     """What each stage wrote at its last sampling, and a few graded answers of the last stage that has some."""
-    blocks: list[page.Block] = []
+    blocks = []
     for stage, name in STAGES.items():
-        written = [event for event in found[stage] if event["event"] == "sample"]
+        written = of_kind(found[stage], "sample")
         final = [event for event in written if event["step"] == written[-1]["step"]]
-        items = [page.Sample(event["prompt"], event["text"], stage != "base") for event in final]
-        if items:
-            blocks.append(page.Samples(f"After {name}, {final[0]['step']:,} steps", items))
-    items = []
+        if final:
+            blocks.append(f"### After {name}, {final[0]['step']:,} steps")
+            blocks.append("\n".join(page.sample(e["prompt"], e["text"], stage != "base") for e in final))
+    answers = []
     for task, events in graded.items():
-        source = [stage for stage in STAGES if events.get(stage, {}).get("samples")][-1:]
-        for event in [event for stage in source for event in events[stage]["samples"][:GRADED]]:
-            verdict = f"{task} after {STAGES[event['source']]}: {'right' if event['correct'] else 'wrong'}"
-            items.append(page.Sample(event["prompt"], event["answer"], verdict=verdict))
-    return [*blocks, page.Samples("Graded answers", items)] if items else blocks
+        for stage in [stage for stage in events if events[stage].get("samples")][-1:]:
+            for e in events[stage]["samples"][:GRADED]:
+                verdict = f"{task} after {STAGES[stage]}: {'right' if e['correct'] else 'wrong'}"
+                answers.append(page.sample(e["prompt"], e["answer"], verdict=verdict))
+    return [*blocks, "### Graded answers", "\n".join(answers)] if answers else blocks
 
 
-def training(found: dict[str, Events]) -> list[page.Block]:
+def row(columns: Iterable[Events], name: str, kind: str, key: str, form: str = ",", scale: float = 1) -> list[str]:
+    """The row of a table that says the newest value of a key in events of a kind, for each column."""
+    values = [last(events, kind, key) for events in columns]
+    return [name, *(number((value or None) and value * scale, form) for value in values)]
+
+
+def training(found: dict[str, Events]) -> list[str]:
     """Size, speed, memory and time of each stage; plans, batches and text in words."""
-    if not any(found.values()):
+    stages = list(found.values())
+    if not any(stages):
         return []
-
-    def row(name: str, kind: str, key: str, form: str = ",", scale: float = 1) -> list[str]:
-        values = [last(events, kind, key) for events in found.values()]
-        return [name, *(number((value or None) and value * scale, form) for value in values)]
-
-    tokens = [sum(event.get("tokens", 0) for event in events if event["event"] == "step") for events in found.values()]
+    tokens = [sum(event.get("tokens", 0) for event in of_kind(events, "step")) for events in stages]
     rows = [
-        row("parameters", "plan", "parameters"),
-        row("steps", "plan", "num_steps"),
+        row(stages, "parameters", "plan", "parameters"),
+        row(stages, "steps", "plan", "num_steps"),
         ["tokens", *(number(count or None) for count in tokens)],
-        row("tokens per second", "end", "tokens_per_second"),
-        row("GFLOP/s", "end", "flops_per_second", ",.0f", 1e-9),
-        row("share of the peak (MFU)", "end", "mfu", ".1%"),
-        row("peak memory, GB", "end", "peak_memory_bytes", ",.2f", 1e-9),
-        ["training time", *(duration(last(events, "end", "train_seconds")) for events in found.values())],
-        [*row("loss at the end, smoothed", "step", "smooth_loss", ".4f")[:4], "-"],  # RL's is no likelihood
-        ["spikes", *(number(sum(bool(event.get("spike")) for event in events) or None) for events in found.values())],
-        ["resumed at step", *(", ".join(f"{at:,}" for at in resumes(events)) or "-" for events in found.values())],
+        row(stages, "tokens per second", "end", "tokens_per_second"),
+        row(stages, "GFLOP/s", "end", "flops_per_second", ",.0f", 1e-9),
+        row(stages, "share of the peak (MFU)", "end", "mfu", ".1%"),
+        row(stages, "peak memory, GB", "end", "peak_memory_bytes", ",.2f", 1e-9),
+        ["training time", *(duration(last(events, "end", "train_seconds")) for events in stages)],
+        [*row(stages[:3], "loss at the end, smoothed", "step", "smooth_loss", ".4f"), "-"],  # RL's is no likelihood
+        ["spikes", *map(spikes, stages)],
+        ["resumed at step", *(", ".join(f"{at:,}" for at in resumes(events)) or "-" for events in stages)],
     ]
     facts = []
     for stage, name in STAGES.items():
-        data = {event["name"]: event["conversations"] for event in found[stage] if event["event"] == "data"}
         told = [last(found[stage], "plan", key) for key in ("formula", "batch", "task")]
-        told += [f"{source} {count:,} conversations" for source, count in data.items()]
-        told = [text for text in (*told, last(found[stage], "end", "text")) if text]
-        if told:
-            facts.append((name, "; ".join(told)))
-    return [page.Table(["", *STAGES.values()], rows, "lrrrr"), page.Facts(facts)]
+        data = {event["name"]: event["conversations"] for event in of_kind(found[stage], "data")}
+        told += [*(f"{source} {count:,} conversations" for source, count in data.items())]
+        told.append(last(found[stage], "end", "text"))
+        if any(told):
+            facts.append((name, "; ".join(filter(None, told))))
+    return [page.table(["", *STAGES.values()], rows, "lrrrr"), page.facts(facts)]
 
 
-def text_facts(runs: Sequence[Events], base: Events) -> page.Facts:
+def text_facts(runs: Sequence[Events], base: Events) -> str:
     """The corpus that base was trained on (or else the newest), and the tokenizer."""
-    corpus = newest(runs, "dataset", last(base, "corpus", "name"))
-    tokenizer = newest(runs, "tok_train")
+    corpus, tokenizer = newest(runs, "dataset", last(base, "corpus", "name")), newest(runs, "tok_train")
     totals = last(corpus, "corpus", "totals", {})
     rows = [("corpus", corpus[0]["tag"] if corpus else "-")]
     for role in ("train", "validation"):
@@ -354,23 +298,22 @@ def text_facts(runs: Sequence[Events], base: Events) -> page.Facts:
     rows += [("left out", f"{n:,}: {why}") for why, n in last(corpus, "corpus", "left_out", {}).items()]
     size, ratio = (last(tokenizer, "end", key) for key in ("vocab_size", "bytes_per_token"))
     rows.append(("vocabulary", f"{number(size)} tokens, {number(ratio, '.2f')} bytes per token on validation text"))
-    return page.Facts(rows)
+    return page.facts(rows)
 
 
-def runs_table(runs: Sequence[Events]) -> page.Table:
+def runs_table(runs: Sequence[Events]) -> str:
     """Every run: the command that made it, time, memory, where it began and how it ended if not with its end."""
     rows = []
     for run in runs:
-        memory = last(run, "end", "peak_memory_bytes")
-        figures = [duration(seconds_of(run)), number(memory and memory / 1e9, ".2f"), outcome(run)]
-        rows.append([run[0]["stage"], run[0]["tag"], command(run), *figures])
+        memory = row([run], "", "end", "peak_memory_bytes", ".2f", 1e-9)[1]
+        rows.append([run[0]["stage"], run[0]["tag"], command(run), duration(seconds_of(run)), memory, outcome(run)])
     # Some write their record when the work is done, so a run's start is reckoned from its end.
     span = max(run[-1]["time"] for run in runs) - min(run[-1]["time"] - seconds_of(run) for run in runs)
     rows.append(["all", "", "", duration(sum(map(seconds_of, runs))), "", f"{duration(span)} from start to end"])
-    return page.Table(["stage", "tag", "command", "time", "peak GB", ""], rows, "llcrrl")
+    return page.table(["stage", "tag", "command", "time", "peak GB", ""], rows, "llcrrl")
 
 
-def machine(runs: Sequence[Events], dollars: float | None) -> page.Facts:
+def machine(runs: Sequence[Events], dollars: float | None) -> str:
     """Where it ran, with what and for how much; several where they differ between runs."""
     starts = [run[0] for run in runs]
     spent, how = cost(runs, dollars)
@@ -385,18 +328,253 @@ def machine(runs: Sequence[Events], dollars: float | None) -> page.Facts:
     }
     if told["hardware"] == told["processor"]:
         del told["hardware"]
-    return page.Facts([(name, "; ".join(dict.fromkeys(values))) for name, values in told.items()])
+    return page.facts((name, "; ".join(dict.fromkeys(values))) for name, values in told.items())
 
 
-def all_settings(runs: Sequence[Events]) -> list[page.Block]:
+def all_settings(runs: Sequence[Events]) -> Iterable[str]:
     """The settings of the newest run of each stage and tag, folded."""
     newest_starts = {(run[0]["stage"], run[0]["tag"]): run[0] for run in runs}
-    blocks: list[page.Block] = []
     for (stage, tag), start in newest_starts.items():
         words = " ".join(f"{name}={value!r}" for name, value in start["settings"].items())
         text = textwrap.fill(words, 100, break_long_words=False, break_on_hyphens=False)
-        blocks.append(page.Folded(f"{stage} {tag}", text or "none"))
-    return blocks
+        yield page.folded(f"{stage} {tag}", text or "none")
+
+
+# -----------------------------------------------------------------------------
+# Records
+
+
+def read_run(path: Path) -> Events:
+    """The events of one record, none for an empty one. Raises UserError for a damaged one."""
+    try:
+        events = read_record(path)
+        if any(not isinstance(event, dict) or not {"event", "time"} <= event.keys() for event in events):
+            raise ValueError("an event without a name or a time")
+        if events and not {"stage", "tag", "settings", "argv"} <= events[0].keys():
+            raise ValueError("it does not begin with a start event")
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{path}:")
+        raise UserError(f"damaged record {path}: {reason}; to do without it: mv {path} {path}.bad") from None
+    return events
+
+
+def read_runs(records: Path) -> list[Events]:
+    """All runs, in the order of their starts. Raises UserError where there are none, and for a damaged record."""
+    runs = []
+    for path in sorted(records.glob("*.jsonl")):
+        if events := read_run(path):
+            runs.append(events)
+        else:
+            print(f"{path} is empty: left out")
+    if not runs:
+        raise UserError(f"no records in {records}; run a stage first, such as: bash dev/runcpu.sh")
+    return sorted(runs, key=lambda run: run[0]["time"])
+
+
+def chain(runs: Iterable[Events], stage: str, tag: str | None = None) -> list[Events]:
+    """A stage's newest run (of a tag, if one is given), after the runs that it resumed; empty where there is none."""
+    of_stage = [run for run in runs if run[0]["stage"] == stage and tag in (None, run[0]["tag"])]
+    found = of_stage[-1:]
+    for earlier in reversed([run for run in of_stage[:-1] if run[0]["tag"] == found[0][0]["tag"]]):
+        if first_step(found[0]) == 0:
+            break
+        found = [earlier, *found]
+    return found
+
+
+def first_step(run: Events) -> int:
+    """How many steps were done before this run began."""
+    return next((event["first_step"] for event in of_kind(run, "plan")), 0)
+
+
+def merged(runs: Sequence[Events]) -> Events:
+    """The events of a chain as those of one run, without the steps that were done again and without early ends."""
+    events: Events = []
+    for run in runs:
+        done = first_step(run)
+        # Step events are numbered from 0; evaluations and samples say how many steps were done before them.
+        kept = [event for event in events if event.get("step", 0) < done + (event["event"] != "step")]
+        events = [event for event in kept if event["event"] not in ("end", "stopped")] + run
+    return events
+
+
+def newest(runs: Iterable[Events], stage: str, tag: str | None = None) -> Events:
+    """The events of a stage's newest run (of a tag, if one is given), merged with those of the runs it resumed."""
+    return merged(chain(runs, stage, tag))
+
+
+def of_kind(events: Events, kind: str) -> Events:
+    """Those of the events that are of a kind."""
+    return [event for event in events if event["event"] == kind]
+
+
+def last(events: Events, kind: str, key: str, default: Any = None) -> Any:
+    """The newest value of a key in events of a kind."""
+    return next((event[key] for event in reversed(events) if event["event"] == kind and key in event), default)
+
+
+def points(events: Events, kind: str, key: str) -> list[tuple[float, float]]:
+    """(steps done, value) of the events of a kind that hold a finite number under this key."""
+    having = [event for event in of_kind(events, kind) if isinstance(event.get(key), int | float)]
+    return [(e["step"] + (kind == "step"), e[key]) for e in having if math.isfinite(e[key])]
+
+
+def seconds_of(run: Events) -> float:
+    """How long a run took: as it says itself, or from its first event to its last."""
+    return float(run[-1].get("seconds_in_all", run[-1]["time"] - run[0]["time"]))
+
+
+# -----------------------------------------------------------------------------
+# Scores
+
+
+def grades(runs: Iterable[Events]) -> Grades:
+    """{task or mean over tasks: {stage: event}}, each event with the tag of its run, tasks with their samples. The
+    newest one counts; of a stage's chat models only the one that was evaluated last. Models that are not ours
+    (--hf-path) are left out. The name of a mean begins with "partial" where tasks, or problems of them, were not there.
+    """
+    tags = {event["source"]: run[0]["tag"] for run in runs for event in of_kind(run, "task")}
+    found: Grades = {}
+    for run in runs:
+        start = run[0]
+        for event in run:
+            stage = event.get("source", start["settings"].get("source", "base"))
+            other = start["stage"] == "chat_eval" and start["tag"] != tags.get(stage, start["tag"])
+            if other or start["settings"].get("hf_path") or stage not in STAGES:
+                continue
+            if event["event"] in MEANS:
+                name = ("partial " if event.get("partial") else "") + MEANS[event["event"]]
+                found.setdefault(name, {})[stage] = {"stderr": core_error(run), **event, "tag": start["tag"]}
+            elif event["event"] == "task":
+                shown = [e for e in of_kind(run, "sample") if (e["source"], e["task"]) == (stage, event["task"])]
+                found.setdefault(event["task"], {})[stage] = {**event, "tag": start["tag"], "samples": shown}
+    return {name: {stage: events[stage] for stage in STAGES if stage in events} for name, events in found.items()}
+
+
+def is_mean(events: dict[str, Event]) -> bool:
+    """Whether these grades are of a mean over tasks and of no task."""
+    return any(event["event"] in MEANS for event in events.values())
+
+
+def is_stale(event: Event, training: Events) -> bool:
+    """Whether a score is older than the newest training of its stage."""
+    return bool(event["time"] < last(training, "start", "time", 0))
+
+
+def core_error(run: Events) -> float | None:
+    """Standard error of the mean of a run's CORE tasks: theirs in quadrature, each stretched as its accuracy is when it
+    is centred to (accuracy - guessing) / (1 - guessing). None without such tasks.
+    """
+    tasks = of_kind(run, "core_task")
+    errors = [e["stderr"] * (1 - e["centered"]) / (1 - e["accuracy"]) for e in tasks if e["accuracy"] < 1]
+    return math.hypot(*errors) / len(tasks) if tasks else None
+
+
+def val_bpb(runs: Sequence[Events], base: Events) -> Event:
+    """Bits per byte of validation text as an event with the value: from base_loss if that ran after training began, or
+    else from the training; {} where there is none.
+    """
+    loss = newest(runs, "base_loss")
+    scored = [event for event in of_kind(loss, "bpb") if event["split"] == "val"]
+    if scored and not is_stale(loss[0], base):
+        return {**scored[-1], "value": scored[-1]["bpb"]}
+    return next(({**e, "value": e["val_bpb"]} for e in reversed(of_kind(base, "eval")) if "val_bpb" in e), {})
+
+
+# -----------------------------------------------------------------------------
+# Cost
+
+
+def price(start: Event, dollars: float | None) -> float | None:
+    """Dollars that an hour of a run costs: of all its cards. None where no price was given and none is known."""
+    if dollars is not None and dollars < 0:
+        raise UserError(f"--dollars-per-hour={dollars}: expected a price of 0 or more")
+    device = start.get("device", "cpu")
+    card = find_card(device)
+    each = dollars if dollars is not None else card and card.dollars
+    return each if each is None or device == "cpu" else each * start.get("ranks", 1)
+
+
+def cost(runs: Sequence[Events], dollars: float | None) -> tuple[str, str]:
+    """What the runs with a price cost together, from their first event to their last, and how that was reckoned."""
+    priced = [(seconds_of(run) / 3600, each) for run in runs if (each := price(run[0], dollars)) is not None]
+    if not priced:
+        return "-", "no price is known for this machine; --dollars-per-hour=PRICE sets one"
+    rates = " or ".join(dict.fromkeys(f"${each:,.2f}" for _, each in priced))
+    how = f"{duration(3600 * sum(hours for hours, _ in priced))} of runs at {rates} an hour"
+    if left_out := len(runs) - len(priced):
+        how += f"; {left_out} of the runs {'are' if left_out > 1 else 'is'} without a known card and not in it"
+    return f"${sum(hours * each for hours, each in priced):,.2f}", how
+
+
+# -----------------------------------------------------------------------------
+# Words
+
+
+def number(value: Any, form: str = ",") -> str:
+    """A figure, or "-" where there is none."""
+    return "-" if value is None else format(value, form)
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as a person would say them: 8.2 s, 5 min 12 s, 3 h 51 min."""
+    if seconds is None:
+        return "-"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def score(event: Event) -> str:
+    """A mean over tasks, or an accuracy in percent, with its standard error where that is known."""
+    scale, form = (1, ".4f") if "value" in event else (100, ".1f")
+    value, error = event.get("value", event.get("accuracy")), event.get("stderr")
+    told = number(value if value is None else scale * value, form)
+    return told if error is None else f"{told} ± {scale * error:{form}}"
+
+
+def share(pass_at: dict[str, float]) -> str:
+    """pass@k in percent, with its standard error."""
+    return score({"accuracy": pass_at["value"], "stderr": pass_at["stderr"]})
+
+
+def spikes(events: Events) -> str:
+    """How many steps had a loss or a gradient far above the others."""
+    return number(sum(bool(event.get("spike")) for event in events) or None)
+
+
+def counted(event: Event) -> str:
+    """How many problems or tasks a score is over, and of how many where these are not all."""
+    if "n" not in event:
+        most = event.get("max_per_task", -1)
+        return f"{len(event['tasks'])} tasks" + (f" of {most:,} items at most" if most > 0 else "")
+    return f"{event['n']:,} of {event['of']:,}" if event.get("partial") else f"{event['n']:,}"
+
+
+def command(run: Events) -> str:
+    """The command that made a run, quoted for a shell. On several ranks torchrun stood in the place of python."""
+    path, *words = run[0]["argv"]
+    return shlex.join(["python", "-m", ".".join(Path(path).with_suffix("").parts[-2:]), *words])
+
+
+def outcome(run: Events) -> str:
+    """Where a run took up another one, and how it ended if it did not reach its end."""
+    kinds, done = {event["event"] for event in run}, first_step(run)
+    told = [f"resumed at step {done:,}"] if done else []
+    if "stopped" in kinds:
+        told.append(f"after step {last(run, 'stopped', 'step', 0):,}: {last(run, 'stopped', 'reason', '')}")
+    elif "plan" in kinds and "end" not in kinds:  # stages without a plan do not all say that they end
+        told.append(f"not finished, {max((e['step'] + 1 for e in of_kind(run, 'step')), default=done):,} steps done")
+    return "; ".join(told)
+
+
+def hardware(start: Event) -> str:
+    """What a run computed on: cards and how many ranks, where the record has them, or else the processor."""
+    ranks, device = start.get("ranks", 1), start.get("device")
+    if device and device != "cpu":
+        return f"{ranks} x {device}"
+    return f"{start['cpu']}, {start['cpu_count']} cores" + (f", {ranks} ranks" if ranks > 1 else "")
 
 
 if __name__ == "__main__":

@@ -233,7 +233,7 @@ def test_base_loss_and_chat_cli_read_what_base_train_wrote(home, faults):
 
 def test_the_report_shows_what_was_recorded(home):
     printed = tiny.run(home, "nanochat.report", "generate").stdout
-    assert "# Report\n" in printed and "**val bpb**" in printed and "vocabulary: 320 tokens" in printed
+    assert "# Report\n" in printed and "**val bpb**" in printed and "**vocabulary**: 320 tokens" in printed
     assert (home / "report" / "report.md").read_text(encoding="utf-8") in printed
     tiny.run(home, "nanochat.report", "reset")
     assert not list((home / "records").glob("*.jsonl")) and list((home / "records").glob("before-*/*.jsonl"))

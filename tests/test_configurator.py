@@ -237,6 +237,8 @@ def test_bare_words_can_be_a_setting(script: Path, tmp_path: Path) -> None:
     assert values(script, "base", str(tmp_path / "my.py")) == {"source": "base", "depth": 3}
     assert refusal(script, "bas") == "bas: expected one of base, mid"
     assert "SOURCE, --source" in help_text(read_block(script))
+    script.write_text(SCRIPT.replace('"i": "source"', '"": "prompt"'), encoding="utf-8")
+    assert values(script, "a b") == {"prompt": "a b"} and values(script, "a", "b c") == {"prompt": "a 'b c'"}
 
 
 def test_binary_as_settings_file(script: Path, tmp_path: Path) -> None:

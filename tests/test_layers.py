@@ -9,7 +9,7 @@ LAYERS = [
     "adamw compute corpus corpus_writer dataset folder_corpus muon sharding tokenizer",
     "conversation dataloader gpt model sizing",
     "checkpoint_manager core_eval engine guard hf_model loss_eval task_eval",
-    "finetune report report_compare report_runs server train",
+    "finetune report server train",
 ]
 SIBLINGS = {
     "configurator": {"common"},
@@ -20,8 +20,6 @@ SIBLINGS = {
     "schedule": {"common"},
     "gpt": {"model"},
     "sizing": {"model"},
-    "report": {"report_compare", "report_runs"},
-    "report_compare": {"report_runs"},
     "dataloader": {"conversation"},
     "task_eval": {"engine"},
     "hf_model": {"core_eval"},

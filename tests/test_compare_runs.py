@@ -2,15 +2,16 @@
 
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from nanochat import report
+from dev import compare_runs
+from dev.compare_runs import compare, needed
 from nanochat.common import UserError
-from nanochat.report import join_runs
-from nanochat.report_compare import compare, needed
-from nanochat.report_page import HUES, Curves, Table, to_html, to_markdown
+from nanochat.report_page import HUES, to_html
 from tests.test_report import HOSTILE, Page, plan, run, write
 
 FLOPS = 1000  # per token
@@ -41,10 +42,10 @@ def of(base_dir: Path, *runs, names=None, dollars=None):
     return compare(tags if names is None else names, base_dir / "records", dollars)
 
 
-def cells(sections, title, row):
-    """The cells of a row of the first table of a section."""
-    table = next(block for block in dict(sections)[title] if isinstance(block, Table))
-    return next(list(cells[1:]) for cells in table.rows if cells[0] == row)
+def cells(text: str, name: str) -> list[str]:
+    """The cells of the row of that name."""
+    row = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
+    return row.removesuffix(" |").split(" | ")[1:]
 
 
 def test_the_baseline_needs_as_much_as_its_curve_says():
@@ -60,53 +61,54 @@ def test_the_baseline_needs_as_much_as_its_curve_says():
 def test_the_compute_multiplier_is_the_baselines_flops_over_the_others(base_dir):
     # Baseline: 3.0, 2.5, 2.0 bpb at 1, 2 and 4 times 1e6 FLOPs; the other is at 2.25 after 1.5e6, at 3.0 before.
     baseline = trained("a", [3.0, 2.5, 2.25, 2.0])
-    sections = of(base_dir, baseline, trained("b", [3.0, 2.25], cost=0.75))[2]
-    assert cells(sections, "Results", "compute multiplier *") == ["1", "2"]  # 3e6 / 1.5e6
-    assert cells(sections, "Results", "training time multiplier *") == ["1", "1.5"]  # 60 s / 40 s
-    assert cells(sections, "Results", "FLOPs") == ["4e6", "1.5e6"]
+    text = of(base_dir, baseline, trained("b", [3.0, 2.25], cost=0.75))[0]
+    assert cells(text, r"compute multiplier \*") == ["1", "2"]  # 3e6 / 1.5e6
+    assert cells(text, r"training time multiplier \*") == ["1", "1.5"]  # 60 s / 40 s
+    assert cells(text, "FLOPs") == ["4 M", "1.5 M"]
     # and at the baseline's last bpb: the other never gets to 2.0, so what it needs is more than what it spent
-    assert cells(sections, "Results", "compute multiplier at the baseline's bpb") == ["1", "less than 2.67"]
+    assert cells(text, "compute multiplier at the baseline's bpb") == ["1", "less than 2.67"]
 
 
 def test_a_baseline_that_never_gets_there_is_a_bound(base_dir):
-    sections = of(base_dir, trained("a", [3.0, 2.5]), trained("b", [2.75, 2.0]))[2]
-    assert cells(sections, "Results", "compute multiplier *") == ["1", "more than 1"]
-    at_its_own = cells(sections, "Results", "compute multiplier at the baseline's bpb")[1]
+    text = of(base_dir, trained("a", [3.0, 2.5]), trained("b", [2.75, 2.0]))[0]
+    assert cells(text, r"compute multiplier \*") == ["1", "more than 1"]
+    at_its_own = cells(text, "compute multiplier at the baseline's bpb")[1]
     assert float(at_its_own) == pytest.approx(2 / 2 ** (1 / 3), rel=1e-2)  # 2.5 is a third of the way in log FLOPs
-    sections = of(base_dir, trained("a", [2.0, 1.5]), trained("b", [3.0, 2.5]))[2]
-    assert cells(sections, "Results", "compute multiplier *") == ["1", "less than 0.5"]
+    text = of(base_dir, trained("a", [2.0, 1.5]), trained("b", [3.0, 2.5]))[0]
+    assert cells(text, r"compute multiplier \*") == ["1", "less than 0.5"]
 
 
 def test_runs_with_a_price_have_a_cost(base_dir):
     runs = trained("a", [3.0], device="NVIDIA H100", ranks=8), trained("b", [2.0])
     begin, *_, end = runs[0]
     end["time"] = begin["time"] + 1800
-    assert cells(of(base_dir, *runs)[2], "Results", "cost") == ["$12.00", "-"]
-    assert cells(of(base_dir, *runs, dollars=1.0)[2], "Results", "cost")[0] == "$4.00"
+    assert cells(of(base_dir, *runs)[0], "cost") == ["$12.00", "-"]
+    assert cells(of(base_dir, *runs, dollars=1.0)[0], "cost")[0] == "$4.00"
 
 
 def test_runs_without_quick_validations_have_no_multiplier(base_dir):
     bare = [event for event in trained("b", [2.0]) if "val_bpb_quick" not in event]
-    text = to_markdown(*of(base_dir, trained("a", [3.0]), bare))
+    text = of(base_dir, trained("a", [3.0]), bare)[0]
     assert "| compute multiplier \\* | 1 | - |" in text
     assert "without a multiplier: b (--eval-every)" in text
 
 
 def test_only_what_differs_is_listed(base_dir):
     other = trained("b", [2.0], settings={"matrix_lr": 0.04, "new": True}, git="def")
-    sections = of(base_dir, trained("a", [3.0]), other)[2]
-    table, same = dict(sections)["Settings that differ"]
-    assert table.rows == [["matrix_lr", "0.02", "0.04"], ["commit", "abc", "def"], ["new", "-", "True"]]
-    assert same == "7 others are the same in all."
+    text = of(base_dir, trained("a", [3.0]), other)[0]
+    rows = "| matrix_lr | `0.02` | `0.04` |\n| commit | `abc` | `def` |\n| new | `-` | `True` |\n"
+    assert (
+        f"## Settings that differ\n\n|  | a | b |\n| --- | --- | --- |\n{rows}\n7 others are the same in all.\n" in text
+    )
 
 
 def test_other_text_makes_bits_per_byte_incomparable(base_dir):
     other = trained("b", [2.0])
     other[1]["fingerprint"] = "b" * 64
-    assert "validated on different corpora" in to_markdown(*of(base_dir, trained("a", [3.0]), other))
+    assert "validated on different corpora" in of(base_dir, trained("a", [3.0]), other)[0]
     less = trained("b", [2.0], settings={"eval_tokens": 1})
-    assert "different amounts of validation text" in to_markdown(*of(base_dir, trained("a", [3.0]), less))
-    assert "not of the same text" not in to_markdown(*of(base_dir, trained("a", [3.0]), trained("b", [2.0])))
+    assert "different amounts of validation text" in of(base_dir, trained("a", [3.0]), less)[0]
+    assert "not of the same text" not in of(base_dir, trained("a", [3.0]), trained("b", [2.0]))[0]
 
 
 def test_a_resumed_run_is_compared_as_one(base_dir):
@@ -115,11 +117,10 @@ def test_a_resumed_run_is_compared_as_one(base_dir):
         {"event": "stopped", "time": 60.0, "step": 20, "reason": "a signal"},
     ]
     resumed = trained("b", [2.25], first=10, time=100.0)  # from the checkpoint before the last ten steps
-    title, subtitle, sections = of(base_dir, trained("a", [3.0, 2.0]), begun, resumed)
-    assert subtitle == "a · b; the baseline is a"
-    assert cells(sections, "Results", "steps") == ["20", "20"]
-    assert cells(sections, "Results", "training time") == ["40 s", "40 s"]  # steps that were done again count once
-    text = to_markdown(title, subtitle, sections)
+    text, _ = of(base_dir, trained("a", [3.0, 2.0]), begun, resumed)
+    assert "\na · b; the baseline is a\n" in text
+    assert cells(text, "steps") == ["20", "20"]
+    assert cells(text, "training time") == ["40 s", "40 s"]  # steps that were done again count once
     assert "after step 20: a signal" in text and "resumed at step 10" in text
     (base_dir / "records" / "base-b-1.jsonl").unlink()
     with pytest.raises(UserError, match=r"^b begins at step 10: .*records/before-<time>/: move them back$"):
@@ -129,22 +130,20 @@ def test_a_resumed_run_is_compared_as_one(base_dir):
 def test_records_of_the_same_tag_are_told_apart_by_their_files(base_dir):
     old, new = trained("a", [3.0]), trained("a", [2.0], time=100.0)
     names = [str(base_dir / "records" / "base-a-0.jsonl"), "base-a-1.jsonl"]  # as a path, and as a name among them
-    assert of(base_dir, old, new, names=names)[1] == "base-a-0 · base-a-1; the baseline is base-a-0"
+    assert of(base_dir, old, new, names=names)[0].splitlines()[2] == "base-a-0 · base-a-1; the baseline is base-a-0"
 
 
 def test_runs_lie_over_each_other_and_every_line_is_its_own(base_dir):
-    sections = of(base_dir, trained("a", [3.0, 2.5]), trained("b", [2.0]))[2]
-    drawn = next(block for block in dict(sections)["Curves"] if isinstance(block, Curves)).items
+    text, drawn = of(base_dir, trained("a", [3.0, 2.5]), trained("b", [2.0]))
     assert [curve.x for curve in drawn] == ["tokens", "tokens", "FLOPs", "seconds"]
     by_flops = [series for series in drawn[2].series if series.look == "line"]
     assert [(series.name, series.points) for series in by_flops] == [
         ("a", [(1e6, 3.0), (2e6, 2.5)]),
         ("b", [(1e6, 2.0)]),
     ]
-    html = to_html("Comparison", "", sections)
+    html = to_html(text, drawn)
     assert 'class="line hue1"' in html and ">2 M</text>" in html
-    text = to_markdown("Comparison", "", sections)
-    assert "    a: 3 → 2.5\n    █▁" in text and "    b: 2\n    ▁" in text
+    assert "\na: 3 → 2.5\n█▁\nb: 2\n▁\n" in text
 
 
 @pytest.mark.parametrize(
@@ -178,29 +177,25 @@ def test_hostile_tags_and_settings_are_shown_and_not_interpreted(base_dir):
     )
     page = Page(to_html(*parts))
     assert not {name for name, _ in page.tags} & {"script", "img", "a", "link", "iframe"}
-    text = to_markdown(*parts)
+    text = parts[0]
     assert "\x1b" not in text and not re.search(r"^# not", text, re.MULTILINE)
 
 
-def test_the_words_after_compare_are_the_runs():
-    assert join_runs(["compare", "a", "b c"]) == ["compare", "--runs=a 'b c'"]
-    assert join_runs(["compare", "a", "b", "--dollars-per-hour", "3"]) == [
-        "compare",
-        "--runs=a b",
-        "--dollars-per-hour",
-        "3",
-    ]
-    assert join_runs(["compare"]) == ["compare"] and join_runs(["generate", "x"]) == ["generate", "x"]
-
-
-def test_compare_writes_both_faces(base_dir, capsys, monkeypatch):
+def test_the_command_writes_both_faces(base_dir, capsys, monkeypatch):
     write(base_dir, "a.jsonl", trained("a", [3.0]))
     write(base_dir, "b.jsonl", trained("b c", [2.0]))
-    monkeypatch.setattr(report, "action", "compare")
-    monkeypatch.setattr(report, "runs", "a 'b c'")
-    report.main()
+    monkeypatch.setattr(compare_runs, "runs", "a 'b c'")
+    compare_runs.main()
     assert (base_dir / "report" / "compare.md").read_text(encoding="utf-8") in capsys.readouterr().out
     assert (base_dir / "report" / "compare.html").read_text(encoding="utf-8").startswith("<!doctype html>")
-    monkeypatch.setattr(report, "runs", "a 'b")
+    monkeypatch.setattr(compare_runs, "runs", "a 'b")
     with pytest.raises(UserError, match="No closing quotation"):
-        report.main()
+        compare_runs.main()
+
+
+def test_the_old_spelling_says_the_new_one():
+    result = subprocess.run(
+        [sys.executable, "-m", "nanochat.report", "compare", "a", "b"], capture_output=True, text=True
+    )
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == "report: compare is a command of its own: python -m dev.compare_runs TAG TAG\n"
