@@ -16,9 +16,9 @@ settings = configure(__name__)
 
 import base64
 import json
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -77,42 +77,33 @@ def main() -> None:
     tokenizer = get_tokenizer()
     text = load_corpus(corpus)
     samples = {"news": NEWS, "Korean": KOREAN, "code": CODE, "LaTeX": LATEX, "science": SCIENCE}
-    samples |= {
-        "train": first_documents(iter_text(text.train)),
-        "val": first_documents(iter_text(text.val)),
-    }
-    counters = {"ours": lambda sample: len(tokenizer.encode(sample))} | published()
+    samples |= {"train": first_documents(iter_text(text.train)), "val": first_documents(iter_text(text.val))}
+    encoders: dict[str, Any] = {"ours": tokenizer} | published()
 
     record = open_record("tok_eval", text.name, settings)
     print0(f"bytes per token (ours: {tokenizer.get_vocab_size():,} tokens; in brackets: our tokens against theirs)")
-    print0(f"{'text':10}{'bytes':>10}" + "".join(f"{name:>18}" for name in counters))
+    print0(f"{'text':10}{'bytes':>10}" + "".join(f"{name:>18}" for name in encoders))
     for kind, sample in samples.items():
         size = len(sample.encode())
-        tokens = {name: count(sample) for name, count in counters.items()}
-        cells = [f"{size / tokens['ours']:18.2f}"]
-        cells += [
-            f"{size / theirs:9.2f} ({tokens['ours'] / theirs - 1:+6.1%})"
-            for name, theirs in tokens.items()
-            if name != "ours"
-        ]
+        tokens = {name: len(encoder.encode(sample)) for name, encoder in encoders.items()}
+        ours, *others = tokens.values()
+        cells = [f"{size / ours:18.2f}", *(f"{size / theirs:9.2f} ({ours / theirs - 1:+6.1%})" for theirs in others)]
         print0(f"{kind:10}{size:10,}" + "".join(f"{cell:>18}" for cell in cells))
         record.write("compression", text=kind, bytes=size, tokens=tokens)
     record.close()
 
 
-def published() -> dict[str, Callable[[str], int]]:
-    """{name: text -> number of tokens} for the vocabularies whose files are there; a notice for the others."""
+def published() -> dict[str, rustbpe.Encoder]:
+    """{name: encoder} of the vocabularies whose files are there; a notice for the others."""
     folder = Path(reference) if reference else get_base_dir() / "tokenizer_reference"
     if reference and not folder.is_dir():
         raise UserError(f"--reference={reference} is not a directory")
-    found: dict[str, Callable[[str], int]] = {}
+    found = {}
     for name, file in REFERENCES.items():
         try:
-            encoder = load_reference_encoder(folder, file)
+            found[name] = load_reference_encoder(folder, file)
         except FileNotFoundError as error:
             print0(f"without {name}: no {error.filename}")
-            continue
-        found[name] = partial(count_tokens, encoder)
     return found
 
 
@@ -141,11 +132,6 @@ def gpt2_bytes_by_character() -> dict[str, int]:
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
-
-
-def count_tokens(encoder: rustbpe.Encoder, sample: str) -> int:
-    """How many tokens a vocabulary makes of a text."""
-    return len(encoder.encode(sample))
 
 
 def first_documents(texts: Iterator[pa.Array], chars: int = 1_000_000) -> str:
