@@ -45,7 +45,7 @@ from nanochat.conversation import decode_parts, parts_text, render_for_completio
 from nanochat.core_eval import GPTScorer, batch_units, make_units
 from nanochat.engine import Engine, Sampling
 from nanochat.gpt import GPT
-from nanochat.loss_eval import windows
+from nanochat.loss_eval import document_windows
 from nanochat.record import open_record
 from nanochat.tokenizer import Tokenizer
 
@@ -75,7 +75,7 @@ class Adapter:
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of whole texts, each token scored once, in the windows of the honest bits per byte."""
         ids, offsets = self.tokenizer.encode_arrow([request.args[0] for request in requests])
-        found = list(windows(ids, offsets, self.bos, self.context, max(1, self.context // 2)))
+        found = list(document_windows(ids, offsets, self.bos, self.context, max(1, self.context // 2)))
         totals = [0.0] * len(requests)
         scores = self.score([(tokens, first + 1) for _, tokens, first in found])
         for (number, _, _), (value, _) in zip(found, scores, strict=True):

@@ -135,8 +135,7 @@ def fine_tune(
             if clock.due(done) or done == num_steps:
                 save()
             if train.every(s.eval_every, done) or done == num_steps:
-                options = (rows, T, all_tokens, watch.poll)
-                val_loss = evaluate_chats(model, held_out, tokenizer, compute, *options)
+                val_loss = evaluate_chats(model, held_out, tokenizer, batch, compute, all_tokens, watch.poll)
                 record.write("eval", step=done, val_loss=val_loss)
                 print0(f"step {done:,}: validation loss {val_loss:.4f}")
                 if s.save_best and not s.dry_run and is_best(stage, start.tag, val_loss):

@@ -17,19 +17,28 @@ step: int | None = None  # checkpoint step (None = the last)
 # Evaluation
 corpus: str | None = None  # directory name in $NANOCHAT_BASE_DIR/data (None = the only one there)
 split_tokens = 20 * 524288  # tokens of each split to score; a smaller split is scored whole
-device_batch_size = 32  # windows per rank and forward pass
+device_batch_size: int | Literal["auto"] = 32  # windows per rank and forward pass (auto = the most that fit)
 baselines = True  # also measure what must be beaten: byte frequencies and xz -9 (corpora up to 64 MB)
 # Machine
 device_type: Literal["auto", "cuda", "mps", "xpu", "cpu"] = "auto"  # cuda also stands for AMD's ROCm
 dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # what matmuls compute in
 settings = configure(__name__)
 
+import itertools
+import lzma
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+
 from nanochat.checkpoint_manager import find_checkpoint, open_model
 from nanochat.common import print0, run_main
 from nanochat.compute import compute_cleanup, compute_init
 from nanochat.corpus import iter_text, load_corpus
-from nanochat.loss_eval import byte_unigram_bpb, evaluate_bpb, xz_bpb
+from nanochat.loss_eval import evaluate_bpb, validation_windows
 from nanochat.record import open_record
+from nanochat.sizing import choose_device_batch
 
 XZ_WINDOW = 64 * 2**20  # the dictionary of xz -9: it cannot look back further, and would be an easy opponent
 
@@ -39,13 +48,13 @@ def main() -> None:
     checkpoint = find_checkpoint("base", model_tag, step)
     model, tokenizer = open_model(checkpoint, compute.device)
     text = load_corpus(corpus)
-    splits = {"train": text.train, "val": text.val}
     T = model.config.sequence_len
+    batch_size = choose_device_batch(device_batch_size, model, split_tokens, T, compute, compiled=False)
     record = open_record("base_loss", f"{checkpoint.tag}-step{checkpoint.step}", settings, **compute.about())
-    for split, shards in splits.items():
+    for split, shards in (("train", text.train), ("val", text.val)):
         for name, stride in (("bpb", max(1, T // 2)), ("bpb_quick", T)):
-            texts = iter_text(shards)
-            result = evaluate_bpb(model, tokenizer, texts, compute, device_batch_size, stride, split_tokens)
+            windows = validation_windows(iter_text(shards), tokenizer, T, stride, split_tokens)
+            result = evaluate_bpb(model, windows, tokenizer, compute, batch_size)
             about = {"stderr": result.stderr, "documents": result.documents, "bytes": result.bytes}
             record.write(
                 name, split=split, **{name: result.bpb}, **about, tokens=result.tokens, window=T, stride=stride
@@ -67,6 +76,26 @@ def main() -> None:
         record.write("baselines", **measured)
     record.close()
     compute_cleanup()
+
+
+def byte_unigram_bpb(texts: Iterable[pa.Array]) -> float:
+    """Entropy of the byte frequencies in bits per byte: what knowing nothing but letter counts achieves."""
+    counts = np.zeros(256, dtype=np.int64)
+    for text in texts:
+        counts += np.bincount(np.frombuffer("".join(text.to_pylist()).encode(), dtype=np.uint8), minlength=256)
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log2(p)).sum())
+
+
+def xz_bpb(train: Iterable[pa.Array], validation: Iterable[pa.Array]) -> float:
+    """Bits per validation byte that `xz -9` adds when the validation text follows the training text: it may copy from
+    everything the model was trained on, within its 64 MB dictionary. Takes about two seconds per MB of training text.
+    """
+    train_bytes = "".join(itertools.chain.from_iterable(text.to_pylist() for text in train)).encode()
+    val_bytes = "".join(itertools.chain.from_iterable(text.to_pylist() for text in validation)).encode()
+    with ThreadPoolExecutor(2) as pool:  # lzma releases the GIL
+        alone, both = pool.map(lambda data: len(lzma.compress(data, preset=9)), (train_bytes, train_bytes + val_bytes))
+    return 8 * (both - alone) / len(val_bytes)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ from nanochat.dataloader import Position, training_stream
 from nanochat.engine import Sampling
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.guard import SaveClock, SignalWatch, Spikes
-from nanochat.loss_eval import BitsPerByte, evaluate_bpb
+from nanochat.loss_eval import BitsPerByte, evaluate_bpb, validation_windows
 from nanochat.model import build_model
 from nanochat.record import Record, open_record
 from nanochat.schedule import BatchPlan, plan_batches, plan_horizon
@@ -282,8 +282,8 @@ def validate(
     """Bits per byte of the first eval_tokens of validation: stride max_seq_len is quick, half of it the honest one.
     `poll` is called between batches and may end it.
     """
-    texts = iter_text(text.val)
-    return evaluate_bpb(model, tokenizer, texts, compute, batch.device_batch_size, stride, eval_tokens, poll)
+    windows = validation_windows(iter_text(text.val), tokenizer, max_seq_len, stride, eval_tokens)
+    return evaluate_bpb(model, windows, tokenizer, compute, batch.device_batch_size, poll)
 
 
 def evaluate_core(

@@ -222,8 +222,8 @@ def test_a_finished_run_has_nothing_to_do(home, train_here, capsys):
 
 def test_base_loss_and_chat_cli_read_what_base_train_wrote(home, faults):
     flags = ["--device-type=cpu", "--dtype=float32", "--model-tag=whole"]
-    code, scored = faults.run("base_loss", {"model_tag": "whole", "split_tokens": 2000, "device_batch_size": 2})
-    assert code == 0, scored
+    code, scored = faults.run("base_loss", {"model_tag": "whole", "split_tokens": 2000, "device_batch_size": "auto"})
+    assert code == 0 and "device batch: " in scored, scored
     ended = tiny.events(home, "base", "whole", "eval")[-1]["val_bpb"]
     assert f"val bpb {ended:.4f}" in scored and "byte frequencies" in scored and "xz -9" in scored
     options = ["--source=base", "-p", "The small", "--max-tokens=12", "--temperature=0"]

@@ -123,8 +123,8 @@ def test_validation_is_the_same_for_any_batch_size_and_any_number_of_ranks():
     model = small_model()
     assert SMALL.sequence_len > T
     one = Compute(torch.device("cpu"), torch.float32, 0, 1)
-    loss = evaluate_chats(model, CHATS, BYTES, one, 4, T, False)
-    assert evaluate_chats(model, CHATS, BYTES, one, 7, T, False) == pytest.approx(loss, abs=1e-6)
+    loss = evaluate_chats(model, CHATS, BYTES, BatchPlan(4, T, 1, 1), one, False)
+    assert evaluate_chats(model, CHATS, BYTES, BatchPlan(7, T, 1, 1), one, False) == pytest.approx(loss, abs=1e-6)
 
     class Half(Compute):
         """A rank of two without the other: sums are collected instead of reduced."""
@@ -135,6 +135,8 @@ def test_validation_is_the_same_for_any_batch_size_and_any_number_of_ranks():
 
     halves: list[torch.Tensor] = []
     for rank in range(2):
-        evaluate_chats(model, CHATS, BYTES, Half(torch.device("cpu"), torch.float32, rank, 2), 4, T, False)
+        evaluate_chats(
+            model, CHATS, BYTES, BatchPlan(4, T, 2, 1), Half(torch.device("cpu"), torch.float32, rank, 2), False
+        )
     total = sum(halves)
     assert (total[0] / total[1]).item() == pytest.approx(loss, abs=1e-6)

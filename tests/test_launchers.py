@@ -159,8 +159,6 @@ def parse_calls(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> list[str
     """The modules that were called, after each has parsed its settings as it would before it begins."""
     monkeypatch.chdir(ROOT)  # settings files are given relative to it
     for call in checkout.calls("-m "):
-        if "scripts.base_loss" in call and "--device-batch-size=auto" in call:
-            pytest.xfail("base_loss does not know auto yet")
         module, words = call[call.index("-m") + 1], call[call.index("-m") + 2 :]
         parse_args(read_block(ROOT / f"{module.replace('.', '/')}.py"), words)
     return checkout.modules()

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from nanochat.compute import Compute
 from nanochat.gpt import GPTConfig
-from nanochat.loss_eval import byte_unigram_bpb, evaluate_bpb, ratio_over_documents, windows, xz_bpb
+from nanochat.loss_eval import BitsPerByte, document_windows, evaluate_bpb, ratio_over_documents, validation_windows
 from nanochat.model import build_model
 from nanochat.tokenizer import Tokenizer
+from scripts.base_loss import byte_unigram_bpb, xz_bpb
 from tests.reference.bpb import bits_and_bytes
 from tests.reference.byte_tokenizer import ByteTokenizer
 
@@ -29,13 +30,17 @@ def model(vocab_size=257):
     return model
 
 
+def score(net, tokenizer, texts, rows, stride=16, max_tokens=None) -> BitsPerByte:
+    return evaluate_bpb(net, validation_windows(texts, tokenizer, 16, stride, max_tokens), tokenizer, CPU, rows)
+
+
 @given(lengths=st.lists(st.integers(0, 60), max_size=6), length=st.integers(2, 16), stride=st.data())
 def test_windows_score_every_token_once(lengths, length, stride):
     stride = stride.draw(st.integers(1, length))
     ids = np.arange(1, sum(lengths) + 1)
     offsets = np.cumsum([0, *lengths])
     scored = []
-    for i, tokens, first in windows(ids, offsets, 0, length, stride):
+    for i, tokens, first in document_windows(ids, offsets, 0, length, stride):
         assert len(tokens) <= length + 1 and 0 <= first < len(tokens) - 1
         assert set(tokens[tokens > 0]) <= set(ids[offsets[i] : offsets[i + 1]]), "documents do not see each other"
         scored += tokens[1 + first :].tolist()
@@ -52,7 +57,7 @@ def test_bpb_equals_the_definition():
             logits = net(torch.tensor([tokens[begin:i]]))[0, -1]
             bits -= logits.log_softmax(-1)[tokens[i]].item() / math.log(2)
             count += 1
-    result = evaluate_bpb(net, ByteTokenizer(), TEXTS, CPU, rows=3)
+    result = score(net, ByteTokenizer(), TEXTS, rows=3)
     assert (result.bytes, result.tokens) == (count, count)
     assert result.bpb == pytest.approx(bits / count, rel=1e-5)
 
@@ -70,7 +75,7 @@ def test_every_byte_is_scored_once_and_the_number_equals_one_window_at_a_time(da
     stride, rows, cut = (data.draw(st.integers(low, high)) for low, high in ((1, 16), (1, 5), (0, len(documents))))
     net = MODELS[tokenizer.get_vocab_size()]
     texts = [pa.array(part, pa.string()) for part in (documents[:cut], documents[cut:])]
-    result = evaluate_bpb(net, tokenizer, texts, CPU, rows, stride)
+    result = score(net, tokenizer, texts, rows, stride)
     slow = [bits_and_bytes(net, tokenizer, text, 16, stride) for text in documents]
     assert [size for _, size in slow] == [len(text.encode()) for text in documents]
     assert result.bytes == sum(size for _, size in slow) and result.documents == sum(map(bool, documents))
@@ -94,16 +99,16 @@ def test_the_standard_error_is_what_documents_scatter_by():
 @pytest.mark.parametrize("rows", [1, 2, 7])
 @pytest.mark.parametrize("stride", [16, 8, 5])
 def test_batch_size_does_not_move_the_number(rows, stride):
-    expected = evaluate_bpb(model(), ByteTokenizer(), TEXTS, CPU, rows=1, stride=stride)
-    result = evaluate_bpb(model(), ByteTokenizer(), TEXTS, CPU, rows=rows, stride=stride)
+    expected = score(model(), ByteTokenizer(), TEXTS, rows=1, stride=stride)
+    result = score(model(), ByteTokenizer(), TEXTS, rows=rows, stride=stride)
     assert (result.bytes, result.tokens) == (expected.bytes, expected.tokens)
     assert result.bpb == pytest.approx(expected.bpb, rel=1e-6)
 
 
 def test_a_limit_in_tokens_does_not_score_more_text_with_larger_batches_or_more_ranks():
     """It stopped after a batch, so that three ranks had another val bpb than one."""
-    one = evaluate_bpb(model(), ByteTokenizer(), TEXTS, CPU, rows=1, max_tokens=5)
-    many = evaluate_bpb(model(), ByteTokenizer(), TEXTS, CPU, rows=7, max_tokens=5)
+    one = score(model(), ByteTokenizer(), TEXTS, rows=1, max_tokens=5)
+    many = score(model(), ByteTokenizer(), TEXTS, rows=7, max_tokens=5)
     assert 5 <= one.tokens == many.tokens < sum(len(text) for text in TEXTS[0].to_pylist())
     assert one.bpb == pytest.approx(many.bpb, rel=1e-6)
 
