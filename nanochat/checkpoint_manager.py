@@ -52,7 +52,7 @@ class Checkpoint:
 
     path: Path
     meta: dict[str, Any]
-    verified: set[str] = field(default_factory=set)  # files that were compared with meta.json, once per process
+    verified: set[str] = field(default_factory=set)  # files that were compared with meta.json
 
     @property
     def step(self) -> int:
@@ -197,9 +197,7 @@ def find_resume(
         return None
     find_tag(source, model_tag)
     in_question = candidates(directory, resume_from_step)
-    step = on_master(compute, lambda: newest_whole(directory, in_question))
-    checkpoint = open_checkpoint(step_dir(directory, step))
-    checkpoint.verified.update(checkpoint.meta["files"])  # rank 0 has just compared them, for all
+    checkpoint: Checkpoint = on_master(compute, lambda: newest_whole(directory, in_question))
     for name, value in identity.items():
         if checkpoint.meta.get(name) != value:
             raise UserError(
@@ -207,42 +205,34 @@ def find_resume(
                 "give the same settings, or start over with --fresh",
                 everywhere=True,
             )
-    set_aside(directory, [later for later in steps if later > step], compute)
+    set_aside(directory, [later for later in steps if later > checkpoint.step], compute)
     return checkpoint
 
 
-def on_master(compute: Compute, work: Callable[[], int | None]) -> int:
-    """Do what only rank 0 may do, and give its number to every rank. A UserError of it ends all of them, told once."""
-    error, outcome = None, torch.zeros(2, dtype=torch.float64)  # exit code, number
-    if compute.is_master:
-        try:
-            outcome[1] = work() or 0
-        except UserError as problem:
-            error, outcome[0], problem.everywhere = problem, problem.exit_code, True
-    exit_code, number = map(int, compute.sum(outcome).tolist())
-    if exit_code:
-        kind = NotFinite if exit_code == NotFinite.exit_code else UserError
-        raise error or kind("rank 0 said why", everywhere=True)
-    return number
+def on_master(compute: Compute, work: Callable[[], Any]) -> Any:
+    """Do what only rank 0 may do, and give its result to every rank. A UserError of it ends all of them, told once."""
+    result = None
+    try:
+        result = work() if compute.is_master else None
+    except UserError as error:
+        error.everywhere = True
+        result = error
+    result = compute.gather(result)[0]
+    if isinstance(result, UserError):
+        raise result
+    return result
 
 
-def newest_whole(directory: Path, steps: Sequence[int]) -> int:
+def newest_whole(directory: Path, steps: Sequence[int]) -> Checkpoint:
     """The first of the steps that is whole; says what is wrong with those passed over. UserError where none is."""
     for step in steps:
-        wrong = what_is_wrong(step_dir(directory, step))
-        if not wrong:
-            return step
-        print0(f"warning: {wrong}")
+        try:
+            checkpoint = open_checkpoint(step_dir(directory, step))
+            checkpoint.verify()
+            return checkpoint
+        except UserError as error:
+            print0(f"warning: {error}")
     raise UserError(f"no checkpoint in {directory} is whole; start over with --fresh")
-
-
-def what_is_wrong(path: Path) -> UserError | None:
-    """The error that verifying a step directory ends with; None where all of it is as it was written."""
-    try:
-        open_checkpoint(path).verify()
-        return None
-    except UserError as error:
-        return error
 
 
 TAKEN: dict[Path, int] = {}  # directories this process has a lock on; the end of the process gives them back
@@ -295,7 +285,7 @@ def save_checkpoint(
     keep_last: int = -1,
 ) -> None:
     """Write a checkpoint to checkpoint_path(...) and say so; then, unless keep_last is -1, delete all but the last
-    keep_last steps and the best one. A verified checkpoint in the place is kept as it is, a damaged one moved aside.
+    keep_last steps and the best one. A whole checkpoint in the place is kept, a damaged one moved aside.
     Collective: every rank calls it, rank 0 writes.
 
     Raises UserError when the disk is too small, NotFinite when weights or optimizer state are not: the checkpoints that
@@ -308,7 +298,9 @@ def save_checkpoint(
     state = {name: tensor.to("cpu", copy=True) for name, tensor in states if compute.is_master}
 
     def write() -> None:
-        if what_is_wrong(path):
+        try:
+            open_checkpoint(path).verify()  # then it is kept as it is
+        except UserError:
             tensors = {"model.safetensors": weights, "optim.safetensors": state}
             size = write_step(path, tensors, tokenizer, {**meta, "rng": rng_state()})
             print0(f"saved {path} ({size / 1e6:,.1f} MB in {time.perf_counter() - started:.2f} s)")

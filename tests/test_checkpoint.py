@@ -310,7 +310,8 @@ def test_a_damaged_checkpoint_in_the_place_of_a_new_one_is_kept(saved, tmp_path)
     root = tmp_path / "base_checkpoints" / "t"
     hurt(root / "step_000010" / "model.safetensors")
     save(saved, 10)
-    assert not manager.what_is_wrong(root / "step_000010") and len(list(root.glob("step_000010-damaged-*"))) == 1
+    manager.open_checkpoint(root / "step_000010").verify()
+    assert len(list(root.glob("step_000010-damaged-*"))) == 1
     assert manager.saved_steps(root) == [5, 10]
 
 
