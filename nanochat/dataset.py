@@ -3,6 +3,7 @@
     python -m nanochat.dataset --source=docs                 # English documentation that is already on this machine
     python -m nanochat.dataset --source=folder --path=DIR    # your own parquet, jsonl and txt files
     python -m nanochat.dataset -n 8                          # web text: the first 8 shards of ClimbMix
+    python -m nanochat.dataset --source=hf --path=roneneldan/TinyStories -n 2   # any text on the Hugging Face hub
     python -m nanochat.dataset --prefetch=all -n 240         # and all that later stages would fetch, see task_data.py
     python -m nanochat.dataset --prefetch=list -n 240        # what of that is here; exit code 2 where something is not
 
@@ -15,34 +16,37 @@ import importlib
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
 from nanochat.common import UserError, get_base_dir, print0, run_main
 from nanochat.configurator import configure
-from nanochat.files import locked
+from nanochat.files import locked, one_line
 from nanochat.record import open_record
 
 SHORT = {"n": "num_files", "w": "workers"}
 
 # Corpus
-source: Literal["docs", "folder", "climbmix", "fineweb-edu"] = "climbmix"  # where the text comes from
-path: str | None = None  # folder: the directory with parquet, jsonl and txt files; prefetch: a copy of the eval bundle
-name: str | None = None  # folder: what to call the corpus (None = the directory's name)
-val_fraction: float | None = None  # folder: share of documents to validate on (None = files named val*, else 0.01)
+source: Literal["docs", "folder", "hf", "climbmix", "fineweb-edu"] = "climbmix"  # where the text comes from
+path: str | None = None  # folder: the directory with the files; hf: OWNER/NAME; prefetch: a copy of the eval bundle
+name: str | None = None  # folder, hf: what to call the corpus (None = the last part of the path)
+val_fraction: float | None = None  # folder, hf: share to validate on (None = files or split named val*, else 0.01)
+subset: str | None = None  # hf: configuration of the data set (None = its only or default one)
+column: str | None = None  # hf: column that holds the text (None = text)
 # Download
-num_files: int | None = None  # climbmix, fineweb-edu: training files to have, about 100 MB each; -1 = all (None = 8)
+num_files: int | None = None  # climbmix, fineweb-edu, hf: training files to have, 100 MB each; -1 = all (None = 8)
 workers = 4  # files fetched at the same time
 # Everything, so that no later stage needs a network
 prefetch: Literal["all", "tasks", "eval", "list"] | None = None  # fetch all or a part, or list what is here and missing
 settings = configure(__name__)
 
 from nanochat.corpus import MANIFEST, fingerprint_of, read_manifest
-from nanochat.corpus_writer import describe_shard, save_manifest
-from nanochat.download import fetch_files, list_repository
-from nanochat.folder_corpus import build_folder
+from nanochat.corpus_writer import SHARD_BYTES, describe_shard, save_manifest, write_corpus
+from nanochat.download import fetch_files, list_repository, persist
+from nanochat.folder_corpus import build_folder, check_same_origin, hash_of, is_validation_name
 from nanochat.task_data import (
     DATA_SETS,
     bundle_path,
@@ -120,6 +124,70 @@ def fetch_shards(
 
 
 # -----------------------------------------------------------------------------
+# Source: any data set on the Hugging Face hub, streamed
+
+
+def build_hf(corpus: Path, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Make a corpus of `num_files` shards (-1 = all) from a column of a data set's split train; return the manifest.
+
+    Validation is up to one shard of the split called val or validation; where there is none, the documents whose sha256
+    is in the lowest `val_fraction` (None = 0.01) of all. Empty documents are counted. What was made with the same
+    arguments is not fetched again.
+    """
+    import datasets
+
+    repository, fraction, files = arguments["path"], arguments["val_fraction"], arguments["num_files"]
+    check_same_origin(corpus, repository)
+    if (corpus / MANIFEST).exists() and (manifest := read_manifest(corpus))["arguments"] == arguments:
+        print0(f"{corpus}: nothing to fetch")
+        return manifest
+    revision = list_repository(repository).revision
+    splits = persist(
+        lambda: datasets.load_dataset(repository, arguments["subset"], revision=revision, streaming=True), repository
+    )
+    if "train" not in splits:
+        raise UserError(f"path={repository}: no split train, only {', '.join(splits)}; give another data set")
+    named = next(filter(is_validation_name, splits), None)
+    if named and fraction is not None:
+        raise UserError(f"val_fraction={fraction}: {repository} has a split {named}; leave it out")
+    fraction = 0.01 if fraction is None else fraction
+    by = f"the split {named}" if named else f"the {fraction:g} of the documents with the smallest sha256"
+    print0(f"{repository} at {revision}: validation: {by}")
+    left_out: Counter[str] = Counter()
+
+    def documents() -> Iterator[tuple[bool, str]]:
+        for split, limit in (("train", files), *([(named, 1)] if named else [])):
+            size = 0
+            for text in read_column(splits[split], arguments["column"], repository):
+                if not text.strip():
+                    left_out["empty"] += 1
+                    continue
+                validates = split == named if named else hash_of(text) < fraction * 2**64
+                yield validates, text
+                size += 0 if validates and not named else len(text.encode())
+                if limit != -1 and size >= limit * SHARD_BYTES:
+                    break
+
+    about: dict[str, Any] = {"source": "hf", "arguments": arguments, "repository": repository, "revision": revision}
+    return write_corpus(corpus, documents(), about | {"validation_by": by, "left_out": left_out})
+
+
+def read_column(rows: Iterable[dict[str, Any]], column: str, repository: str) -> Iterator[str]:
+    """Yield a column of text; a null is "". UserError in one line for what is no text or cannot be read."""
+    try:
+        for row in rows:
+            if column not in row:
+                raise UserError(f"column={column}: not in {repository}, which has {', '.join(row)}")
+            if not isinstance(row[column], str | None):
+                raise UserError(f"column={column}: holds {type(row[column]).__name__} in {repository}, expected text")
+            yield row[column] or ""
+    except UserError:
+        raise
+    except Exception as error:  # `datasets` lets through the errors of every library under it
+        raise UserError(f"cannot read {repository} ({one_line(error)}); run the same command again") from None
+
+
+# -----------------------------------------------------------------------------
 # Source: documentation on this machine
 
 
@@ -180,22 +248,27 @@ def has_corpus(corpus: Path, files: int) -> bool:
 
 def check_settings() -> None:
     """Refuse a setting that the chosen source would ignore, and values outside their range."""
-    hubs = tuple(HUBS)
-    if prefetch is not None and source == "folder":
-        raise UserError(f"prefetch={prefetch}: not together with source=folder; run one after the other")
+    if prefetch is not None and source in ("folder", "hf"):
+        raise UserError(f"prefetch={prefetch}: not together with source={source}; run one after the other")
     if prefetch in ("tasks", "eval") and num_files is not None:
         raise UserError(f"num_files={num_files}: means nothing to prefetch={prefetch}, only to all and list")
     for setting, value, sources in (
-        ("path", path, ("folder",)),
-        ("name", name, ("folder",)),
-        ("val_fraction", val_fraction, ("folder",)),
-        ("num_files", num_files, hubs),
+        ("path", path, ("folder", "hf")),
+        ("name", name, ("folder", "hf")),
+        ("val_fraction", val_fraction, ("folder", "hf")),
+        ("subset", subset, ("hf",)),
+        ("column", column, ("hf",)),
+        ("num_files", num_files, ("hf", *HUBS)),
     ):
         bundle = setting == "path" and prefetch in ("all", "eval")
         if value is not None and source not in sources and not bundle:
             raise UserError(f"{setting}={value}: means nothing to source={source}, only to {' and '.join(sources)}")
     if source == "folder" and path is None:
         raise UserError("source=folder needs the directory with the text: --path=DIR")
+    if source == "hf" and path is None:
+        raise UserError("source=hf needs the name of a data set: --path=OWNER/NAME")
+    if source == "hf" and num_files is not None and num_files != -1 and num_files < 1:
+        raise UserError(f"num_files={num_files}: expected 1 or more, or all: -n -1")
     if val_fraction is not None and not 0 < val_fraction < 1:
         raise UserError(f"val_fraction={val_fraction}: expected a number between 0 and 1, such as 0.01")
     if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
@@ -206,14 +279,18 @@ def check_settings() -> None:
 
 def make_corpus(data: Path) -> dict[str, Any]:
     """Fetch or build the corpus that the settings ask for; its manifest."""
-    if source == "folder":
-        assert path is not None  # checked
-        folder = Path(path).expanduser().resolve()
-        named = name or re.sub(r"[^A-Za-z0-9_-]+", "-", folder.name).strip("-") or "folder"
-        return build_folder(folder, data / named, val_fraction)
+    files = 8 if num_files is None else num_files
     if source == "docs":
         return build_docs(data / source)
-    return fetch_hub(data / source, 8 if num_files is None else num_files, workers)
+    if source in HUBS:
+        return fetch_hub(data / source, files, workers)
+    assert path is not None  # checked
+    folder = Path(path).expanduser().resolve()
+    corpus = data / (name or re.sub(r"[^A-Za-z0-9_-]+", "-", folder.name).strip("-") or "folder")
+    if source == "folder":
+        return build_folder(folder, corpus, val_fraction)
+    arguments = {"path": path, "subset": subset, "column": column or "text"}
+    return build_hf(corpus, arguments | {"num_files": files, "val_fraction": val_fraction})
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ def build_folder(folder: Path, corpus: Path, fraction: float | None) -> dict[str
     are none, the `fraction` (None = 0.01, at least one) of the documents with the smallest sha256. Null and empty
     documents are counted.
     """
-    check_same_origin(corpus, folder)
+    check_same_origin(corpus, str(folder))
     files, others = list_folder(folder)
     named = {file for file in files if any(map(is_validation_name, file.relative_to(folder).parts))}
     if named and fraction is not None:
@@ -53,14 +53,14 @@ def build_folder(folder: Path, corpus: Path, fraction: float | None) -> dict[str
     return write_corpus(corpus, documents(), about)
 
 
-def check_same_origin(corpus: Path, folder: Path) -> None:
+def check_same_origin(corpus: Path, path: str) -> None:
     """Refuse to replace a corpus that came from somewhere else."""
     other = f"choose another name: --name={corpus.name}-2"
     if corpus.name in SOURCES:
         raise UserError(f"name={corpus.name}: the name of another source; {other}")
     if (corpus / MANIFEST).exists():
         origin = read_manifest(corpus)["arguments"].get("path")
-        if origin != str(folder):
+        if origin != path:
             raise UserError(f"name={corpus.name}: {corpus} was made from {origin}; {other}")
 
 

@@ -19,11 +19,13 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import hf_hub_download
 
-from nanochat import task_data
+from nanochat import corpus_writer, dataset, task_data
 from nanochat.common import UserError
 from nanochat.core_eval import find_bundle
+from nanochat.corpus import Shards, iter_text, load_corpus
 from nanochat.download import ARRIVING, PAUSES, fetch_files, list_repository
 from nanochat.files import read_sealed
+from nanochat.folder_corpus import hash_of
 from nanochat.task_data import fetch_bundle
 from tasks.arc import ARC
 from tasks.common import load_rows, rows_path, write_rows
@@ -277,16 +279,16 @@ def test_a_flipped_bit_in_a_task_file_is_noticed(hub: Hub, base_dir: Path) -> No
     publish_tasks(hub)
     load_rows("openai/gsm8k", "main", "test")
     write_rows("words", "default", "all", [{"word": "dog"}], "test")
-    for dataset, subset, split, command in (
+    for name, subset, split, again in (
         ("openai/gsm8k", "main", "test", "rm .*--prefetch=tasks"),
         ("words", "default", "all", "rm .*; make it so"),
     ):
-        path = rows_path(dataset, subset, split)
+        path = rows_path(name, subset, split)
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 4
         path.write_bytes(content)
-        with pytest.raises(UserError, match=rf"sha256 differs\); get it again: {command}") as error:
-            load_rows(dataset, subset, split, make="make it so" if dataset == "words" else None)
+        with pytest.raises(UserError, match=rf"sha256 differs\); get it again: {again}") as error:
+            load_rows(name, subset, split, make="make it so" if name == "words" else None)
         assert "\n" not in str(error.value)
     rows_path("openai/gsm8k", "main", "test").unlink()
     assert len(load_rows("openai/gsm8k", "main", "test")) == 5
@@ -409,6 +411,84 @@ def test_bad_zips_leave_nothing(
         assert "\n" not in str(error.value)
         assert names_in(base_dir) == [".lock"]
     assert not list(tmp_path.rglob("evil*")) and not Path("/tmp/evil.jsonl").exists()
+
+
+# -----------------------------------------------------------------------------
+# A data set as a corpus
+
+STORIES = [[{"story": f"story {part} {i} " * 20, "id": i} for i in range(100)] for part in range(2)]
+
+
+def make_hf(hub: Hub, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> dict[str, Any]:
+    """The corpus of `--source=hf`, in this process; its manifest."""
+    for name, value in {"source": "hf", "path": "owner/stories", "column": "story", **settings}.items():
+        monkeypatch.setattr(dataset, name, value)
+    dataset.main()
+    return load_corpus(settings.get("name", "stories")).manifest
+
+
+def texts_of(shards: Shards) -> list[str]:
+    return [text for texts in iter_text(shards) for text in texts.to_pylist()]
+
+
+def test_a_data_set_becomes_a_corpus(hub: Hub, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(hub, "owner/stories", {"small": {"train": [*STORIES, [{"story": " ", "id": 0}, {"story": None, "id": 0}]]}})
+    manifest = make_hf(hub, monkeypatch, subset="small")
+    assert manifest["revision"] == COMMIT and manifest["left_out"] == {"empty": 2}
+    corpus = load_corpus("stories")
+    train, validation = texts_of(corpus.train), texts_of(corpus.val)
+    assert sorted(train + validation) == sorted(row["story"] for part in STORIES for row in part)
+    limit = 2**64 // 100
+    assert all(hash_of(text) < limit for text in validation) and all(hash_of(text) >= limit for text in train)
+    hub.requests.clear()
+    make_hf(hub, monkeypatch, subset="small")
+    assert hub.requests == [], "what was made with the same arguments is not fetched again"
+
+
+def test_a_data_sets_own_validation_split_is_taken(hub: Hub, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "SHARD_BYTES", 10_000)
+    monkeypatch.setattr(corpus_writer, "SHARD_BYTES", 10_000)
+    publish(hub, "owner/stories", {"default": {"train": STORIES, "validation": [STORIES[1]], "test": [STORIES[0]]}})
+    manifest = make_hf(hub, monkeypatch, num_files=2, name="mine")
+    assert [manifest["totals"][role]["files"] for role in ("train", "validation")] == [2, 1]
+    assert set(texts_of(load_corpus("mine").val)) < {row["story"] for row in STORIES[1]}
+    with pytest.raises(UserError, match="val_fraction=0.1: owner/stories has a split validation"):
+        make_hf(hub, monkeypatch, name="other", val_fraction=0.1)
+    with pytest.raises(UserError, match="name=mine: .* was made from owner/stories; choose another name"):
+        make_hf(hub, monkeypatch, name="mine", path="owner/other")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"column": "text"}, "column=text: not in owner/stories, which has story, id"),
+        ({"column": "id"}, "column=id: holds int in owner/stories, expected text"),
+        ({"subset": "large"}, "'large' not found"),
+        ({"path": "owner/none"}, "cannot get the list of owner/none"),
+        ({"path": "a/b/c"}, "a/b/c"),
+        ({"path": None}, "--path=OWNER/NAME"),
+        ({"num_files": 0}, "num_files=0: expected 1 or more"),
+        ({"prefetch": "all"}, "not together with source=hf"),
+    ],
+)
+def test_a_data_set_that_is_no_corpus_is_one_line(
+    hub: Hub, base_dir: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], message: str
+) -> None:
+    publish(hub, "owner/stories", {"small": {"train": STORIES}})
+    with pytest.raises(UserError, match=message) as error:
+        make_hf(hub, monkeypatch, **settings)
+    assert "\n" not in str(error.value) and not list((base_dir / "data").glob("*"))
+
+
+def test_a_stream_that_breaks_leaves_the_corpus_that_was_there(
+    hub: Hub, base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(hub, "owner/stories", {"small": {"train": STORIES}})
+    before = make_hf(hub, monkeypatch)
+    hub.faults["small/train-00001-of-00002.parquet"] = [Fault(status=403)] * 200
+    with pytest.raises(UserError, match="cannot read owner/stories .*; run the same command again"):
+        make_hf(hub, monkeypatch, num_files=3)
+    assert load_corpus("stories").manifest == before
 
 
 # -----------------------------------------------------------------------------
