@@ -90,7 +90,7 @@ def compare(names: Sequence[str], records: Path, dollars: float | None = None) -
         ("Settings that differ", differences(found)),
         ("Runs", [runs_table(found)]),
     ]
-    subtitle = f"{' · '.join(run.name for run in found)}; the baseline is {found[0].name}"
+    subtitle = f"runs {' · '.join(run.name for run in found)}; the baseline is {found[0].name}"
     return page.to_markdown("Comparison", subtitle, sections), drawn
 
 
@@ -121,7 +121,7 @@ def find(name: str, records: Path) -> list[Events]:
 def measured(name: str, records: list[Events]) -> Compared:
     """A run with what it had spent after each of its steps. Raises UserError where its beginning is missing."""
     events = report.merged(records)
-    if first := report.first_step(records[0]):
+    if first := max(report.resumes(records[0]), default=0):
         raise UserError(
             f"{name} begins at step {first:,}: the records of its earlier steps are not beside it; "
             "`reset` moves records to records/before-<time>/: move them back"

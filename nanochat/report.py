@@ -121,9 +121,9 @@ def results(runs: Sequence[Events], found: dict[str, Events], graded: Grades) ->
     def row(name: str, values: dict[str, str], chance: str = "-", n: str = "-") -> list[str]:
         return [name, *(values.get(stage, "-") for stage in STAGES), chance, n]
 
-    bpb, losses = val_bpb(runs, found["base"]), {stage: last(found[stage], "eval", "val_loss") for stage in STAGES}
+    bpb = val_bpb(runs, found["base"])
     documents = f"{bpb['documents']:,} documents" if "documents" in bpb else "-"
-    held_out = {stage: number(loss, ".4f") for stage, loss in losses.items()}
+    held_out = {stage: number(last(found[stage], "eval", "val_loss"), ".4f") for stage in STAGES}
     rows = [row("bits per byte, validation", {"base": score(bpb)}, n=documents)]
     rows.append(row("nats per token trained on, held-out chats", held_out))
     for name, events in sorted(graded.items(), key=lambda item: is_mean(item[1])):
@@ -132,34 +132,31 @@ def results(runs: Sequence[Events], found: dict[str, Events], graded: Grades) ->
         n = " / ".join(dict.fromkeys(map(counted, events.values())))
         rows.append(row(name if is_mean(events) else f"{name}, %", told, number(chance and 100 * chance, ".1f"), n))
         for k in dict.fromkeys(k for event in events.values() for k in event.get("pass_at", {})):
-            at = {stage: share(e["pass_at"][k]) for stage, e in events.items() if k in e.get("pass_at", {})}
+            at = {stage: score(e["pass_at"][k], 100) for stage, e in events.items() if k in e.get("pass_at", {})}
             rows.append(row(f"{name} pass@{k}, %", at, n=n))
     task, problems = last(found["rl"], "plan", "task", "RL"), number(last(found["rl"], "eval", "problems"))
     for k, value in sorted(last(found["rl"], "eval", "pass_at", {}).items(), key=lambda item: int(item[0])):
-        rows.append(row(f"{task} pass@{k} in training, %", {"rl": share(value)}, n=problems))
+        rows.append(row(f"{task} pass@{k} in training, %", {"rl": score(value, 100)}, n=problems))
     return page.table(["", *STAGES.values(), "chance", "n"], rows, "lrrrrrr")
 
 
 def result_notes(runs: Sequence[Events], graded: Grades, found: dict[str, Events]) -> list[str]:
     """What to know beside the table: opponents, standard errors, older scores, models left out."""
-    notes, loss = [], newest(runs, "base_loss")
-    opponents = {"byte frequencies": last(loss, "baselines", "byte_unigram"), "xz -9": last(loss, "baselines", "xz")}
-    told = [f"{name} {value:.4f}" for name, value in opponents.items() if value is not None]
-    if told:
-        notes.append(f"To beat, in bits per byte of the same text: {', '.join(told)}.")
-    if graded:
-        notes.append("± is one standard error over the items; CORE and ChatCORE are 0 for guessing and 1 at best.")
-    each = [(name, stage, event) for name, events in graded.items() for stage, event in events.items()]
-    if any(is_stale(event, found[stage]) for _, stage, event in each):
-        notes.append(f"{STALE} measured before the newest training of that stage began.")
-    cut = sorted({f"{name} after {STAGES[stage]} {e['too_long']:,}" for name, stage, e in each if e.get("too_long")})
-    if cut:
-        notes.append(f"Prompts longer than the context, counted as wrong: {', '.join(cut)}.")
+    loss, each = newest(runs, "base_loss"), [(name, *item) for name in graded for item in graded[name].items()]
+    known = {"byte frequencies": last(loss, "baselines", "byte_unigram"), "xz -9": last(loss, "baselines", "xz")}
+    opponents = [f"{name} {value:.4f}" for name, value in known.items() if value is not None]
+    stale = [name for name, stage, event in each if is_stale(event, found[stage])]
+    long = sorted({f"{name} after {STAGES[stage]} {e['too_long']:,}" for name, stage, e in each if e.get("too_long")})
     evaluated = {run[0]["tag"] for run in runs if run[0]["stage"] in ("chat_eval", "base_eval")}
     others = sorted(evaluated - {event["tag"] for _, _, event in each})
-    if others:
-        notes.append(f"Evaluated too, but not the newest or not trained here: {', '.join(others)}.")
-    return [page.marked(note) for note in notes]
+    notes = [
+        (opponents, f"To beat, in bits per byte of the same text: {', '.join(opponents)}."),
+        (each, "± is one standard error over the items; CORE and ChatCORE are 0 for guessing and 1 at best."),
+        (stale, f"{STALE} measured before the newest training of that stage began."),
+        (long, f"Prompts longer than the context, counted as wrong: {', '.join(long)}."),
+        (others, f"Evaluated too, but not the newest or not trained here: {', '.join(others)}."),
+    ]
+    return [page.marked(note) for there, note in notes if there]
 
 
 def parts(graded: Grades) -> Iterable[str]:
@@ -187,11 +184,6 @@ def smoothed(values: Sequence[tuple[float, float]], beta: float = 0.9) -> list[t
     return result
 
 
-def resumes(events: Events) -> list[int]:
-    """The steps at which a run took up an earlier one."""
-    return [event["first_step"] for event in of_kind(events, "plan") if event["first_step"] > 0]
-
-
 def loss_curve(events: Events, title: str, unit: str) -> page.Curve:
     """Loss of every step, validation where it is in the same unit, spikes and resumptions."""
     smooth = points(events, "step", "smooth_loss")
@@ -209,9 +201,10 @@ def curves(found: dict[str, Events]) -> list[page.Curve]:
     """Loss of base, mid and SFT, bits per byte of base, reward of RL with the smallest and the largest k of its
     evaluations: those that have points.
     """
-    quick, rl, tuned = points(found["base"], "eval", "val_bpb_quick"), found["rl"], "nats per token trained on"
-    final = page.Series("final, long context", "ring", points(found["base"], "eval", "val_bpb"))
-    reward = points(rl, "step", "reward")
+    rl, tuned = found["rl"], "nats per token trained on"
+    reward, quick = points(rl, "step", "reward"), points(found["base"], "eval", "val_bpb_quick")
+    validation = [page.Series("", "line", quick), page.Series("quick", "mark", quick)]
+    validation.append(page.Series("final, long context", "ring", points(found["base"], "eval", "val_bpb")))
     rewards = [page.Series("smoothed", "line", smoothed(reward)), page.Series("each step", "faint", reward)]
     evals = [event for event in of_kind(rl, "eval") if "pass_at" in event]
     ks = sorted({k for event in evals for k in event["pass_at"]}, key=int)
@@ -221,11 +214,7 @@ def curves(found: dict[str, Events]) -> list[page.Curve]:
     rewards.append(page.Series("resumed", "flag", [(step, reward[0][1]) for step in resumes(rl) if reward]))
     all_curves = [
         loss_curve(found["base"], "Base: loss", "nats per token"),
-        page.Curve(
-            "Base: validation",
-            "bits per byte",
-            [page.Series("", "line", quick), page.Series("quick", "mark", quick), final],
-        ),
+        page.Curve("Base: validation", "bits per byte", validation),
         loss_curve(found["mid"], "Mid: loss", tuned),
         loss_curve(found["sft"], "SFT: loss", tuned),
         page.Curve("RL: reward", "mean reward, share solved", rewards),
@@ -279,11 +268,11 @@ def training(found: dict[str, Events]) -> list[str]:
     facts = []
     for stage, name in STAGES.items():
         told = [last(found[stage], "plan", key) for key in ("formula", "batch", "task")]
-        data = {event["name"]: event["conversations"] for event in of_kind(found[stage], "data")}
-        told += [*(f"{source} {count:,} conversations" for source, count in data.items())]
-        told.append(last(found[stage], "end", "text"))
-        if any(told):
-            facts.append((name, "; ".join(filter(None, told))))
+        told += dict.fromkeys(
+            f"{e['name']} {e['conversations']:,} conversations" for e in of_kind(found[stage], "data")
+        )
+        told = [text for text in (*told, last(found[stage], "end", "text")) if text]
+        facts += [(name, "; ".join(told))] if told else []
     return [page.table(["", *STAGES.values()], rows, "lrrrr"), page.facts(facts)]
 
 
@@ -315,19 +304,16 @@ def runs_table(runs: Sequence[Events]) -> str:
 
 def machine(runs: Sequence[Events], dollars: float | None) -> str:
     """Where it ran, with what and for how much; several where they differ between runs."""
-    starts = [run[0] for run in runs]
-    spent, how = cost(runs, dollars)
-    told = {
-        "hardware": [hardware(start) for start in starts],
-        "processor": [f"{start['cpu']}, {start['cpu_count']} cores" for start in starts],
-        "system": [start["platform"] for start in starts],
-        "Python": [start["python"] for start in starts],
-        "versions": [", ".join(f"{name} {version}" for name, version in start["versions"].items()) for start in starts],
-        "commit": [start["git"] for start in starts],
-        "cost": [f"{spent}: {how}" if spent != "-" else how],
-    }
+    told: dict[str, list[str]] = {}
+    for start in (run[0] for run in runs):
+        about = {"hardware": hardware(start), "processor": processor(start), "system": start["platform"]}
+        about |= {"Python": start["python"], "versions": ", ".join(map(" ".join, start["versions"].items()))}
+        for name, value in {**about, "commit": start["git"]}.items():
+            told.setdefault(name, []).append(value)
     if told["hardware"] == told["processor"]:
         del told["hardware"]
+    spent, how = cost(runs, dollars)
+    told["cost"] = [f"{spent}: {how}" if spent != "-" else how]
     return page.facts((name, "; ".join(dict.fromkeys(values))) for name, values in told.items())
 
 
@@ -376,22 +362,22 @@ def chain(runs: Iterable[Events], stage: str, tag: str | None = None) -> list[Ev
     of_stage = [run for run in runs if run[0]["stage"] == stage and tag in (None, run[0]["tag"])]
     found = of_stage[-1:]
     for earlier in reversed([run for run in of_stage[:-1] if run[0]["tag"] == found[0][0]["tag"]]):
-        if first_step(found[0]) == 0:
+        if not resumes(found[0]):
             break
         found = [earlier, *found]
     return found
 
 
-def first_step(run: Events) -> int:
-    """How many steps were done before this run began."""
-    return next((event["first_step"] for event in of_kind(run, "plan")), 0)
+def resumes(events: Events) -> list[int]:
+    """The steps at which a run took up an earlier one."""
+    return [event["first_step"] for event in of_kind(events, "plan") if event["first_step"] > 0]
 
 
 def merged(runs: Sequence[Events]) -> Events:
     """The events of a chain as those of one run, without the steps that were done again and without early ends."""
     events: Events = []
     for run in runs:
-        done = first_step(run)
+        done = max(resumes(run), default=0)
         # Step events are numbered from 0; evaluations and samples say how many steps were done before them.
         kept = [event for event in events if event.get("step", 0) < done + (event["event"] != "step")]
         events = [event for event in kept if event["event"] not in ("end", "stopped")] + run
@@ -404,7 +390,6 @@ def newest(runs: Iterable[Events], stage: str, tag: str | None = None) -> Events
 
 
 def of_kind(events: Events, kind: str) -> Events:
-    """Those of the events that are of a kind."""
     return [event for event in events if event["event"] == kind]
 
 
@@ -489,22 +474,22 @@ def price(start: Event, dollars: float | None) -> float | None:
     """Dollars that an hour of a run costs: of all its cards. None where no price was given and none is known."""
     if dollars is not None and dollars < 0:
         raise UserError(f"--dollars-per-hour={dollars}: expected a price of 0 or more")
-    device = start.get("device", "cpu")
+    device, ranks = start.get("device", "cpu"), start.get("ranks", 1)
     card = find_card(device)
-    each = dollars if dollars is not None else card and card.dollars
-    return each if each is None or device == "cpu" else each * start.get("ranks", 1)
+    each = card.dollars if card and dollars is None else dollars
+    return each if each is None or device == "cpu" else each * ranks
 
 
 def cost(runs: Sequence[Events], dollars: float | None) -> tuple[str, str]:
     """What the runs with a price cost together, from their first event to their last, and how that was reckoned."""
-    priced = [(seconds_of(run) / 3600, each) for run in runs if (each := price(run[0], dollars)) is not None]
+    priced = [(seconds_of(run), each) for run in runs if (each := price(run[0], dollars)) is not None]
     if not priced:
         return "-", "no price is known for this machine; --dollars-per-hour=PRICE sets one"
     rates = " or ".join(dict.fromkeys(f"${each:,.2f}" for _, each in priced))
-    how = f"{duration(3600 * sum(hours for hours, _ in priced))} of runs at {rates} an hour"
+    how = f"{duration(sum(seconds for seconds, _ in priced))} of runs at {rates} an hour"
     if left_out := len(runs) - len(priced):
         how += f"; {left_out} of the runs {'are' if left_out > 1 else 'is'} without a known card and not in it"
-    return f"${sum(hours * each for hours, each in priced):,.2f}", how
+    return f"${sum(seconds / 3600 * each for seconds, each in priced):,.2f}", how
 
 
 # -----------------------------------------------------------------------------
@@ -526,21 +511,15 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def score(event: Event) -> str:
-    """A mean over tasks, or an accuracy in percent, with its standard error where that is known."""
-    scale, form = (1, ".4f") if "value" in event else (100, ".1f")
-    value, error = event.get("value", event.get("accuracy")), event.get("stderr")
-    told = number(value if value is None else scale * value, form)
+def score(event: Event, scale: int = 1) -> str:
+    """A value times the scale, or an accuracy in percent, with its standard error where that is known."""
+    scale = 100 if "accuracy" in event else scale
+    value, error, form = event.get("accuracy", event.get("value")), event.get("stderr"), ".1f" if scale > 1 else ".4f"
+    told = "-" if value is None else f"{scale * value:{form}}"
     return told if error is None else f"{told} ± {scale * error:{form}}"
 
 
-def share(pass_at: dict[str, float]) -> str:
-    """pass@k in percent, with its standard error."""
-    return score({"accuracy": pass_at["value"], "stderr": pass_at["stderr"]})
-
-
 def spikes(events: Events) -> str:
-    """How many steps had a loss or a gradient far above the others."""
     return number(sum(bool(event.get("spike")) for event in events) or None)
 
 
@@ -560,7 +539,7 @@ def command(run: Events) -> str:
 
 def outcome(run: Events) -> str:
     """Where a run took up another one, and how it ended if it did not reach its end."""
-    kinds, done = {event["event"] for event in run}, first_step(run)
+    kinds, done = {event["event"] for event in run}, max(resumes(run), default=0)
     told = [f"resumed at step {done:,}"] if done else []
     if "stopped" in kinds:
         told.append(f"after step {last(run, 'stopped', 'step', 0):,}: {last(run, 'stopped', 'reason', '')}")
@@ -569,12 +548,14 @@ def outcome(run: Events) -> str:
     return "; ".join(told)
 
 
+def processor(start: Event) -> str:
+    return f"{start['cpu']}, {start['cpu_count']} cores"
+
+
 def hardware(start: Event) -> str:
     """What a run computed on: cards and how many ranks, where the record has them, or else the processor."""
-    ranks, device = start.get("ranks", 1), start.get("device")
-    if device and device != "cpu":
-        return f"{ranks} x {device}"
-    return f"{start['cpu']}, {start['cpu_count']} cores" + (f", {ranks} ranks" if ranks > 1 else "")
+    ranks, device = start.get("ranks", 1), start.get("device", "cpu")
+    return f"{ranks} x {device}" if device != "cpu" else processor(start) + (f", {ranks} ranks" if ranks > 1 else "")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 
 T = TypeVar("T")
 SPARKS = "▁▂▃▄▅▆▇█"
-KEYS = {"mark": "●", "ring": "○", "cross": "×", "flag": "┆", "dot": "•"}  # what stands for a series in a legend
+KEYS = {"mark": "●", "ring": "○", "cross": "×", "flag": "┆", "dot": "•"}  # what stands for marks in a legend
 DRAWN, LISTED = 400, 12  # points of a line in a diagram, and marks spelled out in Markdown; more are thinned evenly
 LONGEST = 8000  # characters of a text; a model that repeats itself writes megabytes
 HUES = 6  # lines that can be told apart in one diagram
@@ -68,7 +68,9 @@ class Curve:
 
 
 def to_markdown(title: str, subtitle: str, sections: Iterable[tuple[str, Iterable[str]]]) -> str:
-    """The report as Markdown. A section is a title and its blocks; one without blocks is left out."""
+    """The report as Markdown. A section is a title and its blocks; one without blocks is left out. The subtitle begins
+    with a word of ours: a number or a dash there would begin a list.
+    """
     parts = [f"# {marked(title)}", marked(subtitle)]
     for head, blocks in sections:
         blocks = [block for block in blocks if block]
@@ -110,8 +112,11 @@ def fenced(kind: str, text: str) -> str:
 
 def facts(rows: Iterable[Sequence[str]]) -> str:
     """Names and what they are, and perhaps a note beside it."""
-    said = [(f"**{marked(name)}**: {marked(text)}", filter(None, notes)) for name, text, *notes in rows]
-    return "\n".join(" ".join([f"- {fact}", *(f"*{marked(note)}*" for note in notes)]) for fact, notes in said)
+    lines = []
+    for name, text, *notes in rows:
+        beside = "".join(f" *{marked(note)}*" for note in notes if note)
+        lines.append(f"- **{marked(name)}**: {marked(text)}{beside}")
+    return "\n".join(lines)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], kinds: str) -> str:
@@ -278,10 +283,9 @@ def svg(curve: Curve) -> str:
         for point in points if series.look in KEYS else ():
             across, down = place(*point)
             hover = f"<title>{shown(series.name)}: {at(curve, series, point)}</title>"
-            if series.look == "flag":
-                parts.append(f'<path {look} d="M{across} {TOP}V{HEIGHT - BOTTOM}">{hover}</path>')
-            elif series.look == "cross":
-                parts.append(f'<path {look} d="M{across} {down}m-4 -4l8 8m0 -8l-8 8">{hover}</path>')
+            if series.look in ("flag", "cross"):
+                drawn = f"{TOP}V{HEIGHT - BOTTOM}" if series.look == "flag" else f"{down}m-4 -4l8 8m0 -8l-8 8"
+                parts.append(f'<path {look} d="M{across} {drawn}">{hover}</path>')
             else:
                 radius = 2.5 if series.look == "dot" else 4
                 parts.append(f'<circle {look} cx="{across}" cy="{down}" r="{radius}">{hover}</circle>')

@@ -118,7 +118,7 @@ def test_a_resumed_run_is_compared_as_one(base_dir):
     ]
     resumed = trained("b", [2.25], first=10, time=100.0)  # from the checkpoint before the last ten steps
     text, _ = of(base_dir, trained("a", [3.0, 2.0]), begun, resumed)
-    assert "\na · b; the baseline is a\n" in text
+    assert "\nruns a · b; the baseline is a\n" in text
     assert cells(text, "steps") == ["20", "20"]
     assert cells(text, "training time") == ["40 s", "40 s"]  # steps that were done again count once
     assert "after step 20: a signal" in text and "resumed at step 10" in text
@@ -130,7 +130,9 @@ def test_a_resumed_run_is_compared_as_one(base_dir):
 def test_records_of_the_same_tag_are_told_apart_by_their_files(base_dir):
     old, new = trained("a", [3.0]), trained("a", [2.0], time=100.0)
     names = [str(base_dir / "records" / "base-a-0.jsonl"), "base-a-1.jsonl"]  # as a path, and as a name among them
-    assert of(base_dir, old, new, names=names)[0].splitlines()[2] == "base-a-0 · base-a-1; the baseline is base-a-0"
+    assert (
+        of(base_dir, old, new, names=names)[0].splitlines()[2] == "runs base-a-0 · base-a-1; the baseline is base-a-0"
+    )
 
 
 def test_runs_lie_over_each_other_and_every_line_is_its_own(base_dir):

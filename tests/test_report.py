@@ -19,9 +19,7 @@ from tests.test_ui import CHROMIUM, Chromium
 
 START = {"event": "start", "settings": {}, "git": "abc", "python": "3.12", "platform": "Linux", "cpu": "a CPU"}
 START |= {"argv": ["/x/scripts/base_train.py", "--depth=4"], "cpu_count": 2, "versions": {"torch": "2.13"}}
-HOSTILE = (
-    "</p><script src='https://evil.example/x.js'>|`x`\x1b[2J\x00 ![i](http://evil.example) \ud800\n# not a heading"
-)
+HOSTILE = "</p><script src='https://evil.example/x.js'>|`x`\x1b[2J\x00 ![i](http://evil.example) \ud800\n# no heading"
 
 
 def run(stage, *events, time=0.0, tag="d4", **start):
@@ -38,11 +36,8 @@ def step(number, loss, **values):
 
 
 def task(source, name, accuracy, **values):
-    return {"event": "task", "source": source, "task": name, "accuracy": accuracy, "stderr": 0.01} | {
-        "n": 1000,
-        "baseline": 0.25,
-        **values,
-    }
+    about = {"accuracy": accuracy, "stderr": 0.01, "n": 1000, "baseline": 0.25}
+    return {"event": "task", "source": source, "task": name, **about, **values}
 
 
 def chat_eval(source, *events, **values):
@@ -59,16 +54,9 @@ def full_set():
     evals = [{"event": "eval", "step": 1, "val_bpb_quick": 2.5}, {"event": "eval", "step": 2, "val_bpb": 2.25}]
     written = {"event": "sample", "step": 2, "prompt": "The", "text": " small model"}
     chat = {"event": "sample", "step": 2, "prompt": "Who are you?", "text": "A model."}
-    tuned = [
-        {"event": "data", "name": "SmolTalk", "conversations": 4000},
-        plan(num_steps=2),
-        step(0, 3.0),
-        step(1, 2.5),
-    ]
-    tuned += [{"event": "eval", "step": 2, "val_loss": 2.125}, chat, end]
-    rewards = [
-        {"event": "step", "step": i, "reward": r, "smooth_loss": 0.1, "tokens": 9} for i, r in enumerate((0.25, 0.5))
-    ]
+    data, held_out = {"event": "data", "name": "SmolTalk", "conversations": 4000}, {"event": "eval", "val_loss": 2.125}
+    tuned = [data, plan(num_steps=2), step(0, 3.0), step(1, 2.5), {**held_out, "step": 2}, chat, end]
+    rewards = [{**step(i, 0.1), "reward": reward, "tokens": 9} for i, reward in enumerate((0.25, 0.5))]
     solved = {"event": "eval", "step": 2, "problems": 64, "pass_at": {"8": {"value": 0.625, "stderr": 0.06}}}
     solved["pass_at"]["1"] = {"value": 0.3125, "stderr": 0.03}
     graded = [task("sft", "GSM8K", 0.045, baseline=0.0), answer("sft", "GSM8K", "2 + 2?", "5", False)]
@@ -223,6 +211,8 @@ def test_the_page_loads_nothing_and_runs_nothing(runs):
     attributes = {name for _, attrs in page.tags for name in attrs}
     assert not {name for name in attributes if name in ("src", "href", "xlink:href", "style") or name.startswith("on")}
     style = re.search("<style>(.*?)</style>", text, re.DOTALL)[1]
+    policy = {"http-equiv": "Content-Security-Policy", "content": "default-src 'none'; style-src 'unsafe-inline'"}
+    assert ("meta", policy) in page.tags and "@media (prefers-color-scheme: dark)" in style
     assert "url(" not in style and "@import" not in style and "http" not in style
     assert "<script" not in text
 
@@ -230,7 +220,7 @@ def test_the_page_loads_nothing_and_runs_nothing(runs):
 def test_hostile_text_is_shown_and_not_interpreted():
     text, curves = build(hostile_set())
     shown = report_page.visible(HOSTILE)
-    assert shown.startswith("</p><script src='https://evil.example/x.js'>|`x`␛[2J␀ ![i](http://evil.example) ?\n# not")
+    assert shown.startswith("</p><script src='https://evil.example/x.js'>|`x`␛[2J␀ ![i](http://evil.example) ?\n# no")
     pieces = Page(to_html(text, curves)).texts
     assert pieces.count(shown) >= 6 and sum(" ".join(shown.split()) in piece for piece in pieces) >= 6
     assert "\x1b" not in text and "\x00" not in text
@@ -269,17 +259,9 @@ def test_a_curve_has_as_many_points_as_are_drawn(count, drawn):
     svg = report_page.svg(curve_of(values))
     points = re.search('<polyline class="line hue0" points="([^"]*)"', svg)[1].split()
     assert len(points) == drawn and svg.count("<circle") == 2
-    for point in points:
-        x, y = map(float, point.split(","))
-        assert report_page.LEFT <= x <= report_page.WIDTH and 0 <= y <= report_page.HEIGHT
-
-
-def test_a_higher_value_is_drawn_higher_and_a_later_step_to_the_right():
-    svg = report_page.svg(curve_of([3.0, 1.0, 2.0]))
-    (x1, y1), (x2, y2), (x3, y3) = [
-        map(float, point.split(",")) for point in re.search('points="([^"]*)"', svg)[1].split()
-    ]
-    assert x1 < x2 < x3 and y1 < y3 < y2
+    xs, ys = zip(*(map(float, point.split(",")) for point in points), strict=True)
+    assert xs[0] >= report_page.LEFT and xs[-1] <= report_page.WIDTH and sorted(set(xs)) == list(xs)
+    assert ys[0] >= 0 and ys[-1] <= report_page.HEIGHT and sorted(ys) == list(ys)  # what falls is drawn further down
 
 
 @pytest.mark.parametrize(
@@ -311,21 +293,9 @@ def test_sparkline_goes_from_the_lowest_to_the_highest():
 
 
 def test_times_and_sizes_read_well():
-    assert [duration(s) for s in (8.24, 59.6, 312, 3599.7, 13860, None)] == [
-        "8.2 s",
-        "1 min 0 s",
-        "5 min 12 s",
-        "1 h 0 min",
-        "3 h 51 min",
-        "-",
-    ]
-    assert [rounded(n) for n in (4096, 3342336, 561e6, 1879e6, 1.19e14)] == [
-        "4,096",
-        "3.34 M",
-        "561 M",
-        "1.88 B",
-        "1.19e14",
-    ]
+    said = ", ".join(map(duration, (8.24, 59.6, 312, 3599.7, 13860, None)))
+    assert said == "8.2 s, 1 min 0 s, 5 min 12 s, 1 h 0 min, 3 h 51 min, -"
+    assert ", ".join(map(rounded, (4096, 3342336, 561e6, 1879e6, 1.19e14))) == "4,096, 3.34 M, 561 M, 1.88 B, 1.19e14"
 
 
 def test_a_card_costs_what_is_known_or_given_and_nothing_is_guessed():
