@@ -1,4 +1,4 @@
-"""Provenance and the run record: one JSON object per event, the only source for reports."""
+"""What is known of a run: where it came from, its events (the only source of reports), its running figures."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -111,3 +112,103 @@ def read_record(path: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise ValueError(f"{path}:{number}: not a JSON object; delete the record or mend the line") from None
     return events
+
+
+# -----------------------------------------------------------------------------
+# Figures of the loop
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did, the same on every rank."""
+
+    loss: float  # mean nats per counted token, over all ranks and micro-batches
+    tokens: int  # counted tokens
+    grad_norm: float  # of the mean gradient, before the update
+    stop_signal: int  # a signal number when any rank was asked to stop, else 0
+    spike: bool = False  # loss or gradient norm far above those of the steps before
+
+
+@dataclass
+class Meter:
+    """Running figures: smoothed loss, time per step, tokens/s, FLOP/s, MFU where the card's peak is known, time left.
+
+    The first `SKIP` steps after a start (compilation, caches) count in no rate. smooth_loss is an exponential mean with
+    its start-up bias removed: after one step it is that step's loss. `state()` is what must survive a resume.
+    """
+
+    flops_per_token: int
+    num_steps: int
+    peak_flops: float | None = None  # of all ranks' cards together, dense bf16; None where it is unknown: no MFU
+    tokens_per_step: int | None = None  # that the model computes; None = those that count in the loss
+    smooth: float = 0.0
+    steps: int = 0  # in the whole run
+    train_seconds: float = 0.0  # optimizer-loop time of the whole run, evaluations and saves excluded
+    timed_steps: int = 0
+    timed_seconds: float = 0.0
+    timed_tokens: int = 0
+    here: int = 0  # steps since this process started
+    started: float = field(default_factory=time.perf_counter)
+
+    BETA = 0.9
+    SKIP = 3
+
+    def start(self) -> None:
+        """Call right before a step; what happens between steps is nobody's training time."""
+        self.started = time.perf_counter()
+
+    def tick(self, result: StepResult) -> dict[str, Any]:
+        """Account for one finished step, whose device is idle; returns what is logged."""
+        seconds = time.perf_counter() - self.started
+        self.steps += 1
+        self.here += 1
+        self.train_seconds += seconds
+        self.smooth = self.BETA * self.smooth + (1 - self.BETA) * result.loss
+        if self.here > self.SKIP:
+            self.timed_steps += 1
+            self.timed_seconds += seconds
+            self.timed_tokens += self.tokens_per_step or result.tokens
+        return {
+            "loss": round(result.loss, 6),
+            "smooth_loss": round(self.smooth_loss, 6),
+            "grad_norm": round(result.grad_norm, 6),
+            "tokens": result.tokens,
+            "seconds": round(seconds, 4),
+            **({"spike": True} if result.spike else {}),
+        }
+
+    @property
+    def smooth_loss(self) -> float:
+        return self.smooth / (1 - self.BETA**self.steps) if self.steps else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.timed_tokens / self.timed_seconds if self.timed_seconds else 0.0
+
+    @property
+    def flops_per_second(self) -> float:
+        return self.tokens_per_second * self.flops_per_token
+
+    @property
+    def mfu(self) -> float | None:
+        """Share of the cards' peak that the model's FLOPs use."""
+        return self.flops_per_second / self.peak_flops if self.peak_flops else None
+
+    @property
+    def eta_seconds(self) -> float:
+        return (self.num_steps - self.steps) * self.timed_seconds / self.timed_steps if self.timed_steps else 0.0
+
+    def describe(self) -> str:
+        """Speed: tokens/s, then MFU where known or FLOP/s where not."""
+        mfu = f"MFU {self.mfu:.1%}" if self.mfu else f"{self.flops_per_second / 1e9:,.0f} GFLOP/s"
+        return f"{self.tokens_per_second:,.0f} tok/s, {mfu}"
+
+    def summary(self) -> dict[str, Any]:
+        rates = {"tokens_per_second": round(self.tokens_per_second), "flops_per_second": round(self.flops_per_second)}
+        return {**rates, "mfu": self.mfu and round(self.mfu, 4), "train_seconds": round(self.train_seconds, 2)}
+
+    def state(self) -> dict[str, float]:
+        return {"smooth": self.smooth, "steps": self.steps, "train_seconds": self.train_seconds}
+
+    def restore(self, state: dict[str, float]) -> None:
+        self.smooth, self.steps, self.train_seconds = state["smooth"], int(state["steps"]), state["train_seconds"]

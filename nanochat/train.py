@@ -1,39 +1,34 @@
-"""Verbs of a training loop: accumulate gradients, update, meter, decide "every so often".
+"""Verbs of a training loop: accumulate gradients, agree on the step, update; spikes, budgets in minutes, samples.
 
 Plain functions that take values. The loops themselves are written out in the scripts, because reading them is the
-point.
+point; what stands around a loop is run.py.
 """
 
 import math
-import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nanochat.adamw import AdamW
-from nanochat.checkpoint_manager import Checkpoint, restore_rng
-from nanochat.common import NotFinite, StepFailed, Stopped, UserError, get_rank, print0
-from nanochat.compute import Compute, can_compile, device_name, synchronize
-from nanochat.conversation import Conversations, decode_parts, parts_text, render_for_completion
-from nanochat.dataloader import chat_stream, rows_in_epoch
+from nanochat.common import NotFinite, StepFailed, UserError, print0
+from nanochat.compute import Compute, can_compile, synchronize
+from nanochat.conversation import decode_parts, parts_text, render_for_completion
 from nanochat.engine import Engine, Sampling
 from nanochat.gpt import GPT
-from nanochat.guard import Spikes, stop_votes, stopped_by, write_bundle
 from nanochat.muon import Muon
-from nanochat.record import Record
+from nanochat.record import StepResult
+from nanochat.run import Run
 from nanochat.schedule import BatchPlan, cosine_to_zero, muon_momentum, trapezoid
 from nanochat.sharding import gathering, is_sharded
-from nanochat.sizing import find_card
+from nanochat.signals import stop_votes, stopped_by
 from nanochat.tokenizer import Tokenizer
 
-AnyPosition = TypeVar("AnyPosition")  # Position, ChatPosition, or the step of a stage that needs no more
-Stream = Iterator[tuple[Tensor, Tensor, AnyPosition]]
+Stream = Iterator[tuple[Tensor, Tensor, Any]]  # inputs (B, T), targets (B, T), the position after them
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,7 @@ class Rates:
 
 
 def rates_at(step: int, num_steps: int, warmup_ratio: float, warmdown_ratio: float, final_lr_frac: float) -> Rates:
-    """The schedules of every stage, at a step."""
+    """The schedules of base, mid and SFT, at a step."""
     return Rates(
         lr=trapezoid(step, num_steps, warmup_ratio, warmdown_ratio, final_lr_frac),
         momentum=muon_momentum(step, num_steps),
@@ -54,39 +49,29 @@ def rates_at(step: int, num_steps: int, warmup_ratio: float, warmdown_ratio: flo
     )
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did, the same on every rank."""
-
-    loss: float  # mean nats per counted token, over all ranks and micro-batches
-    tokens: int  # counted tokens
-    grad_norm: float  # of the mean gradient, before the update
-    stop_signal: int  # a signal number when any rank was asked to stop, else 0
-    spike: bool = False  # loss or gradient norm far above those of the steps before
-
-
 @dataclass
-class Sums(Generic[AnyPosition]):
+class Sums:
     """What the micro-batches of one step came to, on this rank."""
 
     totals: Tensor  # (2,) loss sum and counted tokens, on the device
-    position: AnyPosition  # of the stream after them
-    batches: list[tuple[Tensor, Tensor]]  # inputs and targets (B, T) each, kept for a diagnosis
-    error: UserError | None = None  # why the step could not be finished; update() tells the other ranks
+    position: Any = None  # of the stream after them
+    batches: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # inputs and targets (B, T), for a diagnosis
+    error: UserError | None = None  # why the step could not be finished; agree() tells the other ranks
 
 
-def accumulate(
-    model: GPT, stream: Stream[AnyPosition], position: AnyPosition, grad_accum_steps: int, compute: Compute
-) -> Sums[AnyPosition]:
-    """Forward and backward over the micro-batches of one step that begins at `position`. Gradients of the *sum* of the
-    losses stay on the parameters; the division happens once, in update(). A UserError of the stream, such as a damaged
-    shard file, is kept in the result. The other ranks of a sharded model need this one's weights all the same, so it
-    goes on with tokens that count nothing.
+def zero_sums(compute: Compute) -> Sums:
+    """Sums before the first micro-batch, in fp64 where the device has it."""
+    dtype = torch.float32 if compute.device.type == "mps" else torch.float64
+    return Sums(torch.zeros(2, dtype=dtype, device=compute.device))
+
+
+def accumulate(model: GPT, stream: Stream, grad_accum_steps: int, compute: Compute) -> Sums:
+    """Forward and backward over the micro-batches of one step. Gradients of the *sum* of the losses stay on the
+    parameters; the division happens once, in update(). A UserError of the stream, such as a damaged shard file, is kept
+    in the result. The other ranks of a sharded model need this one's weights all the same, so it goes on with tokens
+    that count nothing.
     """
-    totals = torch.zeros(
-        2, dtype=torch.float64 if compute.device.type != "mps" else torch.float32, device=compute.device
-    )
-    sums = Sums(totals, position, [])
+    sums = zero_sums(compute)
     for _ in range(grad_accum_steps):
         if not sums.error:
             try:
@@ -102,52 +87,62 @@ def accumulate(
         with gathering(model):
             loss = model(inputs, targets, loss_reduction="sum", dtype=compute.dtype)
             loss.backward()
-        totals += torch.stack([loss.detach(), (targets >= 0).sum()])
+        sums.totals += torch.stack([loss.detach(), (targets >= 0).sum()])
     return sums
 
 
-def update(
-    optimizers: Sequence[AdamW | Muon],
-    sums: Sums[Any],
-    rates: Rates,
-    compute: Compute,
-    received: int = 0,
-    spikes: Spikes | None = None,
-    skip_spikes: bool = False,
-) -> StepResult:
-    """Average the gradients over all counted tokens of all ranks, and step. One small all-reduce carries loss, tokens,
-    failures and the wish to stop (`received`, a signal), so that all ranks agree on all four. A step without a counted
-    token changes nothing, nor does with skip_spikes one whose loss or gradient is a spike.
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks together know of a step before its update."""
 
-    Raises StepFailed, on every rank and before the update, when a rank could not finish the step, and NotFinite when
-    loss or gradient is not finite on any.
+    loss: float  # mean nats per counted token; not checked yet
+    tokens: int  # counted tokens
+    stop_signal: int  # a signal number when any rank was asked to stop, else 0
+    sums: Sums  # this rank's part
+
+
+def agree(sums: Sums, received: int, optimizers: Sequence[AdamW | Muon], compute: Compute) -> Agreed:
+    """One small all-reduce that carries loss, tokens, failures and the wish to stop (`received`, a signal). Raises
+    StepFailed, on every rank and with all gradients dropped, when any rank could not finish its micro-batches.
     """
     votes = torch.tensor([*stop_votes(received), float(sums.error is not None)], dtype=sums.totals.dtype)
-    summed = compute.sum(torch.cat([sums.totals, votes.to(sums.totals.device)])).tolist()
-    (loss_sum, tokens), stop_signal, failures = summed[:2], stopped_by(summed[2:-1]), summed[-1]
+    loss, tokens, *signals, failures = compute.sum(torch.cat([sums.totals, votes.to(sums.totals.device)])).tolist()
     if failures:
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         why = str(sums.error or f"{failures:.0f} of {compute.world_size} ranks could not finish the step")
         raise StepFailed(why, everywhere=failures == compute.world_size)
-    squares = [optimizer.reduce_gradients(max(tokens, 1.0)) for optimizer in optimizers]
+    return Agreed(loss / max(tokens, 1.0), int(tokens), stopped_by(signals), sums)
+
+
+def update(
+    optimizers: Sequence[AdamW | Muon],
+    agreed: Agreed,
+    rates: Rates,
+    compute: Compute,
+    spikes: "Spikes | None" = None,
+    skip_spikes: bool = False,
+) -> StepResult:
+    """Average the gradients over all counted tokens of all ranks, and step. A step without a counted token changes
+    nothing, nor does with skip_spikes one whose loss or gradient is a spike. Raises NotFinite, on every rank and before
+    the update, when the loss or the gradient is not finite on any.
+    """
+    squares = [optimizer.reduce_gradients(max(agreed.tokens, 1)) for optimizer in optimizers]
     grad_norm = compute.sum(torch.stack(squares).sum()).sqrt().item()
-    loss = loss_sum / max(tokens, 1.0)
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        why = (
-            f"loss {loss}, gradient norm {grad_norm}: not finite, nothing was updated; resume with lower learning rates"
-        )
-        failed = NotFinite(why, everywhere=True)
-        failed.seen = sums
+    if not (math.isfinite(agreed.loss) and math.isfinite(grad_norm)):
+        figures = f"loss {agreed.loss}, gradient norm {grad_norm}"
+        failed = NotFinite(f"{figures}: not finite, nothing was updated; resume with lower learning rates", True)
+        failed.seen = agreed.sums
         raise failed
-    spike = bool(spikes and tokens and spikes.see(loss, grad_norm, skip_spikes))
-    if tokens and not (spike and skip_spikes):
+    spike = bool(spikes and agreed.tokens and spikes.see(agreed.loss, grad_norm, skip_spikes))
+    if spike:
+        figures = f"loss {agreed.loss:.4f}, gradient norm {grad_norm:.3f}"
+        print0(f"spike: {figures}" + (", update skipped" if skip_spikes else ""))
+    if agreed.tokens and not (spike and skip_spikes):
         for optimizer in optimizers:
             set_rates(optimizer, rates)
             optimizer.step()
-    if spike:
-        print0(f"spike: loss {loss:.4f}, gradient norm {grad_norm:.3f}" + (", update skipped" if skip_spikes else ""))
-    return StepResult(loss, int(tokens), grad_norm, stop_signal, spike)
+    return StepResult(agreed.loss, agreed.tokens, grad_norm, agreed.stop_signal, spike)
 
 
 def set_rates(optimizer: AdamW | Muon, rates: Rates) -> None:
@@ -161,203 +156,61 @@ def set_rates(optimizer: AdamW | Muon, rates: Rates) -> None:
             group["momentum"] = rates.momentum
 
 
-# -----------------------------------------------------------------------------
-# Meter
-
-
-@dataclass
-class Meter:
-    """Running figures of a loop: smoothed loss, time per step, tokens/s, FLOP/s, MFU where the card's peak is known,
-    time left.
-
-    The first `SKIP` steps after a start (compilation, caches) count in no rate. smooth_loss is an exponential mean with
-    its start-up bias removed: after one step it is that step's loss. State that must survive a resume is `state()`.
+class Spikes:
+    """Finds losses and gradient norms far above those of the steps before: more than 6 standard deviations over the
+    mean of the last 128 (the figures of OLMo-core's SkipStepOptimizer). Counts them; whether such a step is skipped is
+    the caller's decision. `state()` is what must survive a resume.
     """
 
-    flops_per_token: int
-    num_steps: int
-    compute: Compute
-    tokens_per_step: int | None = None  # that the model computes; None = those that count in the loss
-    smooth: float = 0.0
-    steps: int = 0  # in the whole run
-    train_seconds: float = 0.0  # optimizer-loop time of the whole run, evaluations and saves excluded
-    timed_steps: int = 0
-    timed_seconds: float = 0.0
-    timed_tokens: int = 0
-    here: int = 0  # steps since this process started
-    started: float = field(default_factory=time.perf_counter)
+    WINDOW, ENOUGH, SIGMAS = 128, 64, 6.0
 
-    BETA = 0.9
-    SKIP = 3
+    def __init__(self) -> None:
+        self.losses: deque[float] = deque(maxlen=self.WINDOW)
+        self.norms: deque[float] = deque(maxlen=self.WINDOW)
+        self.count = self.skipped = 0
 
-    def start(self) -> None:
-        """Call right before a step; what happens between steps is nobody's training time."""
-        self.started = time.perf_counter()
+    def see(self, loss: float, norm: float, skip: bool = False) -> bool:
+        """Take notice of a step's figures; True when either is a spike, which counts as skipped with `skip`. Spikes
+        stay among the steps before: after a loss has risen for good, a few dozen steps and not all that follow are
+        spikes.
+        """
+        spike = self.is_far(loss, self.losses) or self.is_far(norm, self.norms)
+        self.count += spike
+        self.skipped += spike and skip
+        self.losses.append(loss)
+        self.norms.append(norm)
+        return spike
 
-    def tick(self, result: StepResult) -> dict[str, Any]:
-        """Account for one finished step; returns what is logged."""
-        synchronize(self.compute.device)
-        seconds = time.perf_counter() - self.started
-        self.steps += 1
-        self.here += 1
-        self.train_seconds += seconds
-        self.smooth = self.BETA * self.smooth + (1 - self.BETA) * result.loss
-        if self.here > self.SKIP:
-            self.timed_steps += 1
-            self.timed_seconds += seconds
-            self.timed_tokens += self.tokens_per_step or result.tokens
-        return {
-            "loss": round(result.loss, 6),
-            "smooth_loss": round(self.smooth_loss, 6),
-            "grad_norm": round(result.grad_norm, 6),
-            "tokens": result.tokens,
-            "seconds": round(seconds, 4),
-            **({"spike": True} if result.spike else {}),
-        }
+    def is_far(self, value: float, before: deque[float]) -> bool:
+        if len(before) < self.ENOUGH:
+            return False
+        mean = math.fsum(before) / len(before)
+        deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in before) / len(before))
+        return value > mean + self.SIGMAS * deviation
 
-    @property
-    def smooth_loss(self) -> float:
-        return self.smooth / (1 - self.BETA**self.steps) if self.steps else 0.0
+    def summary(self) -> dict[str, int]:
+        return {"spikes": self.count, "spikes_skipped": self.skipped}
 
-    @property
-    def tokens_per_second(self) -> float:
-        return self.timed_tokens / self.timed_seconds if self.timed_seconds else 0.0
+    def state(self) -> dict[str, Any]:
+        return {"losses": [*self.losses], "norms": [*self.norms], "count": self.count, "skipped": self.skipped}
 
-    @property
-    def flops_per_second(self) -> float:
-        return self.tokens_per_second * self.flops_per_token
-
-    @property
-    def mfu(self) -> float | None:
-        """Share of the cards' dense bf16 peak that the model's FLOPs use; None for a card that is not in the table."""
-        card = find_card(device_name(self.compute.device))
-        return self.flops_per_second / (card.tflops * 1e12 * self.compute.world_size) if card else None
-
-    @property
-    def eta_seconds(self) -> float:
-        return (self.num_steps - self.steps) * self.timed_seconds / self.timed_steps if self.timed_steps else 0.0
-
-    def summary(self) -> dict[str, Any]:
-        return {
-            "tokens_per_second": round(self.tokens_per_second),
-            "flops_per_second": round(self.flops_per_second),
-            "mfu": self.mfu and round(self.mfu, 4),
-            "train_seconds": round(self.train_seconds, 2),
-        }
-
-    def state(self) -> dict[str, float]:
-        return {"smooth": self.smooth, "steps": self.steps, "train_seconds": self.train_seconds}
-
-    def restore(self, state: dict[str, float]) -> None:
-        self.smooth, self.steps, self.train_seconds = state["smooth"], int(state["steps"]), state["train_seconds"]
-
-
-def describe_rates(meter: Meter) -> str:
-    """Speed for a progress bar: tokens/s, then MFU where known or FLOP/s where not."""
-    mfu = meter.mfu
-    return f"{meter.tokens_per_second:,.0f} tok/s, " + (
-        f"MFU {mfu:.1%}" if mfu else f"{meter.flops_per_second / 1e9:,.0f} GFLOP/s"
-    )
-
-
-def progress_bar(num_steps: int, first_step: int) -> Any:
-    """tqdm on rank 0's terminal; elsewhere silent, and show_progress prints lines."""
-    return tqdm(total=num_steps, initial=first_step, unit="step", disable=get_rank() != 0 or not sys.stderr.isatty())
-
-
-def show_progress(bar: Any, meter: Meter, logged: dict[str, Any]) -> None:
-    """Move the bar; without a terminal print 20 lines per run, which a log can hold."""
-    bar.update()
-    rates = describe_rates(meter) if meter.timed_steps else "warming up"
-    bar.set_postfix_str(f"loss {meter.smooth_loss:.4f}, {rates}")
-    if bar.disable and (meter.steps % max(1, meter.num_steps // 20) == 0 or meter.steps == 1):
-        left = f", {meter.eta_seconds / 60:.1f} min left" if meter.timed_steps else ""
-        print0(
-            f"step {meter.steps:,}/{meter.num_steps:,}: loss {meter.smooth_loss:.4f}, "
-            f"gradient norm {logged['grad_norm']:.3f}, {1000 * logged['seconds']:.0f} ms, {rates}{left}"
-        )
-
-
-def compile_model(model: GPT, device: torch.device) -> None:
-    """torch.compile where its backend has what it needs; a CPU without a C++ compiler trains eagerly, and is
-    told so.
-    """
-    if not can_compile(device):
-        print0("compile: no C++ compiler found, training eagerly (about half the speed); Debian: apt-get install g++")
-        return
-    model.compile_parts()
+    def restore(self, state: dict[str, Any]) -> None:
+        self.losses.extend(state["losses"])
+        self.norms.extend(state["norms"])
+        self.count, self.skipped = state["count"], state["skipped"]
 
 
 # -----------------------------------------------------------------------------
-# When
+# When, and for how long
 
 
-def every(interval: int, step: int) -> bool:
-    """True at each multiple of interval; never for -1 or 0."""
-    return interval > 0 and step > 0 and step % interval == 0
-
-
-# -----------------------------------------------------------------------------
-# What the next step depends on
-
-
-def loop_state(
-    num_steps: int, position: dict[str, Any], meter: Meter, spikes: Spikes, wandb_run: Any = None
-) -> dict[str, Any]:
-    """What a checkpoint must know of the loop besides weights and optimizer state."""
-    about = {"num_steps": num_steps, "position": position, "wandb": wandb_run.id if wandb_run else None}
-    return {**about, "meter": meter.state(), "spikes": spikes.state()}
-
-
-def restore_loop(checkpoint: Checkpoint, meter: Meter, spikes: Spikes) -> dict[str, Any]:
-    """Take the loop's state over from a checkpoint; returns the position."""
-    meter.restore(checkpoint.meta["meter"])
-    spikes.restore(checkpoint.meta["spikes"])
-    restore_rng(checkpoint.meta["rng"])
-    print0(f"resumed from {checkpoint.path}")
-    position: dict[str, Any] = checkpoint.meta["position"]
-    return position
-
-
-@contextmanager
-def whole_steps(
-    name: str,
-    meter: Meter,
-    model: GPT,
-    optimizers: Sequence[AdamW | Muon],
-    record: Record,
-    compute: Compute,
-    save: Callable[[], None],
-) -> Iterator[None]:
-    """Around a loop: what ends it early on every rank (a signal, a step that failed) leaves the weights as they were
-    after the last whole step, so these are saved if they are new. What a step saw whose numbers are not finite is
-    written down.
-    """
-    first_step = meter.steps
-    try:
-        yield
-    except (Stopped, UserError) as end:
-        everywhere = isinstance(end, Stopped | StepFailed) or end.everywhere
-        if compute.world_size > 1 and not everywhere:
-            raise  # the other ranks are elsewhere, and a save takes all of them
-        if isinstance(end, NotFinite) and end.seen:
-            seen = (end.seen.batches, end.seen.position)
-            folder = write_bundle(name, meter.steps, *seen, model, optimizers, compute)
-            print0(f"{end}\nbatches, position and norms of the step: {folder}")
-        record.write("stopped", step=meter.steps, reason=str(end))
-        if meter.steps > first_step:
-            save()
-        record.close()
-        raise
-
-
-# -----------------------------------------------------------------------------
-# Budget in minutes
+def every(interval: int, step: int, num_steps: int) -> bool:
+    """True at each multiple of interval and at the last step; never for an interval of -1 or 0."""
+    return interval > 0 and (step % interval == 0 or step == num_steps)
 
 
 def steps_in(minutes: float, one_step: Callable[[], object], compute: Compute) -> int:
-    """How many steps fit into `minutes`, from the pace of a few trial steps, equal on every rank. The caller throws
-    away what the trial steps did, so that the run is bit for bit the one that --num-iterations with this number gives.
+    """How many steps fit into `minutes`, from the pace of a few trial steps, equal on every rank.
 
     The pace is the median of five steps in a row that differ by less than half; compilation, and other work on the
     machine, make earlier ones slower. After 40 steps it takes what it has.
@@ -372,16 +225,16 @@ def steps_in(minutes: float, one_step: Callable[[], object], compute: Compute) -
 
 
 def steps_for_minutes(
-    minutes: float, model: GPT, stream: Stream[Any], batch: BatchPlan, compute: Compute
+    minutes: float, model: GPT, stream: Stream, batch: BatchPlan, compute: Compute
 ) -> tuple[int, str]:
-    """The number of steps and where it comes from, by timing real steps. The caller gives a stream of its own for it
-    and restores the weights afterwards.
+    """The number of steps and where it comes from, by timing real steps on a stream of their own. The caller restores
+    the weights afterwards: the run is then bit for bit the one that --num-iterations with this number gives.
     """
     optimizers = model.setup_optimizers(dtype=compute.dtype)
 
     def trial_step() -> None:
-        sums = accumulate(model, stream, None, batch.grad_accum_steps, compute)
-        update(optimizers, sums, Rates(lr=0.1, momentum=0.9, weight_decay=0.0), compute)
+        agreed = agree(accumulate(model, stream, batch.grad_accum_steps, compute), 0, optimizers, compute)
+        update(optimizers, agreed, Rates(lr=0.1, momentum=0.9, weight_decay=0.0), compute)
 
     num_steps = steps_in(minutes, trial_step, compute)
     return num_steps, f"{minutes:g} minutes at the pace of a few trial steps, which are undone"
@@ -390,10 +243,9 @@ def steps_for_minutes(
 def plan_chats(
     num_iterations: int | None,
     minutes: float | None,
-    conversations: Conversations,
-    tokenizer: Tokenizer,
-    all_tokens: bool,
+    rows_in_epoch: int,
     model: GPT,
+    stream: Stream,
     batch: BatchPlan,
     compute: Compute,
 ) -> tuple[int, str]:
@@ -404,25 +256,29 @@ def plan_chats(
         raise UserError(f"--num-iterations={num_iterations} --minutes={minutes:g}: give at most one horizon")
     if (num_iterations is not None and num_iterations < 1) or (minutes is not None and minutes <= 0):
         raise UserError(f"--num-iterations={num_iterations} --minutes={minutes}: expected more than 0, or None")
-    T = batch.sequence_len
     if minutes is not None:
-        stream = chat_stream(conversations, tokenizer, batch, compute, all_tokens)
         return steps_for_minutes(minutes, model, stream, batch, compute)
     if num_iterations is not None:
         return num_iterations, "as given"
-    rows = rows_in_epoch(conversations, tokenizer, T, all_tokens)
-    steps = max(1, round(rows / batch.rows))
-    return steps, f"one epoch of about {rows:,} rows / {batch.rows} rows per step"
+    steps = max(1, round(rows_in_epoch / batch.rows))
+    return steps, f"one epoch of about {rows_in_epoch:,} rows / {batch.rows} rows per step"
 
 
 def row_length(model: GPT, max_seq_len: int | None) -> int:
-    """Tokens per row: as asked, at most the model's context."""
+    """Tokens per row of a chat stage: as asked, at most the model's context."""
     context = model.config.sequence_len
     if max_seq_len is not None and not 2 <= max_seq_len <= context:
-        raise UserError(
-            f"--max-seq-len={max_seq_len}: expected 2 to {context}, the context this model was trained with"
-        )
+        allowed = f"expected 2 to {context}, the context this model was trained with"
+        raise UserError(f"--max-seq-len={max_seq_len}: {allowed}")
     return max_seq_len or context
+
+
+def compile_model(model: GPT, device: torch.device) -> None:
+    """torch.compile where its backend has what it needs; a CPU without a C++ compiler trains eagerly, and says so."""
+    if can_compile(device):
+        model.compile_parts()
+    else:
+        print0("compile: no C++ compiler found, training eagerly (about half the speed); Debian: apt-get install g++")
 
 
 # -----------------------------------------------------------------------------
@@ -435,9 +291,7 @@ def engine_on_master(model: GPT, tokenizer: Tokenizer | None, compute: Compute) 
     return engine if compute.is_master else None
 
 
-def show_chats(
-    questions: Sequence[str], model: GPT, tokenizer: Tokenizer, compute: Compute, record: Record, step: int
-) -> None:
+def show_chats(questions: Sequence[str], model: GPT, tokenizer: Tokenizer, compute: Compute, run: Run) -> None:
     """What the model answers to a few questions, the likeliest token each time; from rank 0, called by all."""
     engine = engine_on_master(model, tokenizer, compute)
     if not engine:
@@ -446,25 +300,5 @@ def show_chats(
     answers, _ = engine.generate_batch(prompts, Sampling(max_tokens=96, temperature=0))
     for question, answer in zip(questions, answers, strict=True):
         text = parts_text(decode_parts(answer, tokenizer))
-        record.write("sample", step=step, prompt=question, text=text)
+        run.record.write("sample", step=run.done, prompt=question, text=text)
         print0(f"  {question!r} -> {text!r}")
-
-
-def open_wandb(run: str, stage: str, settings: dict[str, Any], checkpoint: Checkpoint | None) -> Any:
-    """A wandb run, continued where the checkpoint knows its id, or None for --run=dummy and on other ranks. wandb
-    itself respects WANDB_MODE=offline.
-    """
-    if run == "dummy" or get_rank() != 0:
-        return None
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(f"--run={run} needs wandb: pip install wandb, or --run=dummy to do without") from None
-    run_id = checkpoint.meta["wandb"] if checkpoint else None
-    return wandb.init(
-        project="nanochat" if stage == "base" else f"nanochat-{stage}",
-        name=run,
-        config=settings,
-        id=run_id,
-        resume="allow",
-    )

@@ -33,14 +33,10 @@ window_pattern = "L"  # tiled over the layers: L sees the full context, S half o
 num_iterations: int | None = None  # optimizer steps (the only one that changes the plan of a resumed run)
 target_flops: float | None = None  # training FLOPs, for scaling laws
 target_param_data_ratio: float | None = None  # tokens per parameter
-minutes: float | None = (
-    None  # training time, turned into steps once at the start; evaluation, saving and compiling not counted
-)
+minutes: float | None = None  # training time, turned into steps once; evaluation, saving, compiling not counted
 # Batch
 device_batch_size: int | Literal["auto"] = 32  # rows per rank and micro-batch (auto = the most that fit)
-total_batch_size = (
-    524288  # tokens per step over all ranks, by accumulating micro-batches (rounded to whole ones, which is printed)
-)
+total_batch_size = 524288  # tokens per step over all ranks, rounded to whole micro-batches
 # Optimizers
 matrix_lr = 0.02  # Muon, for the matrices in the blocks
 embedding_lr = 0.2  # AdamW, for the embedding; scales with (width / 768)^-0.5
@@ -74,32 +70,33 @@ settings = configure(__name__)
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nanochat import train
-from nanochat.checkpoint_manager import (
-    checkpoint_path,
-    find_resume,
-    is_best,
-    mark_best,
-    restore_model,
-    restore_optimizers,
-    save_checkpoint,
-)
-from nanochat.common import Stopped, UserError, print0, run_main
-from nanochat.compute import Compute, compute_cleanup, compute_init, peak_memory_bytes
+from nanochat.common import UserError, print0, run_main
+from nanochat.compute import Compute, compute_init
 from nanochat.core_eval import CoreTask, GPTScorer, evaluate_task, find_bundle, load_tasks
 from nanochat.corpus import Corpus, iter_text, load_corpus
 from nanochat.dataloader import Position, training_stream
 from nanochat.engine import Sampling
 from nanochat.gpt import GPT, config_from_depth
-from nanochat.guard import SaveClock, SignalWatch, Spikes
 from nanochat.loss_eval import BitsPerByte, evaluate_bpb, validation_windows
 from nanochat.model import build_model
-from nanochat.record import Record, open_record
+from nanochat.run import Run, open_run
 from nanochat.schedule import BatchPlan, plan_batches, plan_horizon
-from nanochat.sharding import held_bytes, placement
+from nanochat.sharding import placement
 from nanochat.sizing import choose_device_batch
 from nanochat.task_eval import mean_centred
 from nanochat.tokenizer import Tokenizer, get_tokenizer
+from nanochat.train import (
+    Spikes,
+    Stream,
+    accumulate,
+    agree,
+    compile_model,
+    engine_on_master,
+    every,
+    rates_at,
+    steps_for_minutes,
+    update,
+)
 
 PROMPTS = (
     "The",
@@ -113,23 +110,21 @@ PROMPTS = (
 def main() -> None:
     compute = compute_init(device_type, dtype, seed)
     text, tokenizer = load_corpus(corpus), get_tokenizer()
+    core_tasks = load_tasks(find_bundle()) if core_metric_every > 0 else []  # missing ones are found here
     tag = model_tag or f"d{depth}"
 
-    core_tasks = load_tasks(find_bundle()) if core_metric_every > 0 else []  # missing ones are found here
-
     # The model
-    vocab_size = tokenizer.get_vocab_size()
-    config = config_from_depth(depth, vocab_size, max_seq_len, aspect_ratio, head_dim, kv_heads, window_pattern)
+    V = tokenizer.get_vocab_size()
+    config = config_from_depth(depth, V, max_seq_len, aspect_ratio, head_dim, kv_heads, window_pattern)
     model = build_model(config, compute.device, seed, placement(compute, shard, offload))
     model.recompute = recompute
     flops = model.estimate_flops()
     heads = f"{config.n_head} heads of {config.head_dim}"
-    print0(f"model {tag}: {depth} layers x {aspect_ratio} = width {config.n_embd}, {heads}, vocabulary {vocab_size:,}")
-    print0(
-        f"parameters: {model.num_params():,}, of them {model.num_matmul_params():,} in matmuls; {flops:,} FLOPs/token"
-    )
+    print0(f"model {tag}: {depth} layers x {aspect_ratio} = width {config.n_embd}, {heads}, vocabulary {V:,}")
+    in_matmuls = model.num_matmul_params()
+    print0(f"parameters: {model.num_params():,}, of them {in_matmuls:,} in matmuls; {flops:,} FLOPs/token")
     if compile:
-        train.compile_model(model, compute.device)
+        compile_model(model, compute.device)
 
     # The batch, and what a checkpoint and the run that continues it must agree on
     rows = choose_device_batch(device_batch_size, model, total_batch_size, max_seq_len, compute, compile)
@@ -137,120 +132,53 @@ def main() -> None:
     print0(f"batch: {batch} (asked for {total_batch_size:,})")
     identity = {"model_config": model.config_dict(), "rows_per_step": batch.rows, "packing": packing, "seed": seed}
     identity |= {"corpus": text.fingerprint, "tokenizer": tokenizer.fingerprint}
-    checkpoint = find_resume("base", tag, identity, resume, resume_from_step, fresh, compute)
 
-    # The horizon: a run that goes on keeps its own, unless it is given a new number of steps
-    if checkpoint and num_iterations is None:
-        num_steps, formula = checkpoint.meta["num_steps"], "as planned at the start"
-    else:
-        num_steps, formula = plan_steps(model, text, tokenizer, batch, compute)
-    tokens = num_steps * batch.tokens
-    print0(f"horizon: {num_steps:,} steps, {tokens:,} tokens, {tokens * flops:.3g} FLOPs ({formula})")
-
-    # Weights, optimizers, position: new or restored
-    optimizers = model.setup_optimizers(matrix_lr, embedding_lr, unembedding_lr, weight_decay, compute.dtype)
-    meter, spikes, position = train.Meter(flops, num_steps, compute), Spikes(), Position()
-    if checkpoint:
-        restore_model(model, checkpoint)
-        restore_optimizers(optimizers, checkpoint)
-        position = Position.from_json(train.restore_loop(checkpoint, meter, spikes))
-        if meter.steps >= num_steps:
-            print0(
-                f"this run is finished; its score: python -m scripts.base_loss --model-tag={tag}; more steps: --resume "
-                f"--num-iterations={2 * num_steps}"
-            )
-            compute_cleanup()
+    with open_run("base", tag, settings, identity, compute) as run:
+        num_steps, formula = run.horizon or plan_steps(model, text, tokenizer, batch, compute)
+        tokens = num_steps * batch.tokens
+        print0(f"horizon: {num_steps:,} steps, {tokens:,} tokens, {tokens * flops:.3g} FLOPs ({formula})")
+        optimizers = model.setup_optimizers(matrix_lr, embedding_lr, unembedding_lr, weight_decay, compute.dtype)
+        spikes = Spikes()
+        run.begin(model, optimizers, tokenizer, num_steps, spikes, formula=formula, batch=str(batch))
+        if run.is_finished:
+            print0(f"its score: python -m scripts.base_loss --model-tag={tag}")
             return
-    first_step = meter.steps
-    record = open_record("base", tag, settings, **compute.about())
-    record.write("corpus", name=text.name, fingerprint=text.fingerprint)
-    record.write(
-        "plan",
-        first_step=first_step,
-        num_steps=num_steps,
-        formula=formula,
-        batch=str(batch),
-        parameters=model.num_params(),
-        matmul_parameters=model.num_matmul_params(),
-        flops_per_token=flops,
-        parameter_bytes=held_bytes(model),
-        optimizer_state_bytes=sum(optimizer.state_bytes() for optimizer in optimizers),
-    )
-    wandb_run = train.open_wandb(run, "base", settings, checkpoint)
-    stream = open_stream(text, tokenizer, batch, compute, position)
+        run.record.write("corpus", name=text.name, fingerprint=text.fingerprint)
+        stream = open_stream(text, tokenizer, batch, compute, Position.from_json(run.position))
 
-    def save() -> None:
-        """The state after the last whole step, whatever has happened since."""
-        loop = train.loop_state(num_steps, position.to_json(), meter, spikes, wandb_run)
-        meta = {**identity, **loop, "settings": settings}
-        path = checkpoint_path("base", tag, meter.steps)
-        save_checkpoint(path, model, optimizers, tokenizer, meta, compute, keep_last)
+        for step in run.steps():
+            sums = accumulate(model, stream, batch.grad_accum_steps, compute)
+            agreed = agree(sums, run.received, optimizers, compute)  # one all-reduce: raises on every rank or on none
+            rates = rates_at(step, num_steps, warmup_ratio, warmdown_ratio, final_lr_frac)
+            result = update(optimizers, agreed, rates, compute, spikes, skip_spikes)
+            run.end_step(result, sums.position, lr=round(rates.lr, 6))  # records it, saves when that is due
 
-    clock = SaveClock(save_every, save_minutes, compute)
-    with (
-        SignalWatch(compute) as watch,
-        train.whole_steps(f"base-{tag}", meter, model, optimizers, record, compute, save),
-        train.progress_bar(num_steps, first_step) as bar,
-    ):
-        for step in range(first_step, num_steps):
-            meter.start()
-            sums = train.accumulate(model, stream, position, batch.grad_accum_steps, compute)
-            rates = train.rates_at(step, num_steps, warmup_ratio, warmdown_ratio, final_lr_frac)
-            result = train.update(optimizers, sums, rates, compute, watch.received, spikes, skip_spikes)
-            position = sums.position
-            logged = meter.tick(result)
-            record.write("step", step=step, lr=round(rates.lr, 6), **logged)
-            train.show_progress(bar, meter, logged)
-            if wandb_run:
-                wandb_run.log({"step": step, "lr": rates.lr, **logged, **meter.summary()})
-            if result.stop_signal:
-                raise Stopped(result.stop_signal)
-
-            # Saves come before everything that may fail or take long.
             done = step + 1
-            if clock.due(done) or done == num_steps:
-                save()
-            if train.every(eval_every, done) or (eval_every > 0 and done == num_steps):
-                quick = validate(model, text, tokenizer, batch, compute, max_seq_len, watch.poll).bpb
-                record.write("eval", step=done, val_bpb_quick=quick)
+            if every(eval_every, done, num_steps):
+                quick = validate(model, text, tokenizer, batch, compute, stride=max_seq_len, poll=run.poll).bpb
                 print0(f"step {done:,}: quick val bpb {quick:.4f}")
-                if save_best and is_best("base", tag, quick):
-                    save()
-                    mark_best("base", tag, done, quick, compute)
-            if train.every(sample_every, done) or (sample_every > 0 and done == num_steps):
-                show_samples(model, tokenizer, compute, record, done)
-            if train.every(core_metric_every, done) or (core_metric_every > 0 and done == num_steps):
-                evaluate_core(model, tokenizer, core_tasks, compute, record, done, watch)
+                run.evaluated(quick, val_bpb_quick=quick)
+            if every(sample_every, done, num_steps):
+                show_samples(model, tokenizer, compute, run)
+            if every(core_metric_every, done, num_steps):
+                evaluate_core(model, tokenizer, core_tasks, compute, run)
 
-    # The end: the honest validation, and the figures
-    val = validate(model, text, tokenizer, batch, compute, stride=max(1, max_seq_len // 2))
-    record.write("eval", step=num_steps, val_bpb=val.bpb, val_bpb_stderr=val.stderr, documents=val.documents)
-    memory = peak_memory_bytes(compute.device)
-    record.write("end", **meter.summary(), **spikes.summary(), peak_memory_bytes=memory, text=position.describe())
-    print0(f"text: {position.describe()}")
-    print0(
-        f"speed: {train.describe_rates(meter)}, {meter.train_seconds:,.0f} s of training, {memory / 1e9:.1f} GB at most"
-    )
-    error = "" if val.stderr is None else f" +- {val.stderr:.4f}"
-    print0(f"val bpb {val.bpb:.4f}{error} after {num_steps:,} steps, {val.documents:,} documents")
-    if wandb_run:
-        wandb_run.log({"step": num_steps, "val_bpb": val.bpb})
-        wandb_run.finish()
-    record.close()
-    compute_cleanup()
+        # The end: the honest validation, and the figures
+        val = validate(model, text, tokenizer, batch, compute, stride=max(1, max_seq_len // 2))
+        about = {"val_bpb": val.bpb, "val_bpb_stderr": val.stderr, "documents": val.documents}
+        run.record.write("eval", step=num_steps, **about)
+        run.finish(sums.position.describe(), val_bpb=val.bpb)
+        error = "" if val.stderr is None else f" +- {val.stderr:.4f}"
+        print0(f"val bpb {val.bpb:.4f}{error} after {num_steps:,} steps, {val.documents:,} documents")
 
 
-def open_stream(
-    text: Corpus, tokenizer: Tokenizer, batch: BatchPlan, compute: Compute, start: Position
-) -> train.Stream[Position]:
+def open_stream(text: Corpus, tokenizer: Tokenizer, batch: BatchPlan, compute: Compute, start: Position) -> Stream:
     """The training rows of this rank, from a position on."""
     return training_stream(text.train, tokenizer, batch, compute, packing, seed, start)
 
 
 def plan_steps(model: GPT, text: Corpus, tokenizer: Tokenizer, batch: BatchPlan, compute: Compute) -> tuple[int, str]:
-    """The number of steps and where it comes from. For --minutes a few real steps are timed on the model and then
-    undone.
-    """
+    """The number of steps and where it comes from. For --minutes a few real steps are timed, and then undone."""
     horizons: dict[str, float | None] = {
         "num_iterations": num_iterations,
         "target_flops": target_flops,
@@ -265,7 +193,7 @@ def plan_steps(model: GPT, text: Corpus, tokenizer: Tokenizer, batch: BatchPlan,
         horizon: dict[str, Any] = given or {"target_param_data_ratio": 20}
         return plan_horizon(batch.tokens, model.estimate_flops(), model.num_params(), **horizon)
     stream = open_stream(text, tokenizer, batch, compute, Position())
-    num_steps, formula = train.steps_for_minutes(minutes, model, stream, batch, compute)
+    num_steps, formula = steps_for_minutes(minutes, model, stream, batch, compute)
     model.init_weights(seed)
     return num_steps, formula
 
@@ -279,45 +207,35 @@ def validate(
     stride: int,
     poll: Callable[[], None] | None = None,
 ) -> BitsPerByte:
-    """Bits per byte of the first eval_tokens of validation: stride max_seq_len is quick, half of it the honest one.
-    `poll` is called between batches and may end it.
-    """
+    """Bits per byte of the first eval_tokens of validation: stride max_seq_len is quick, half of it the honest one."""
     windows = validation_windows(iter_text(text.val), tokenizer, max_seq_len, stride, eval_tokens)
     return evaluate_bpb(model, windows, tokenizer, compute, batch.device_batch_size, poll)
 
 
-def evaluate_core(
-    model: GPT,
-    tokenizer: Tokenizer,
-    tasks: Sequence[CoreTask],
-    compute: Compute,
-    record: Record,
-    step: int,
-    watch: SignalWatch,
-) -> None:
+def evaluate_core(model: GPT, tokenizer: Tokenizer, tasks: Sequence[CoreTask], compute: Compute, run: Run) -> None:
     """CORE on some items of every task that the bundle has; called partial where it has not all."""
     scorer = GPTScorer(model, tokenizer, compute)
     here = [task for task in tasks if task.path.is_file()]
     scores = []
     for task in here:
-        watch.poll()
+        run.poll()
         scores.append(evaluate_task(task, scorer, compute, core_metric_max_per_task))
     value, error = mean_centred((score.accuracy, score.stderr, score.baseline) for score in scores)
-    partial = len(here) < len(tasks)
-    record.write("core", step=step, value=value, stderr=error, partial=partial, tasks=[task.label for task in here])
-    print0(f"step {step:,}: {'partial ' if partial else ''}CORE {value:.4f} +- {error:.4f} on {len(here)} tasks")
+    partial, labels = len(here) < len(tasks), [task.label for task in here]
+    run.record.write("core", step=run.done, value=value, stderr=error, partial=partial, tasks=labels)
+    print0(f"step {run.done:,}: {'partial ' if partial else ''}CORE {value:.4f} +- {error:.4f} on {len(here)} tasks")
 
 
-def show_samples(model: GPT, tokenizer: Tokenizer, compute: Compute, record: Record, step: int) -> None:
+def show_samples(model: GPT, tokenizer: Tokenizer, compute: Compute, run: Run) -> None:
     """What the model writes after a few fixed beginnings; from rank 0, with a copy of the weights, called by all."""
-    engine = train.engine_on_master(model, None, compute)
+    engine = engine_on_master(model, None, compute)
     if not engine:
         return
     for prompt in PROMPTS:
         ids = tokenizer.encode(prompt, prepend="<|bos|>")
         samples, _ = engine.generate_batch([ids], Sampling(max_tokens=48, temperature=0.7, top_k=50))
         text = tokenizer.decode(samples[0])
-        record.write("sample", step=step, prompt=prompt, text=text)
+        run.record.write("sample", step=run.done, prompt=prompt, text=text)
         print0(f"  {prompt!r} -> {text!r}")
 
 

@@ -61,27 +61,16 @@ from typing import Any
 
 import torch
 
-from nanochat import train
-from nanochat.checkpoint_manager import (
-    checkpoint_path,
-    find_checkpoint,
-    find_resume,
-    is_best,
-    mark_best,
-    open_model,
-    restore_model,
-    restore_optimizers,
-    save_checkpoint,
-)
-from nanochat.common import Stopped, UserError, print0, run_main
-from nanochat.compute import Compute, compute_cleanup, compute_init, peak_memory_bytes
+from nanochat.checkpoint_manager import find_checkpoint, open_model
+from nanochat.common import UserError, print0, run_main
+from nanochat.compute import Compute, compute_init
 from nanochat.conversation import decode_parts, fingerprint, parts_text, render_for_completion
 from nanochat.engine import Engine, Sampling
 from nanochat.gpt import GPT
-from nanochat.guard import SaveClock, SignalWatch, Spikes
-from nanochat.record import open_record
+from nanochat.run import Run, open_run
 from nanochat.task_eval import pass_at_k
 from nanochat.tokenizer import Tokenizer
+from nanochat.train import Rates, Spikes, Sums, agree, every, show_chats, update, zero_sums
 from tasks.common import Task
 from tasks.gsm8k import extract_answer
 from tasks.mixtures import rl_task
@@ -89,9 +78,54 @@ from tasks.mixtures import rl_task
 
 def main() -> None:
     compute = compute_init(device_type, dtype, seed)
+    check_settings()
     start = find_checkpoint(source, model_tag, step)
     model, tokenizer = open_model(start, compute.device, "train")
     problems, held_out = rl_task(task, "train"), rl_task(task, "dev")
+    print0(f"steps of {examples_per_step} prompts x {num_samples} samples; {len(problems):,} problems")
+
+    # What a checkpoint and the run that continues it must agree on
+    identity: dict[str, Any] = {"model_config": model.config_dict(), "task": task, "problems": fingerprint(problems)}
+    identity |= {"seed": seed, "examples_per_step": examples_per_step, "num_samples": num_samples}
+    identity |= {"started_from": start.identity}
+
+    with open_run("rl", start.tag, settings, identity, compute) as run:
+        once = num_iterations or max(1, len(problems) // examples_per_step)
+        num_steps, _ = run.horizon or (once, "")
+        print0(f"horizon: {num_steps:,} steps")
+        rates = [rate * init_lr_frac for rate in (matrix_lr, embedding_lr, unembedding_lr)]
+        optimizers = model.setup_optimizers(*rates, weight_decay, compute.dtype)
+        spikes, dead_steps = Spikes(), run.position.get("dead_steps", 0)
+        run.begin(model, optimizers, tokenizer, num_steps, spikes, task=task, started_from=start.identity)
+        if run.is_finished:
+            return
+
+        if run.done == 0:
+            evaluate(model, tokenizer, held_out, run)
+        for number in run.steps():
+            numbers = [(i + number * examples_per_step) % len(problems) for i in range(examples_per_step)]
+            draws = seed * 2**24 + number + 1
+            groups = roll_out(model, tokenizer, problems, numbers, num_samples, draws, run)
+            vitals = measure(groups, compute)
+            sums = policy_gradient(model, groups, compute)
+            agreed = agree(sums, run.received, optimizers, compute)  # one all-reduce: raises on every rank or on none
+            multipliers = Rates(lr=1 - number / num_steps, momentum=0.95, weight_decay=1.0)
+            result = update(optimizers, agreed, multipliers, compute, spikes, skip_spikes)
+            dead_steps = 0 if vitals["groups_with_signal"] else dead_steps + 1
+            run.end_step(result, {"dead_steps": dead_steps}, describe(vitals), lr=round(multipliers.lr, 6), **vitals)
+
+            if dead_steps >= max_dead_steps:
+                raise UserError(diagnose(vitals, dead_steps), everywhere=True)
+            if every(eval_every, run.done, num_steps) or run.done == num_steps:
+                evaluate(model, tokenizer, held_out, run)
+
+        questions = [str(held_out[i]["messages"][0]["content"]) for i in range(min(3, len(held_out)))]
+        show_chats(questions, model, tokenizer, compute, run)
+        run.finish()
+
+
+def check_settings() -> None:
+    """Raise UserError for numbers with which nothing can be tried."""
     if min(examples_per_step, num_samples - 1, eval_examples, eval_samples, device_batch_size) < 1:
         raise UserError(
             f"--examples-per-step={examples_per_step} --num-samples={num_samples} --eval-examples={eval_examples} "
@@ -101,97 +135,6 @@ def main() -> None:
         raise UserError(
             f"--num-iterations={num_iterations}: expected at least 1, or None for once through the problems"
         )
-    print0(f"steps of {examples_per_step} prompts x {num_samples} samples; {len(problems):,} problems")
-
-    # What a checkpoint and the run that continues it must agree on
-    identity: dict[str, Any] = {
-        "model_config": model.config_dict(),
-        "task": task,
-        "problems": fingerprint(problems),
-        "seed": seed,
-    }
-    identity |= {"examples_per_step": examples_per_step, "num_samples": num_samples, "started_from": start.identity}
-    checkpoint = find_resume("rl", start.tag, identity, resume, resume_from_step, fresh, compute)
-    if checkpoint and num_iterations is None:
-        num_steps = checkpoint.meta["num_steps"]
-    else:
-        num_steps = num_iterations or max(1, len(problems) // examples_per_step)
-    print0(f"horizon: {num_steps:,} steps")
-    rates = [rate * init_lr_frac for rate in (matrix_lr, embedding_lr, unembedding_lr)]
-    optimizers = model.setup_optimizers(rates[0], rates[1], rates[2], weight_decay, compute.dtype)
-    meter, spikes, dead_steps = train.Meter(model.estimate_flops(), num_steps, compute), Spikes(), 0
-    if checkpoint:
-        restore_model(model, checkpoint)
-        restore_optimizers(optimizers, checkpoint)
-        dead_steps = train.restore_loop(checkpoint, meter, spikes)["dead_steps"]
-        if meter.steps >= num_steps:
-            print0(f"this run is finished; more steps: --resume --num-iterations={2 * num_steps}")
-            compute_cleanup()
-            return
-    first_step = meter.steps
-    record = open_record("rl", start.tag, settings, **compute.about())
-    plan = {"task": task, "optimizer_state_bytes": sum(optimizer.state_bytes() for optimizer in optimizers)}
-    record.write("plan", first_step=first_step, num_steps=num_steps, started_from=start.identity, **plan)
-    wandb_run = train.open_wandb(run, "rl", settings, checkpoint)
-
-    def save() -> None:
-        """The state after the last whole step, whatever has happened since."""
-        loop = train.loop_state(num_steps, {"dead_steps": dead_steps}, meter, spikes, wandb_run)
-        meta = {**identity, **loop, "settings": settings}
-        path = checkpoint_path("rl", start.tag, meter.steps)
-        save_checkpoint(path, model, optimizers, tokenizer, meta, compute, keep_last)
-
-    def evaluate(done: int, watch: SignalWatch) -> None:
-        pass_at = evaluate_pass_at_k(model, tokenizer, held_out, compute, watch)
-        record.write("eval", step=done, problems=min(eval_examples, len(held_out)), pass_at=pass_at)
-        shown = (f"pass@{k} {score['value']:.1%} +- {score['stderr']:.1%}" for k, score in pass_at.items())
-        print0(f"step {done:,}: {', '.join(shown)}")
-        loss = -pass_at["1"]["value"]
-        if save_best and done and is_best("rl", start.tag, loss):
-            save()
-            mark_best("rl", start.tag, done, loss, compute)
-
-    clock = SaveClock(save_every, save_minutes, compute)
-    with (
-        SignalWatch(compute) as watch,
-        train.whole_steps(f"rl-{start.tag}", meter, model, optimizers, record, compute, save),
-        train.progress_bar(num_steps, first_step) as bar,
-    ):
-        if first_step == 0:
-            evaluate(0, watch)
-        for done in range(first_step + 1, num_steps + 1):
-            meter.start()
-            numbers = [(i + (done - 1) * examples_per_step) % len(problems) for i in range(examples_per_step)]
-            draws = seed * 2**24 + done
-            rollouts = roll_out(model, tokenizer, problems, numbers, compute, num_samples, draws, watch)
-            vitals = measure(rollouts, compute)
-            sums = policy_gradient(model, rollouts, compute)
-            multipliers = train.Rates(lr=1 - (done - 1) / num_steps, momentum=0.95, weight_decay=1.0)
-            result = train.update(optimizers, sums, multipliers, compute, watch.received, spikes, skip_spikes)
-            dead_steps = 0 if vitals["groups_with_signal"] else dead_steps + 1
-            logged = {**meter.tick(result), **vitals}
-            record.write("step", step=done - 1, lr=round(multipliers.lr, 6), **logged)
-            bar.update()
-            print0(f"step {done:,}/{num_steps:,}: " + describe(logged))
-            if wandb_run:
-                wandb_run.log({"step": done - 1, "lr": multipliers.lr, **logged})
-            if result.stop_signal:
-                raise Stopped(result.stop_signal)
-            if clock.due(done) or done == num_steps:
-                save()
-            if dead_steps >= max_dead_steps:
-                raise UserError(diagnose(vitals, dead_steps), everywhere=True)
-            if train.every(eval_every, done) or done == num_steps:
-                evaluate(done, watch)
-
-    questions = [str(held_out[i]["messages"][0]["content"]) for i in range(min(3, len(held_out)))]
-    train.show_chats(questions, model, tokenizer, compute, record, num_steps)
-    record.write("end", **meter.summary(), **spikes.summary(), peak_memory_bytes=peak_memory_bytes(compute.device))
-    print0(f"{meter.train_seconds:,.0f} s of training, {peak_memory_bytes(compute.device) / 1e9:.1f} GB at most")
-    if wandb_run:
-        wandb_run.finish()
-    record.close()
-    compute_cleanup()
 
 
 # -----------------------------------------------------------------------------
@@ -216,25 +159,25 @@ def roll_out(
     tokenizer: Tokenizer,
     problems: Task,
     numbers: list[int],
-    compute: Compute,
     samples: int,
-    seed: int,
-    watch: SignalWatch,
+    draws: int,
+    run: Run,
 ) -> list[list[Rollout]]:
-    """This rank's share of the prompts, `samples` answers to each from one decode batch, with rewards: a group each.
-    Raises Stopped, on every rank, when a signal came to any meanwhile: the step is not begun, and tried again by the
-    run that resumes.
+    """This rank's share of the problems with these numbers, `samples` answers to each from one decode batch, with
+    rewards: a group each. `draws` seeds the sampling. Raises Stopped,
+    on every rank, when a signal came to any meanwhile: the step is not begun, and tried again by the run that resumes.
     """
-    low, high = (len(numbers) * (compute.rank + i) // compute.world_size for i in (0, 1))
+    rank, world_size = run.compute.rank, run.compute.world_size
+    low, high = (len(numbers) * (rank + i) // world_size for i in (0, 1))
     conversations = [problems[number] for number in numbers[low:high]]
     prompts = [render_for_completion(conversation["messages"], tokenizer) for conversation in conversations]
-    engine = Engine(model, tokenizer, compute.dtype)
-    sampling = Sampling(max_new_tokens, seed=seed)
-    firsts = range(low * samples, high * samples, samples)  # answers do not depend on who gives them
+    engine = Engine(model, tokenizer, run.compute.dtype)
+    firsts = range(low * samples, high * samples, samples)  # what is drawn does not depend on who draws
     sequences, masks = [], []
     if prompts:
-        sequences, masks = engine.generate_batch(prompts, sampling, samples, first=firsts, until=lambda: watch.received)
-    watch.poll()
+        sampling = Sampling(max_new_tokens, seed=draws)
+        sequences, masks = engine.generate_batch(prompts, sampling, samples, first=firsts, until=lambda: run.received)
+    run.poll()
     groups = []
     for i, conversation in enumerate(conversations):
         group = []
@@ -249,11 +192,11 @@ def roll_out(
     return groups
 
 
-def policy_gradient(model: GPT, groups: list[list[Rollout]], compute: Compute) -> train.Sums[dict[str, int]]:
+def policy_gradient(model: GPT, groups: list[list[Rollout]], compute: Compute) -> Sums:
     """Gradients of -sum(advantage * log p) over the sampled tokens of the groups with signal, left on the parameters.
-    Returns that sum and the number of those tokens, on this rank, for train.update to divide by.
+    Returns that sum and the number of those tokens, on this rank, for agree() and update() to divide by.
     """
-    sums: train.Sums[dict[str, int]] = train.Sums(torch.zeros(2, dtype=torch.float64), {}, [])
+    sums = zero_sums(compute)
     rollouts = [rollout for group in groups for rollout in group if rollout.advantage]
     rollouts.sort(key=lambda rollout: len(rollout.prompt) + len(rollout.tokens))  # little padding
     for start in range(0, len(rollouts), device_batch_size):
@@ -271,9 +214,8 @@ def policy_gradient(model: GPT, groups: list[list[Rollout]], compute: Compute) -
         weights = advantages[:, None].expand(-1, T)
         loss = model(inputs, targets, weights, loss_reduction="sum", dtype=compute.dtype)
         loss.backward()
-        sums.totals += torch.stack([loss.detach(), (targets >= 0).sum()]).cpu()
+        sums.totals += torch.stack([loss.detach(), (targets >= 0).sum()])
         sums.batches.append((inputs, targets))
-    sums.totals = sums.totals.to(compute.device, torch.float32 if compute.device.type == "mps" else torch.float64)
     return sums
 
 
@@ -307,11 +249,10 @@ def measure(groups: list[list[Rollout]], compute: Compute) -> dict[str, float]:
     }
 
 
-def describe(logged: dict[str, float]) -> str:
+def describe(vitals: dict[str, float]) -> str:
     return (
-        f"reward {logged['reward']:.3f} +- {logged['reward_std']:.3f}, ended {logged['ended']:.0%}, parsed "
-        f"{logged['parsed']:.0%}, groups with signal {logged['groups_with_signal']}/{logged['groups']}, "
-        f"{logged['tokens']:,} tokens, {logged['seconds']:.1f} s"
+        f"reward {vitals['reward']:.3f} +- {vitals['reward_std']:.3f}, ended {vitals['ended']:.0%}, parsed "
+        f"{vitals['parsed']:.0%}, groups with signal {vitals['groups_with_signal']}/{vitals['groups']}"
     )
 
 
@@ -329,18 +270,19 @@ def diagnose(vitals: dict[str, float], dead_steps: int) -> str:
     return f"no prompt taught anything for {dead_steps} steps; {why}"
 
 
-def evaluate_pass_at_k(
-    model: GPT, tokenizer: Tokenizer, problems: Task, compute: Compute, watch: SignalWatch
-) -> dict[str, dict[str, float]]:
-    """pass@k and its standard error on the first eval_examples problems, the same on every rank."""
-    numbers = list(range(min(eval_examples, len(problems))))
-    groups = roll_out(model, tokenizer, problems, numbers, compute, eval_samples, seed, watch)
+def evaluate(model: GPT, tokenizer: Tokenizer, held_out: Task, run: Run) -> None:
+    """Record pass@k and its standard error on the first eval_examples problems. The same on every rank."""
+    numbers = list(range(min(eval_examples, len(held_out))))
+    groups = roll_out(model, tokenizer, held_out, numbers, eval_samples, seed, run)
     right = torch.zeros(len(numbers), dtype=torch.float64)  # of each problem; this rank has some of them
-    first = len(numbers) * compute.rank // compute.world_size
+    first = len(numbers) * run.compute.rank // run.compute.world_size
     for i, group in enumerate(groups, first):
         right[i] = sum(rollout.reward for rollout in group)
-    pass_at = pass_at_k([int(count) for count in compute.sum(right).tolist()], eval_samples)
-    return {str(k): {"value": round(value, 6), "stderr": round(error, 6)} for k, (value, error) in pass_at.items()}
+    scores = pass_at_k([int(count) for count in run.compute.sum(right).tolist()], eval_samples)
+    shown = (f"pass@{k} {value:.1%} +- {error:.1%}" for k, (value, error) in scores.items())
+    print0(f"step {run.done:,}: {', '.join(shown)}")
+    pass_at = {str(k): {"value": round(value, 6), "stderr": round(error, 6)} for k, (value, error) in scores.items()}
+    run.evaluated(-scores[1][0], problems=len(numbers), pass_at=pass_at)
 
 
 if __name__ == "__main__":

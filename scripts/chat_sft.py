@@ -3,10 +3,7 @@
     python -m scripts.chat_sft dev/configs/laptop_sft.py
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft -- --device-batch-size=4 --run=sft
 
-The loop, which midtraining shares, is nanochat/finetune.py. A run that was stopped continues with --resume.
-
-The run is a function of its settings, the mixture and the checkpoint it starts from: any number of ranks sees the same
-rows in the same order, and a run that was stopped continues with --resume as if it had not been (bit for bit on CPU).
+A run that was stopped continues with --resume, as nanochat/run.py says.
 """
 
 from typing import Literal
@@ -62,16 +59,90 @@ resume_from_step: int | None = None  # continue from this step
 fresh = False  # start over although this tag has checkpoints; they are kept under another name
 settings = configure(__name__)
 
-from nanochat.common import run_main
-from nanochat.finetune import fine_tune
+from nanochat.checkpoint_manager import find_checkpoint, open_model, restore_model, restore_optimizers
+from nanochat.common import print0, run_main
+from nanochat.compute import Compute, compute_init
+from nanochat.conversation import Conversations, fingerprint
+from nanochat.dataloader import ChatPosition, chat_stream, rows_in_epoch
+from nanochat.loss_eval import evaluate_chats
+from nanochat.run import open_run
+from nanochat.schedule import BatchPlan, plan_batches
+from nanochat.sharding import placement
+from nanochat.sizing import choose_device_batch
+from nanochat.tokenizer import Tokenizer
+from nanochat.train import (
+    Spikes,
+    Stream,
+    accumulate,
+    agree,
+    compile_model,
+    every,
+    plan_chats,
+    rates_at,
+    row_length,
+    show_chats,
+    update,
+)
 from tasks.mixtures import SAMPLES, sft_mixture
 
 
 def main() -> None:
-    name = str(settings["mixture"])
-    fine_tune(
-        "sft", settings, sft_mixture(name, "train"), sft_mixture(name, "dev"), all_tokens=False, questions=SAMPLES
-    )
+    compute = compute_init(device_type, dtype, seed)
+    start = find_checkpoint(source, model_tag, step)
+    model, tokenizer = open_model(start, compute.device, "train", placement(compute, shard, offload))
+    model.recompute = recompute
+    conversations, held_out = sft_mixture(mixture, "train"), sft_mixture(mixture, "dev")
+    print0(f"mixture {mixture}: {len(conversations):,} conversations, {len(held_out):,} to validate on")
+    if compile:
+        compile_model(model, compute.device)
+
+    # The batch, and what a checkpoint and the run that continues it must agree on
+    T = row_length(model, max_seq_len)
+    rows = choose_device_batch(device_batch_size, model, total_batch_size, T, compute, compile)
+    batch = plan_batches(total_batch_size, rows, T, compute.world_size)
+    print0(f"batch: {batch} (asked for {total_batch_size:,})")
+    identity = {"model_config": model.config_dict(), "rows_per_step": batch.rows, "row_length": T, "seed": seed}
+    identity |= {"conversations": fingerprint(conversations), "started_from": start.identity}
+
+    with open_run("sft", start.tag, settings, identity, compute) as run:
+        trial = open_stream(conversations, tokenizer, batch, compute, ChatPosition())
+        epoch = rows_in_epoch(conversations, tokenizer, T, all_tokens=False)
+        num_steps, formula = run.horizon or plan_chats(num_iterations, minutes, epoch, model, trial, batch, compute)
+        print0(f"horizon: {num_steps:,} steps, {num_steps * batch.tokens:,} tokens ({formula})")
+        if minutes is not None:  # trial steps have changed the weights
+            restore_model(model, start)
+        rates = [rate * init_lr_frac for rate in (matrix_lr, embedding_lr, unembedding_lr)]
+        optimizers = model.setup_optimizers(*rates, weight_decay, compute.dtype)
+        if warm_start and not run.checkpoint:
+            restore_optimizers(optimizers, start)
+        spikes = Spikes()
+        run.begin(model, optimizers, tokenizer, num_steps, spikes, batch.tokens, formula=formula, batch=str(batch))
+        if run.is_finished:
+            return
+        run.record.write("data", name=mixture, conversations=len(conversations), started_from=start.identity)
+
+        stream = open_stream(conversations, tokenizer, batch, compute, ChatPosition.from_json(run.position))
+        for number in run.steps():
+            sums = accumulate(model, stream, batch.grad_accum_steps, compute)
+            agreed = agree(sums, run.received, optimizers, compute)  # one all-reduce: raises on every rank or on none
+            multipliers = rates_at(number, num_steps, warmup_ratio, warmdown_ratio, final_lr_frac)
+            result = update(optimizers, agreed, multipliers, compute, spikes, skip_spikes)
+            run.end_step(result, sums.position, lr=round(multipliers.lr, 6))  # records it, saves when that is due
+
+            if every(eval_every, run.done, num_steps) or run.done == num_steps:
+                val_loss = evaluate_chats(model, held_out, tokenizer, batch, compute, False, run.poll)
+                print0(f"step {run.done:,}: validation loss {val_loss:.4f}")
+                run.evaluated(val_loss, val_loss=val_loss)
+
+        show_chats(SAMPLES, model, tokenizer, compute, run)
+        run.finish(sums.position.describe())
+
+
+def open_stream(
+    conversations: Conversations, tokenizer: Tokenizer, batch: BatchPlan, compute: Compute, start: ChatPosition
+) -> Stream:
+    """The training rows of this rank, from a position on. Nothing is learned but what the assistant says."""
+    return chat_stream(conversations, tokenizer, batch, compute, all_tokens=False, seed=seed, start=start)
 
 
 if __name__ == "__main__":

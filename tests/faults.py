@@ -5,7 +5,7 @@
         code, output = faults.run("base", {"num_iterations": 6}, ranks=3)
 
 A server process imports torch and the scripts once, which takes 4 s, and forks for every rank: 0.3 s and its steps.
-Points are lines of Python: `loop` counts those that main() or fine_tune() executes, `save` those of everything below
+Points are lines of Python: `loop` counts those of the script's main() and of run.py, `save` those of everything below
 save_checkpoint(). The server itself never computes, so that a fork of it is as good as a new process.
 """
 
@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import CodeType, FrameType, TracebackType
 from typing import Any, Self
 
 from nanochat.common import STAGES
@@ -219,7 +219,7 @@ def on_points(act: Callable[[str, int], None]) -> None:
 
     def on_call(frame: FrameType, event: str, argument: object) -> Any:
         code = frame.f_code
-        if code.co_name in ("main", "fine_tune") and in_project(code.co_filename):
+        if in_loop_of(code):
             return in_loop
         return in_save if below_save(frame) else None
 
@@ -234,8 +234,9 @@ def at_point(place: str, number: int, act: Callable[[], None]) -> None:
 AT_END: list[Callable[[], None]] = []
 
 
-def in_project(file: str) -> bool:
-    return Path(file).parent.name in ("scripts", "nanochat")
+def in_loop_of(code: CodeType) -> bool:
+    file = Path(code.co_filename)
+    return (code.co_name == "main" and file.parent.name == "scripts") or file.parts[-2:] == ("nanochat", "run.py")
 
 
 def below_save(frame: FrameType | None) -> bool:
@@ -271,15 +272,16 @@ def limit_file_size(size: int) -> None:
 
 def at_step(number: int, instead: Callable[..., Any]) -> None:
     """In the given step (from 1) of this process, call instead(accumulate, model, stream, ...)."""
-    from nanochat import train
+    from nanochat.train import accumulate
 
-    accumulate, calls = train.accumulate, []
+    calls = []
 
     def counted(*values: Any) -> Any:
         calls.append(1)
         return instead(accumulate, *values) if len(calls) == number else accumulate(*values)
 
-    train.accumulate = counted
+    for name in ("base_train", "mid_train", "chat_sft"):
+        sys.modules[f"scripts.{name}"].accumulate = counted  # type: ignore[attr-defined]
 
 
 def spoil(where: tuple[str, int]) -> None:

@@ -126,6 +126,7 @@ def train_here(home, monkeypatch):
     from scripts import base_train
 
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(home))
+    defaults = dict(base_train.settings)
     values = {
         "depth": 2,
         "aspect_ratio": 32,
@@ -138,9 +139,10 @@ def train_here(home, monkeypatch):
 
     def run(**changes: object) -> None:
         assert changes.keys() <= base_train.settings.keys()
-        everything = {**base_train.settings, **values, "device_type": "cpu", "num_iterations": 4, **changes}
+        everything = {**defaults, **values, "device_type": "cpu", "num_iterations": 4, **changes}
         for name, value in everything.items():
             monkeypatch.setattr(base_train, name, value)
+        monkeypatch.setattr(base_train, "settings", everything)
         base_train.main()
 
     return run

@@ -9,7 +9,6 @@ import torch
 from nanochat import train
 from nanochat.common import Stopped, UserError
 from nanochat.compute import Compute
-from nanochat.guard import SignalWatch
 from scripts import chat_rl, chat_sft, mid_train
 from tests import tiny
 from tests.faults import FOLDERS, Faults, start_from_t
@@ -76,22 +75,21 @@ def test_the_loss_falls_and_is_recorded(home, stage, name):
 def test_a_stopped_run_continues_bit_for_bit(home, stage, rewarded, monkeypatch, name):
     """SIGTERM in the middle of the third step; the run saves, and goes on as if nothing had been."""
     whole = stage(name, f"whole_{name}")
-    update, calls = train.update, []
+    script, calls = SCRIPTS[name], []
+    part = "policy_gradient" if name == "rl" else "accumulate"  # of a step, before the ranks agree on stopping
+    there = getattr(script, part)
 
-    def killed(*values):
+    def killed(*values, **named):
         calls.append(1)
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return update(*values[:4], watch[-1].received if watch else 0, *values[5:])
+        return there(*values, **named)
 
-    watch: list = []
-    enter = SignalWatch.__enter__
-    monkeypatch.setattr(SignalWatch, "__enter__", lambda self: watch.append(self) or enter(self))
-    monkeypatch.setattr(train, "update", killed)
+    monkeypatch.setattr(script, part, killed)
     with pytest.raises(Stopped):
         stage(name, f"stopped_{name}", save_every=-1)
     assert [path.name for path in (home / FOLDERS[name] / f"stopped_{name}").glob("step_*")] == ["step_000003"]
-    monkeypatch.setattr(train, "update", update)
+    monkeypatch.setattr(script, part, there)
     assert stage(name, f"stopped_{name}", resume=True, save_every=-1) == whole
 
 
@@ -143,8 +141,8 @@ def test_a_batch_without_a_supervised_token_changes_no_weight(home):
     optimizers = model.setup_optimizers(dtype=torch.float32)
     compute = Compute(torch.device("cpu"), torch.float32, 0, 1)
     stream = iter([(torch.zeros(2, 8, dtype=torch.long), torch.full((2, 8), -1), None)])
-    sums = train.accumulate(model, stream, None, 1, compute)
-    result = train.update(optimizers, sums, train.Rates(1.0, 0.9, 1.0), compute)
+    agreed = train.agree(train.accumulate(model, stream, 1, compute), 0, optimizers, compute)
+    result = train.update(optimizers, agreed, train.Rates(1.0, 0.9, 1.0), compute)
     assert result.tokens == 0 and result.loss == 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

@@ -8,8 +8,8 @@ LAYERS = [
     "attention calculator common configurator download execution files jail_stub record report_page schedule task_data",
     "adamw compute corpus corpus_writer dataset folder_corpus muon sharding tokenizer",
     "conversation dataloader gpt model sizing",
-    "checkpoint_manager core_eval engine guard hf_model loss_eval task_eval",
-    "finetune report server train",
+    "checkpoint_manager core_eval engine hf_model loss_eval task_eval",
+    "report run server signals train",
 ]
 SIBLINGS = {
     "configurator": {"common"},
@@ -23,7 +23,8 @@ SIBLINGS = {
     "dataloader": {"conversation"},
     "task_eval": {"engine"},
     "hf_model": {"core_eval"},
-    "finetune": {"train"},
+    "run": {"signals"},
+    "train": {"run", "signals"},
     "adamw": {"compute", "sharding"},
     "muon": {"compute", "sharding"},
     "sharding": {"compute"},

@@ -1,5 +1,6 @@
 """The verbs of a loop: averaging, metering, stopping."""
 
+import json
 import subprocess
 import sys
 
@@ -11,8 +12,8 @@ from nanochat.common import NotFinite, StepFailed, UserError
 from nanochat.compute import Compute
 from nanochat.dataloader import Position
 from nanochat.gpt import GPTConfig
-from nanochat.guard import Spikes
 from nanochat.model import build_model
+from nanochat.train import Spikes
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 CONFIG = GPTConfig(sequence_len=8, vocab_size=50, n_layer=1, n_head=1, n_kv_head=1, n_embd=16)
@@ -27,9 +28,9 @@ def stream(*targets: torch.Tensor):
 
 def a_step(model, *targets):
     optimizers = model.setup_optimizers()
-    sums = train.accumulate(model, stream(*targets), Position(), len(targets), CPU)
+    sums = train.accumulate(model, stream(*targets), len(targets), CPU)
     assert sums.position.rows_used == len(targets)
-    return train.update(optimizers, sums, FLAT, CPU)
+    return train.update(optimizers, train.agree(sums, 0, optimizers, CPU), FLAT, CPU)
 
 
 def test_tokens_weigh_the_same_in_full_and_in_sparse_batches():
@@ -66,11 +67,11 @@ def test_a_step_without_any_target_changes_no_weight():
 def test_a_gradient_that_is_not_finite_stops_before_the_update(value):
     model = build_model(CONFIG, CPU.device, 0)
     optimizers = model.setup_optimizers()
-    sums = train.accumulate(model, stream(torch.randint(0, 50, (2, 8))), Position(), 1, CPU)
+    sums = train.accumulate(model, stream(torch.randint(0, 50, (2, 8))), 1, CPU)
     model.wte.weight.grad[0, 0] = value
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(NotFinite, match="nothing was updated"):
-        train.update(optimizers, sums, FLAT, CPU)
+        train.update(optimizers, train.agree(sums, 0, optimizers, CPU), FLAT, CPU)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -82,42 +83,6 @@ def test_gradient_norm_is_that_of_the_mean_gradient():
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
     model.zero_grad()
     assert a_step(model, targets).grad_norm == pytest.approx(norm, rel=1e-5)
-
-
-def test_first_smoothed_loss_is_the_first_loss():
-    """nanochat's mid-training divides by the wrong power: a first loss of 5.00 prints as 2.63."""
-    meter = train.Meter(flops_per_token=100, num_steps=10, compute=CPU)
-    meter.tick(train.StepResult(loss=5.0, tokens=64, grad_norm=1.0, stop_signal=0))
-    assert meter.smooth_loss == pytest.approx(5.0)
-    for _ in range(50):
-        meter.tick(train.StepResult(loss=2.0, tokens=64, grad_norm=1.0, stop_signal=0))
-    assert meter.smooth_loss == pytest.approx(2.0, abs=0.02)
-
-
-def test_meter_counts_all_tokens_of_a_step_and_skips_the_slow_start(monkeypatch):
-    """Half a second a step after three that took ten (compilation): 128 tokens/s, and 10 * 128 FLOP/s."""
-    clock = iter([0, 10, 0, 10, 0, 10, 0, 0.5, 0, 0.5])
-    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
-    meter = train.Meter(flops_per_token=10, num_steps=7, compute=CPU)
-    for _ in range(5):
-        meter.start()
-        meter.tick(train.StepResult(loss=1.0, tokens=64, grad_norm=1.0, stop_signal=0))
-    assert meter.tokens_per_second == pytest.approx(128)
-    assert meter.flops_per_second == pytest.approx(1280)
-    assert meter.eta_seconds == pytest.approx(1.0)
-    assert meter.mfu is None  # a CPU's peak is not guessed
-    assert meter.train_seconds == pytest.approx(31)
-
-
-def test_meter_goes_on_after_a_resume():
-    first = train.Meter(flops_per_token=1, num_steps=9, compute=CPU)
-    for loss in (4.0, 3.0):
-        first.tick(train.StepResult(loss=loss, tokens=1, grad_norm=0.0, stop_signal=0))
-    second = train.Meter(flops_per_token=1, num_steps=9, compute=CPU)
-    second.restore(first.state())
-    for meter in (first, second):
-        meter.tick(train.StepResult(loss=2.0, tokens=1, grad_norm=0.0, stop_signal=0))
-    assert first.smooth_loss == second.smooth_loss and second.steps == 3
 
 
 def test_a_busy_start_does_not_shorten_a_budget_in_minutes(monkeypatch):
@@ -134,8 +99,8 @@ def test_a_busy_start_does_not_shorten_a_budget_in_minutes(monkeypatch):
 
 
 def test_every():
-    assert [step for step in range(7) if train.every(3, step)] == [3, 6]
-    assert not any(train.every(interval, step) for interval in (-1, 0) for step in range(7))
+    assert [step for step in range(1, 9) if train.every(3, step, 8)] == [3, 6, 8]
+    assert not any(train.every(interval, step, 8) for interval in (-1, 0) for step in range(1, 9))
 
 
 def test_library_modules_import_without_side_effects():
@@ -152,8 +117,8 @@ def test_a_skipped_spike_leaves_the_weights_alone():
     for _ in range(Spikes.ENOUGH):
         spikes.see(1.0, 0.1)  # what the steps before were like
     before = [p.clone() for p in model.parameters()]
-    sums = train.accumulate(model, stream(targets), Position(), 1, CPU)
-    result = train.update(optimizers, sums, FLAT, CPU, spikes=spikes, skip_spikes=True)
+    sums = train.accumulate(model, stream(targets), 1, CPU)
+    result = train.update(optimizers, train.agree(sums, 0, optimizers, CPU), FLAT, CPU, spikes=spikes, skip_spikes=True)
     assert result.spike and (spikes.count, spikes.skipped) == (1, 1) and optimizers[0].steps == 0
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
@@ -167,8 +132,30 @@ def test_a_damaged_shard_ends_the_step_and_not_the_others():
 
     model = build_model(CONFIG, CPU.device, 0)
     before = [p.clone() for p in model.parameters()]
-    sums = train.accumulate(model, damaged(), Position(), 2, CPU)
+    sums = train.accumulate(model, damaged(), 2, CPU)
     with pytest.raises(StepFailed, match="shard_00003"):
-        train.update(model.setup_optimizers(), sums, FLAT, CPU)
+        train.agree(sums, 0, model.setup_optimizers(), CPU)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_spikes_are_found_counted_and_survive_a_resume():
+    rng = torch.Generator().manual_seed(0)
+    calm = [(3 + 0.1 * torch.randn((), generator=rng).item(), 1.0) for _ in range(200)]
+    spikes = Spikes()
+    assert not any(spikes.see(*figures) for figures in calm[:63]) and not spikes.see(99.0, 1.0)  # too few to tell
+    spikes = Spikes()
+    assert not any(spikes.see(*figures) for figures in calm)
+    again = Spikes()
+    again.restore(json.loads(json.dumps(spikes.state())))
+    for one in (spikes, again):
+        assert one.see(3.9, 1.0) and one.see(3.0, 5.0, skip=True) and not one.see(3.1, 1.0)
+        assert (one.count, one.skipped) == (2, 1)
+
+
+def test_a_loss_that_has_risen_for_good_is_not_a_spike_for_ever():
+    """With spikes left out of the statistics, --skip-spikes would have skipped every step from there on."""
+    spikes = Spikes()
+    for _ in range(128):
+        spikes.see(2.0, 1.0)
+    assert [spikes.see(3.0, 1.0) for _ in range(40)].count(True) < 10
