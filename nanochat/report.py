@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat import report_page as page
-from nanochat.common import UserError, get_base_dir, run_main
+from nanochat.common import UserError, get_base_dir, print0, run_main
 from nanochat.files import write_atomic
 from nanochat.record import read_record
 from nanochat.sizing import find_card
@@ -65,8 +65,8 @@ def write(name: str, text: str, curves: Sequence[page.Curve]) -> None:
     folder = get_base_dir() / "report"
     write_atomic(folder / f"{name}.md", text)
     write_atomic(folder / f"{name}.html", page.to_html(text, curves))
-    print(text)
-    print(f"written to {folder / name}.md and {folder / name}.html")
+    print0(text)
+    print0(f"written to {folder / name}.md and {folder / name}.html")
 
 
 def build(runs: Sequence[Events], dollars: float | None = None) -> tuple[str, list[page.Curve]]:
@@ -118,25 +118,27 @@ def summary(runs: Sequence[Events], found: dict[str, Events], graded: Grades, do
 def results(runs: Sequence[Events], found: dict[str, Events], graded: Grades) -> str:
     """All scores by stage, and what they must be held against."""
 
-    def row(name: str, values: dict[str, str], chance: str = "-", n: str = "-") -> list[str]:
+    def by_stage(name: str, values: dict[str, str], chance: str = "-", n: str = "-") -> list[str]:
         return [name, *(values.get(stage, "-") for stage in STAGES), chance, n]
 
     bpb = val_bpb(runs, found["base"])
     documents = f"{bpb['documents']:,} documents" if "documents" in bpb else "-"
     held_out = {stage: number(last(found[stage], "eval", "val_loss"), ".4f") for stage in STAGES}
-    rows = [row("bits per byte, validation", {"base": score(bpb)}, n=documents)]
-    rows.append(row("nats per token trained on, held-out chats", held_out))
+    rows = [by_stage("bits per byte, validation", {"base": score(bpb)}, n=documents)]
+    rows.append(by_stage("nats per token trained on, held-out chats", held_out))
     for name, events in sorted(graded.items(), key=lambda item: is_mean(item[1])):
         told = {k: score(e) + (f" {STALE}" if is_stale(e, found[k]) else "") for k, e in events.items()}
         chance = next((e["baseline"] for e in events.values() if e.get("baseline") is not None), None)
         n = " / ".join(dict.fromkeys(map(counted, events.values())))
-        rows.append(row(name if is_mean(events) else f"{name}, %", told, number(chance and 100 * chance, ".1f"), n))
+        rows.append(
+            by_stage(name if is_mean(events) else f"{name}, %", told, number(chance and 100 * chance, ".1f"), n)
+        )
         for k in dict.fromkeys(k for event in events.values() for k in event.get("pass_at", {})):
             at = {stage: score(e["pass_at"][k], 100) for stage, e in events.items() if k in e.get("pass_at", {})}
-            rows.append(row(f"{name} pass@{k}, %", at, n=n))
+            rows.append(by_stage(f"{name} pass@{k}, %", at, n=n))
     task, problems = last(found["rl"], "plan", "task", "RL"), number(last(found["rl"], "eval", "problems"))
     for k, value in sorted(last(found["rl"], "eval", "pass_at", {}).items(), key=lambda item: int(item[0])):
-        rows.append(row(f"{task} pass@{k} in training, %", {"rl": score(value, 100)}, n=problems))
+        rows.append(by_stage(f"{task} pass@{k} in training, %", {"rl": score(value, 100)}, n=problems))
     return page.table(["", *STAGES.values(), "chance", "n"], rows, "lrrrrrr")
 
 
@@ -268,9 +270,8 @@ def training(found: dict[str, Events]) -> list[str]:
     facts = []
     for stage, name in STAGES.items():
         told = [last(found[stage], "plan", key) for key in ("formula", "batch", "task")]
-        told += dict.fromkeys(
-            f"{e['name']} {e['conversations']:,} conversations" for e in of_kind(found[stage], "data")
-        )
+        data = of_kind(found[stage], "data")
+        told += dict.fromkeys(f"{e['name']} {e['conversations']:,} conversations" for e in data)
         told = [text for text in (*told, last(found[stage], "end", "text")) if text]
         facts += [(name, "; ".join(told))] if told else []
     return [page.table(["", *STAGES.values()], rows, "lrrrr"), page.facts(facts)]
@@ -306,9 +307,9 @@ def machine(runs: Sequence[Events], dollars: float | None) -> str:
     """Where it ran, with what and for how much; several where they differ between runs."""
     told: dict[str, list[str]] = {}
     for start in (run[0] for run in runs):
+        versions = ", ".join(f"{name} {version}" for name, version in start["versions"].items())
         about = {"hardware": hardware(start), "processor": processor(start), "system": start["platform"]}
-        about |= {"Python": start["python"], "versions": ", ".join(map(" ".join, start["versions"].items()))}
-        for name, value in {**about, "commit": start["git"]}.items():
+        for name, value in {**about, "Python": start["python"], "versions": versions, "commit": start["git"]}.items():
             told.setdefault(name, []).append(value)
     if told["hardware"] == told["processor"]:
         del told["hardware"]
