@@ -1,8 +1,15 @@
 """Fixtures that more than one test file uses."""
 
+import signal
 from pathlib import Path
 
 import pytest
+
+# A shell that runs the suite in the background ignores these for all its children, and nohup the second: tests that send
+# them failed there. What is ignored is inherited; a handler is not, so that children begin with the default again.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
