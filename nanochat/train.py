@@ -23,7 +23,7 @@ from nanochat.gpt import GPT
 from nanochat.muon import Muon
 from nanochat.record import StepResult
 from nanochat.run import Run
-from nanochat.schedule import BatchPlan, cosine_to_zero, muon_momentum, trapezoid
+from nanochat.schedule import BatchPlan, cosine_to_zero, muon_momentum, one_horizon, trapezoid
 from nanochat.sharding import gathering, is_sharded
 from nanochat.signals import stop_votes, stopped_by
 from nanochat.tokenizer import Tokenizer
@@ -250,16 +250,13 @@ def plan_chats(
     compute: Compute,
 ) -> tuple[int, str]:
     """Steps of a stage that trains on conversations, and where the number comes from: as given, or as many as fit into
-    `minutes` (the caller restores the weights), or one epoch. Raises UserError for both.
+    `minutes` (the caller restores the weights), or one epoch. Raises UserError as one_horizon() does.
     """
-    if num_iterations is not None and minutes is not None:
-        raise UserError(f"--num-iterations={num_iterations} --minutes={minutes:g}: give at most one horizon")
-    if (num_iterations is not None and num_iterations < 1) or (minutes is not None and minutes <= 0):
-        raise UserError(f"--num-iterations={num_iterations} --minutes={minutes}: expected more than 0, or None")
-    if minutes is not None:
-        return steps_for_minutes(minutes, model, stream, batch, compute)
-    if num_iterations is not None:
-        return num_iterations, "as given"
+    given = one_horizon(num_iterations=num_iterations, minutes=minutes)
+    if "minutes" in given:
+        return steps_for_minutes(given["minutes"], model, stream, batch, compute)
+    if "num_iterations" in given:
+        return int(given["num_iterations"]), "as given"
     steps = max(1, round(rows_in_epoch / batch.rows))
     return steps, f"one epoch of about {rows_in_epoch:,} rows / {batch.rows} rows per step"
 

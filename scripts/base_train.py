@@ -68,9 +68,8 @@ fresh = False  # start over although this tag has checkpoints; they are kept und
 settings = configure(__name__)
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from nanochat.common import UserError, print0, run_main
+from nanochat.common import print0, run_main
 from nanochat.compute import Compute, compute_init
 from nanochat.core_eval import CoreTask, GPTScorer, evaluate_task, find_bundle, load_tasks
 from nanochat.corpus import Corpus, iter_text, load_corpus
@@ -80,7 +79,7 @@ from nanochat.gpt import GPT, config_from_depth
 from nanochat.loss_eval import BitsPerByte, evaluate_bpb, validation_windows
 from nanochat.model import build_model
 from nanochat.run import Run, open_run
-from nanochat.schedule import BatchPlan, plan_batches, plan_horizon
+from nanochat.schedule import BatchPlan, one_horizon, plan_batches, plan_horizon
 from nanochat.sharding import placement
 from nanochat.sizing import choose_device_batch
 from nanochat.task_eval import mean_centred
@@ -179,21 +178,12 @@ def open_stream(text: Corpus, tokenizer: Tokenizer, batch: BatchPlan, compute: C
 
 def plan_steps(model: GPT, text: Corpus, tokenizer: Tokenizer, batch: BatchPlan, compute: Compute) -> tuple[int, str]:
     """The number of steps and where it comes from. For --minutes a few real steps are timed, and then undone."""
-    horizons: dict[str, float | None] = {
-        "num_iterations": num_iterations,
-        "target_flops": target_flops,
-        "target_param_data_ratio": target_param_data_ratio,
-        "minutes": minutes,
-    }
-    given = {name: value for name, value in horizons.items() if value is not None and value != -1}
-    if len(given) > 1 or any(value <= 0 for value in given.values()):
-        flags = " ".join(f"--{name.replace('_', '-')}={value}" for name, value in given.items())
-        raise UserError(f"{flags}: give at most one horizon, and more than 0")
-    if minutes is None:
-        horizon: dict[str, Any] = given or {"target_param_data_ratio": 20}
-        return plan_horizon(batch.tokens, model.estimate_flops(), model.num_params(), **horizon)
+    others = {"num_iterations": num_iterations, "target_flops": target_flops}
+    given = one_horizon(**others, target_param_data_ratio=target_param_data_ratio, minutes=minutes)
+    if "minutes" not in given:
+        return plan_horizon(batch.tokens, model.estimate_flops(), model.num_params(), **given)
     stream = open_stream(text, tokenizer, batch, compute, Position())
-    num_steps, formula = steps_for_minutes(minutes, model, stream, batch, compute)
+    num_steps, formula = steps_for_minutes(given["minutes"], model, stream, batch, compute)
     model.init_weights(seed)
     return num_steps, formula
 

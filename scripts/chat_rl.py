@@ -68,6 +68,7 @@ from nanochat.conversation import decode_parts, fingerprint, parts_text, render_
 from nanochat.engine import Engine, Sampling
 from nanochat.gpt import GPT
 from nanochat.run import Run, open_run
+from nanochat.schedule import one_horizon
 from nanochat.task_eval import pass_at_k
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Rates, Spikes, Sums, agree, every, show_chats, update, zero_sums
@@ -90,8 +91,9 @@ def main() -> None:
     identity |= {"started_from": start.identity}
 
     with open_run("rl", start.tag, settings, identity, compute) as run:
-        once = num_iterations or max(1, len(problems) // examples_per_step)
-        num_steps, _ = run.horizon or (once, "")
+        given = one_horizon(num_iterations=num_iterations)
+        once = max(1, len(problems) // examples_per_step)
+        num_steps, _ = run.horizon or (int(given.get("num_iterations", once)), "")
         print0(f"horizon: {num_steps:,} steps")
         rates = [rate * init_lr_frac for rate in (matrix_lr, embedding_lr, unembedding_lr)]
         optimizers = model.setup_optimizers(*rates, weight_decay, compute.dtype)
@@ -130,10 +132,6 @@ def check_settings() -> None:
         raise UserError(
             f"--examples-per-step={examples_per_step} --num-samples={num_samples} --eval-examples={eval_examples} "
             f"--eval-samples={eval_samples} --device-batch-size={device_batch_size}: expected at least 1, num-samples 2"
-        )
-    if num_iterations is not None and num_iterations < 1:
-        raise UserError(
-            f"--num-iterations={num_iterations}: expected at least 1, or None for once through the problems"
         )
 
 

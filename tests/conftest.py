@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-# A shell that runs the suite in the background ignores these for all its children, and nohup the second: tests that send
-# them failed there. What is ignored is inherited; a handler is not, so that children begin with the default again.
+# A shell that runs the suite in the background ignores these for all its children, and nohup the second: tests that
+# send them failed there. What is ignored is inherited; a handler is not, so children begin with the default again.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
