@@ -50,10 +50,9 @@ from nanochat.folder_corpus import build_folder, check_same_origin, hash_of, is_
 from nanochat.task_data import (
     DATA_SETS,
     bundle_path,
+    download_rows,
     fetch_bundle,
-    fetch_splits,
     folder_of,
-    missing_splits,
     rows_path,
     splits_of,
 )
@@ -208,10 +207,9 @@ def build_docs(corpus: Path) -> dict[str, Any]:
 def fetch_tasks(workers: int) -> None:
     """Have every published split that a task reads, from one commit per data set."""
     for data_set in DATA_SETS:
-        with locked(folder_of(data_set)):
-            missing = missing_splits(data_set)
-            if missing:
-                fetch_splits(data_set, missing, workers)
+        for split in splits_of(data_set):
+            if not rows_path(data_set, *split).exists():
+                download_rows(data_set, *split, workers)
         print0(f"{folder_of(data_set)}: complete")
 
 
@@ -219,8 +217,9 @@ def list_needs(data: Path) -> None:
     """Print what is here and what is missing of everything; UserError where something is missing. Asks nobody."""
     places = {data / source / MANIFEST: has_corpus(data / source, 8 if num_files is None else num_files)}
     for data_set in DATA_SETS:
-        missing = missing_splits(data_set)
-        places |= {rows_path(data_set, *split): split not in missing for split in splits_of(data_set)}
+        for split in splits_of(data_set):
+            path = rows_path(data_set, *split)
+            places[path] = path.exists()
     places[bundle_path() / MANIFEST] = (bundle_path() / MANIFEST).exists()
     for place, here in places.items():
         files = place.parent.rglob("*.*") if place.name == MANIFEST else [place]

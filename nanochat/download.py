@@ -1,8 +1,8 @@
 """Files from the Hugging Face hub and from plain addresses, fetched whole or not at all.
 
-    listing = list_repository("openai/gsm8k")            # one commit: the size and sha256 of each of its files
+    listing = list_repository("openai/gsm8k")  # one commit: the size and sha256 of each of its files
     with locked(folder), closing(fetch_files(listing, paths, folder, workers=4)) as fetched:
-        for path in fetched: ...                         # each as soon as it is whole
+        for path in fetched: ...  # each as soon as it is whole
 
 Transfers are huggingface_hub's: its variables (HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE), its cache, Xet, its
 attempts and the waits that a busy hub asks for, which it announces.
@@ -14,40 +14,38 @@ in another process, nor check a plain address for more than the announced size.
 
 import errno
 import os
-import queue
 import shutil
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, TypeVar
 
 from nanochat.common import UserError
 from nanochat.files import one_line, sha256_file, whole
 
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
+
 Answer = TypeVar("Answer")
 
 PAUSES = (1, 5)  # seconds before the second and the third attempt, where the server does not say how long to wait
-TIMEOUT = 30  # seconds; a list of 6,543 files with their hashes takes the hub a while
+LIST_SECONDS = 30  # a list of 6,543 files with their hashes takes the hub a while
 ARRIVING = ".arriving"  # where files grow, in the folder that they are for
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # no room; EFBIG also by ulimit -f
 
 
-class RemoteFile(NamedTuple):
-    """What the hub says about a file's bytes; None = nothing."""
-
-    size: int | None
-    sha256: str | None
-
-
 @dataclass(frozen=True)
 class Listing:
-    """The files of a data set repository at one commit, by path."""
+    """The files of a data set repository at one commit, by path: their size, and sha256 where they are large."""
 
     repository: str
     revision: str
-    files: dict[str, RemoteFile]
+    files: "dict[str, RepoSibling]"
 
 
 def list_repository(repository: str, revision: str | None = None) -> Listing:
@@ -55,13 +53,10 @@ def list_repository(repository: str, revision: str | None = None) -> Listing:
     from huggingface_hub import HfApi
 
     info = persist(
-        lambda: HfApi().dataset_info(repository, revision=revision, files_metadata=True, timeout=TIMEOUT),
+        lambda: HfApi().dataset_info(repository, revision=revision, files_metadata=True, timeout=LIST_SECONDS),
         f"the list of {repository}",
     )
-    files = {
-        file.rfilename: RemoteFile(file.size, file.lfs.sha256 if file.lfs else None) for file in info.siblings or ()
-    }
-    return Listing(repository, str(info.sha), files)
+    return Listing(repository, str(info.sha), {file.rfilename: file for file in info.siblings or ()})
 
 
 def fetch_files(listing: Listing, paths: Sequence[str], folder: Path, workers: int) -> Generator[Path]:
@@ -81,27 +76,27 @@ def fetch_files(listing: Listing, paths: Sequence[str], folder: Path, workers: i
             "export NANOCHAT_BASE_DIR=DIR"
         )
     shutil.rmtree(folder / ARRIVING, ignore_errors=True)  # what a killed process left
-    todo, stop = iter(missing), threading.Event()
-    ended: queue.SimpleQueue[tuple[str, Exception | None]] = queue.SimpleQueue()
+    todo = deque(missing)
+    ended: SimpleQueue[str | Exception] = SimpleQueue()
 
     def work() -> None:
-        for path in todo:
-            if stop.is_set():
-                return
-            try:
-                fetch_file(listing, path, folder)
-                ended.put((path, None))
-            except Exception as error:  # raised where it is read
-                ended.put((path, error))
+        with suppress(IndexError):  # nothing is left to do
+            while True:
+                path = todo.popleft()
+                try:
+                    fetch_file(listing, path, folder)
+                    ended.put(path)
+                except Exception as error:  # raised where it is read
+                    ended.put(error)
 
     for _ in range(workers):  # no pool: an interrupted process would wait for 100 MB more of each
         threading.Thread(target=work, daemon=True, name="fetch").start()
     started, received = time.perf_counter(), 0
     try:
         for number in range(1, len(missing) + 1):
-            path, error = ended.get()
-            if error:
-                raise error
+            path = ended.get()
+            if isinstance(path, Exception):
+                raise path
             received += sizes.pop(path)
             rate = received / (time.perf_counter() - started)
             left = f", {sum(sizes.values()) / rate / 60:,.0f} min left" if rate and sizes else ""
@@ -109,7 +104,7 @@ def fetch_files(listing: Listing, paths: Sequence[str], folder: Path, workers: i
             tqdm.write(line)  # above the client's bars, where there are some
             yield folder / path
     finally:
-        stop.set()
+        todo.clear()
         shutil.rmtree(folder / ARRIVING, ignore_errors=True)
 
 
@@ -117,20 +112,18 @@ def fetch_file(listing: Listing, path: str, folder: Path) -> None:
     """Bring one file to its place; UserError where it cannot be had."""
     from huggingface_hub import hf_hub_download
 
-    def ask() -> Path:
-        name = hf_hub_download(
-            listing.repository, path, repo_type="dataset", revision=listing.revision, local_dir=folder / ARRIVING
-        )
-        arrived = Path(name)
-        wrong = difference(listing.files[path], arrived)
-        if wrong:
-            arrived.unlink()  # the client would take it for the right one
-            raise ConnectionError(wrong)
-        return arrived
+    arriving = folder / ARRIVING
 
-    arrived = persist(ask, f"{path} of {listing.repository}")
+    def ask() -> None:
+        hf_hub_download(listing.repository, path, repo_type="dataset", revision=listing.revision, local_dir=arriving)
+        wrong = difference(listing.files[path], arriving / path)
+        if wrong:
+            (arriving / path).unlink()  # the client would take it for the right one
+            raise ConnectionError(wrong)
+
+    persist(ask, f"{path} of {listing.repository}")
     with whole(folder / path) as building:
-        os.replace(arrived, building)
+        os.replace(arriving / path, building)
 
 
 def fetch_url(url: str, target: Path) -> None:
@@ -153,8 +146,6 @@ def persist(ask: Callable[[], Answer], what: str) -> Answer:
     for pause in (*PAUSES, None):
         try:
             return ask()
-        except UserError:
-            raise
         except Exception as error:  # the client lets through the errors of the HTTP library under it
             gave_up = isinstance(error, LocalEntryNotFoundError)  # after six attempts, or at once when it is offline
             cause = error.__cause__ if gave_up and error.__cause__ else error
@@ -174,11 +165,11 @@ def persist(ask: Callable[[], Answer], what: str) -> Answer:
     raise AssertionError("the last attempt returns or raises")
 
 
-def difference(file: RemoteFile, path: Path) -> str:
+def difference(file: "RepoSibling", path: Path) -> str:
     """What differs between a file on disk and the published one; empty where nothing does."""
-    size = path.stat().st_size if path.is_file() else None
-    if size is None or file.size not in (None, size):
-        return f"{size or 0:,} bytes arrived, not the {file.size or 0:,} that are listed"
-    if file.sha256 and sha256_file(path) != file.sha256:
+    size = path.stat().st_size if path.is_file() else -1
+    if size < 0 or file.size not in (None, size):
+        return f"{size:,} bytes arrived, not the {file.size or 0:,} that are listed"
+    if file.lfs and sha256_file(path) != file.lfs.sha256:
         return "its sha256 is not the one that is listed"
     return ""

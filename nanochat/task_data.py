@@ -17,13 +17,12 @@ import json
 import shutil
 import zipfile
 import zlib
-from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nanochat.common import UserError, get_base_dir, print0
-from nanochat.download import fetch_files, fetch_url, list_repository, persist
+from nanochat.download import Listing, fetch_files, fetch_url, list_repository, persist
 from nanochat.files import locked, one_line, read_sealed, seal, sha256_file, whole, write_atomic
 
 # Everything that the tasks read from the hub: repository -> subset -> splits.
@@ -37,7 +36,6 @@ DATA_SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "openai/openai_humaneval": {"openai_humaneval": ("test",)},
     "HuggingFaceTB/smol-smoltalk": {"default": ("train", "test")},
 }
-WORKERS = 4
 MANIFEST = "manifest.json"
 IMPORT = "python -m dev.import_task_data FOLDER"
 PREFETCH = "python -m nanochat.dataset --prefetch=tasks"
@@ -63,10 +61,6 @@ def rows_path(dataset: str, subset: str, split: str) -> Path:
 def splits_of(dataset: str) -> list[Split]:
     """All (subset, split) of a data set that the tasks read."""
     return [(subset, split) for subset, splits in DATA_SETS[dataset].items() for split in splits]
-
-
-def missing_splits(dataset: str) -> list[Split]:
-    return [split for split in splits_of(dataset) if not rows_path(dataset, *split).exists()]
 
 
 # -----------------------------------------------------------------------------
@@ -128,56 +122,45 @@ def place_rows(dataset: str, part: Split, table: Any, about: dict[str, Any], **o
 # Rows from the hub
 
 
-def download_rows(dataset: str, subset: str, split: str) -> None:
-    """Fetch one split from the hub, unless another process has done so by the time it is this one's turn."""
-    with locked(folder_of(dataset)):
-        if not rows_path(dataset, subset, split).exists():
-            fetch_splits(dataset, [(subset, split)], WORKERS)
+def download_rows(dataset: str, subset: str, split: str, workers: int = 4) -> None:
+    """Fetch a split from the hub, from the commit that the data set's other splits came from, unless another process
+    has done so by the time it is this one's turn. UserError where it cannot be had.
+    """
+    folder = folder_of(dataset)
+    with locked(folder):
+        if rows_path(dataset, subset, split).exists():
+            return
+        try:
+            listing = list_repository(dataset, read_manifest(folder).get("revision"))
+            table = fetch_table(listing, (subset, split), folder / ".published", workers)
+        except UserError as error:
+            raise UserError(f"{error} (or, with the original files: {IMPORT})") from None
+        origin = {"repository": dataset, "revision": listing.revision}
+        place_rows(dataset, (subset, split), table, {"source": f"hub {dataset}"}, **origin)
+        shutil.rmtree(folder / ".published")
 
 
-def fetch_splits(dataset: str, splits: Sequence[Split], workers: int) -> None:
-    """Fetch splits of a data set, whose folder the caller has locked, from the commit that what is here came from.
-
-    `datasets` finds the files of a split and reads them. In between they are fetched by fetch_files(), because it
-    compares them with no hash but for size.
+def fetch_table(listing: Listing, part: Split, arriving: Path, workers: int) -> Any:
+    """The rows of a split, whose files are put into a folder. `datasets` finds these files by the repository's own
+    configuration, and reads them; in between they are fetched by fetch_files(), because it compares no hashes.
     """
     import datasets
 
-    folder = folder_of(dataset)
-    arriving = folder / ".published"
-    try:
-        listing = list_repository(dataset, read_manifest(folder).get("revision"))
-        files = {part: published_files(dataset, listing.revision, part) for part in splits}
-        paths = [path for part in splits for path in files[part]]
-        print(f"{dataset} at {listing.revision}: {len(paths):,} files to fetch", flush=True)
-        with closing(fetch_files(listing, paths, arriving, workers)) as fetched:
-            list(fetched)
-        origin = {"repository": dataset, "revision": listing.revision}
-        for part in splits:
-            names = [str(arriving / path) for path in files[part]]
-            try:
-                rows = datasets.load_dataset("parquet", data_files=names, split="train", cache_dir=arriving)
-            except (datasets.exceptions.DatasetsError, ValueError) as error:
-                raise UserError(f"{dataset}: cannot read {'/'.join(part)} ({one_line(error)})") from None
-            place_rows(dataset, part, rows.data.table, {"source": f"hub {dataset}"}, **origin)
-    except UserError as error:
-        raise UserError(f"{error} (or, with the original files: {IMPORT})") from None
-    shutil.rmtree(arriving)
-
-
-def published_files(dataset: str, revision: str, part: Split) -> list[str]:
-    """The parquet files of a split in a repository, as its configuration names them."""
-    import datasets
-
     datasets.disable_progress_bars()
-    subset, split = part
-    builder = persist(
-        lambda: datasets.load_dataset_builder(dataset, subset, revision=revision), f"{dataset} {subset}/{split}"
-    )
-    files = [file.partition(f"@{revision}/")[2] for file in builder.config.data_files.get(split, ())]
-    if not files or not all(file.endswith(".parquet") for file in files):
-        raise UserError(f"{dataset} at {revision} has no parquet files of {subset}/{split}")
-    return files
+    (subset, split), commit = part, listing.revision
+    what = f"{listing.repository} {subset}/{split}"
+    builder = persist(lambda: datasets.load_dataset_builder(listing.repository, subset, revision=commit), what)
+    paths = [file.partition(f"@{commit}/")[2] for file in builder.config.data_files.get(split, ())]
+    if not paths or not all(path.endswith(".parquet") for path in paths):
+        raise UserError(f"{what} at {commit}: there are no parquet files of it")
+    print(f"{what} at {commit}: {len(paths):,} files to fetch", flush=True)
+    with closing(fetch_files(listing, paths, arriving, workers)) as fetched:
+        list(fetched)
+    names = [str(arriving / path) for path in paths]
+    try:
+        return datasets.load_dataset("parquet", data_files=names, split="train", cache_dir=arriving).data.table
+    except (datasets.exceptions.DatasetsError, ValueError) as error:
+        raise UserError(f"{what}: cannot read its parquet files ({one_line(error)})") from None
 
 
 # -----------------------------------------------------------------------------
