@@ -32,9 +32,11 @@ VISIBLE |= dict.fromkeys(range(127, 160), 0xFFFD) | {code: f"<U+{code:04X}>" for
 FORMS = {
     "<table>": '<div class="scroll" tabindex="0"><table>',
     "</table>": "</table></div>",
+    ' style="text-align:right"': ' class="r"',
     "</strong>: ": "</strong> ",
+    "<h4>": "<details><summary>",
+    "</h4>": "</summary>",
 }
-FORMS |= {' style="text-align:right"': ' class="r"', "<h4>": "<details><summary>", "</h4>": "</summary>"}
 
 
 @dataclass(frozen=True)

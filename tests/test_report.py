@@ -8,7 +8,7 @@ from html import unescape
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat import report, report_page
@@ -229,6 +229,7 @@ def test_hostile_text_is_shown_and_not_interpreted():
 MARKUP = st.text("ab1 _*`~|\\<>[]()#&;!-+=.:\n\t\r\0'\"{}$\u202e\u2028\x85", max_size=30)
 
 
+@settings(deadline=None)
 @given(MARKUP, MARKUP, MARKUP)
 def test_any_text_is_shown_as_it_is(one, two, three):
     blocks = [
