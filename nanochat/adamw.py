@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.compute import UnderWay, all_gather, ranks, reduce_scatter
-from nanochat.sharding import compute_device, is_split, local, padded_rows, rows_per_rank
+from nanochat.sharding import UnderWay, Whole, compute_device, deal_rows, join_rows, local, own_rows, padded_rows
+
+EPS = 1e-10
 
 
-def adamw_update(
+def adam_update(
     param: Tensor,
     grad: Tensor,
     exp_avg: Tensor,
@@ -26,87 +27,77 @@ def adamw_update(
     step: int,
     lr: float,
     betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
 ) -> None:
-    """One AdamW step in place; `step` counts from 1. Decay is decoupled: it scales the weight, not the gradient."""
+    """One Adam step in place; `step` counts from 1."""
     beta1, beta2 = betas
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.lerp_(grad.square(), 1 - beta2)
-    denominator = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
-    param.mul_(1 - lr * weight_decay)
+    denominator = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(EPS)
     param.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
 
 
 @dataclass
 class Slice:
-    """One parameter, and the state of the rows that this rank owns, `per_rank` of them with zeros at the end."""
+    """One parameter, and the state of the rows that this rank updates, `per_rank` of them with zeros at the end."""
 
     name: str
     param: Tensor
+    way: Whole
     exp_avg: Tensor  # (per_rank, ...)
     exp_avg_sq: Tensor  # (per_rank, ...)
     grad: Tensor | None = None  # (per_rank, ...), from reduce_gradients() to step()
 
-    def padded(self, tensor: Tensor) -> Tensor:
-        """A whole tensor with zeros up to a multiple of the ranks; itself where nothing is missing."""
-        return padded_rows(tensor, self.exp_avg.size(0) * ranks()[1])
-
-    def own(self, tensor: Tensor) -> Tensor:
-        """This rank's rows of a whole tensor, or all that it holds of a split one: a view where none are missing."""
+    def own(self, held: Tensor) -> Tensor:
+        """The rows to update of all that this rank holds: a view where none are missing."""
         per_rank = self.exp_avg.size(0)
-        held = local(tensor) if is_split(tensor) else tensor[ranks()[0] * per_rank :][:per_rank]
-        return padded_rows(held, per_rank)
+        return padded_rows(held[self.way.rank * per_rank :][:per_rank], per_rank)
 
-    def reduce(self, grad: Tensor) -> UnderWay:
-        """Begin to sum a gradient over ranks; gives this rank's rows."""
-        return UnderWay(self.own(grad)) if is_split(grad) else reduce_scatter(self.padded(grad.float()))
+    def reduce(self) -> UnderWay:
+        """Begin to sum the gradient over ranks; gives this rank's rows. A missing one counts as zeros."""
+        grad = local(self.param.grad if self.param.grad is not None else torch.zeros_like(self.param))
+        return self.way.reduce(padded_rows(grad.float(), self.exp_avg.size(0) * self.way.world_size))
 
-    def send(self, own: Tensor) -> UnderWay:
-        """Begin to bring the new rows to whoever holds them; take() sets the parameter to the result."""
-        return UnderWay(own) if is_split(self.param) else all_gather(own)
+    def send(self, step: int, lr: float, betas: tuple[float, float], weight_decay: float) -> UnderWay:
+        """Use up the gradient for the new rows, and begin to bring these to whoever holds them. Decay is decoupled: it
+        scales the weight, not the gradient.
+        """
+        assert self.grad is not None, "call reduce_gradients() first"
+        own = self.own(local(self.param.data)).float().mul_(1 - lr * weight_decay)
+        adam_update(own, self.grad, self.exp_avg, self.exp_avg_sq, step, lr, betas)
+        self.grad = None
+        return self.way.send(own)
 
     def take(self, rows: Tensor) -> None:
-        """Set what this rank holds of the parameter; nothing to copy where that is what was updated in place."""
+        """Set what this rank holds; nothing to copy where that is what was updated in place."""
         held = local(self.param)
         held.copy_(rows[: held.size(0)])
 
-    def whole(self, own: Tensor) -> Tensor:
-        """The whole tensor, from what each rank owns. Collective."""
-        return all_gather(own.to(compute_device(self.param))).wait()[: self.param.size(0)]
+
+def make_slice(name: str, param: Tensor) -> Slice:
+    way, held = deal_rows(param), local(param)
+    zeros = torch.zeros((-(-held.size(0) // way.world_size), *param.shape[1:]), device=param.device)
+    return Slice(name, param, way, zeros, zeros.clone())
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW over groups of dict(params=[(name, tensor), ...], lr=..., [betas, eps, weight_decay]). Each step:
+    """AdamW over groups of dict(params=[(name, tensor), ...], lr=..., [betas, weight_decay]). Each step:
     reduce_gradients(divisor) on every rank, then step(). A group's lr may be set between steps.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float] = (0.8, 0.95), eps: float = 1e-10):
-        names = [[name for name, _ in group["params"]] for group in groups]
+    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float] = (0.8, 0.95)):
         plain = [{**group, "params": [p for _, p in group["params"]]} for group in groups]
-        super().__init__(plain, {"lr": 1e-3, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        super().__init__(plain, {"lr": 1e-3, "betas": betas, "weight_decay": 0.0})
         self.steps = 0
-        self.slices = [
-            [self.make_slice(name, p) for name, p in zip(group_names, group["params"], strict=True)]
-            for group_names, group in zip(names, self.param_groups, strict=True)
-        ]
-
-    @staticmethod
-    def make_slice(name: str, param: Tensor) -> Slice:
-        zeros = torch.zeros((rows_per_rank(param), *param.shape[1:]), device=param.device)
-        return Slice(name, param, zeros, zeros.clone())
+        self.slices = [make_slice(name, p) for group in groups for name, p in group["params"]]
 
     @torch.no_grad()
     def reduce_gradients(self, divisor: Tensor | float) -> Tensor:
         """Sum the gradients over ranks in a fixed order, divide once, keep this rank's share; a missing gradient counts
         as zeros. Returns the share's sum of squares (0-d fp32), as Muon.reduce_gradients does.
         """
-        squares = torch.zeros((), device=compute_device(self.slices[0][0].param))
-        parts, under_way = [part for group in self.slices for part in group], []
-        for part in parts:
-            grad = part.param.grad if part.param.grad is not None else torch.zeros_like(part.param)
-            under_way.append(part.reduce(grad))
-        for part, sent in zip(parts, under_way, strict=True):
+        squares = torch.zeros((), device=compute_device(self.slices[0].param))
+        under_way = [part.reduce() for part in self.slices]
+        for part, sent in zip(self.slices, under_way, strict=True):
             part.grad = sent.wait().div_(divisor)
             squares += part.grad.square().sum().to(squares.device)
         self.zero_grad(set_to_none=True)  # not before: a gradient may be what is sent
@@ -114,7 +105,7 @@ class AdamW(torch.optim.Optimizer):
 
     def own_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(name, this rank's rows of the reduced gradient), between reduce_gradients() and step()."""
-        for part in (part for group in self.slices for part in group):
+        for part in self.slices:
             if part.grad is not None:
                 yield part.name, part.grad
 
@@ -122,32 +113,29 @@ class AdamW(torch.optim.Optimizer):
     def step(self) -> None:  # type: ignore[override]  # no closure: the gradients are already reduced
         """Update from the reduced gradients; every rank ends with the same parameters."""
         self.steps += 1
-        under_way: list[tuple[Slice, UnderWay]] = []
-        for group, parts in zip(self.param_groups, self.slices, strict=True):
-            options = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
-            for part in parts:
-                assert part.grad is not None, "call reduce_gradients() first"
-                own = part.own(part.param.data).float()
-                adamw_update(own, part.grad, part.exp_avg, part.exp_avg_sq, self.steps, **options)
-                part.grad = None
-                under_way.append((part, part.send(own)))
-        for part, sent in under_way:
+        groups = [group for group in self.param_groups for _ in group["params"]]
+        under_way = [
+            part.send(self.steps, group["lr"], group["betas"], group["weight_decay"])
+            for part, group in zip(self.slices, groups, strict=True)
+        ]
+        for part, sent in zip(self.slices, under_way, strict=True):
             part.take(sent.wait())
 
     def state_bytes(self) -> int:
         """Memory of this rank's share of the state."""
-        return sum(part.exp_avg.nbytes + part.exp_avg_sq.nbytes for group in self.slices for part in group)
+        return sum(part.exp_avg.nbytes + part.exp_avg_sq.nbytes for part in self.slices)
 
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
         """(name, whole tensor) of all state, one at a time. Collective: every rank must run through it."""
         yield "adamw.steps", torch.tensor(self.steps)
-        for part in (part for group in self.slices for part in group):
-            yield f"{part.name}.exp_avg", part.whole(part.exp_avg)
-            yield f"{part.name}.exp_avg_sq", part.whole(part.exp_avg_sq)
+        for part in self.slices:
+            yield f"{part.name}.exp_avg", join_rows(part.exp_avg, part.param)
+            yield f"{part.name}.exp_avg_sq", join_rows(part.exp_avg_sq, part.param)
 
     def load_full_state(self, read: Callable[[str], Tensor]) -> None:
         """Take over a state saved by any number of ranks; `read` returns the whole tensor of a name."""
         self.steps = int(read("adamw.steps"))
-        for part in (part for group in self.slices for part in group):
-            part.exp_avg.copy_(part.own(read(f"{part.name}.exp_avg")))
-            part.exp_avg_sq.copy_(part.own(read(f"{part.name}.exp_avg_sq")))
+        for part in self.slices:
+            held = own_rows(part.param)
+            part.exp_avg.copy_(part.own(read(f"{part.name}.exp_avg")[held]))
+            part.exp_avg_sq.copy_(part.own(read(f"{part.name}.exp_avg_sq")[held]))

@@ -8,21 +8,28 @@ cautious weight decay (arXiv 2510.12402).
 
 Ranks: matrices of one shape are stacked, and dealt out whole. Each rank gets the summed gradients of those it owns,
 makes their updates, and every rank applies all of them to what it holds (after ZeRO, arXiv 1910.02054). What one stack
-sends travels while the next one is prepared or updated. With one rank the same loop sends nothing. State is about 1/N
-per rank.
-
---shard changes only what is sent: a rank holds some rows of every matrix and of its gradient, already summed, and an
-all-to-all turns rows of all matrices into all rows of some, and back.
+sends travels while the next one is prepared or updated. State is about 1/N per rank. --shard changes only the way that
+gradients and updates take (sharding.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from nanochat.compute import UnderWay, all_gather, all_to_all, ranks, reduce_scatter
-from nanochat.sharding import compute_device, is_split, local, padded_rows, rows_per_rank
+from nanochat.sharding import (
+    Split,
+    UnderWay,
+    Whole,
+    compute_device,
+    deal_matrices,
+    local,
+    padded_rows,
+    ranks,
+    rows_per_rank,
+)
 
 # Five quintic steps x <- a x + b x^3 + c x^5 on the singular values, optimal in sequence for values in [1e-3, 1] (Polar
 # Express, with its safety factor of 1.01 and 2 % of cushion). The later ones converge fastest near 1.
@@ -81,42 +88,40 @@ class Stack:
 
     names: list[str]
     params: list[Tensor]
-    per_rank: int
+    way: Whole | Split
     momentum_buffer: Tensor  # (per_rank, M, N)
     second_moment: Tensor  # (per_rank, M, 1) or (per_rank, 1, N)
     grad: Tensor | None = None  # (per_rank, M, N), from reduce_gradients() to step()
 
-    def padded(self, tensors: list[Tensor]) -> Tensor:
-        """The tensors of all matrices as one stack on the compute device, padded to a multiple of the ranks."""
-        padding = self.per_rank * ranks()[1] - len(tensors)
-        stacked = torch.stack(tensors + [torch.zeros_like(tensors[0])] * padding)
-        return stacked.to(compute_device(self.params[0]))
+    def reduce(self) -> UnderWay:
+        """Begin to bring each matrix's gradient to its owner, and drop it here; a missing one counts as zeros."""
+        grads = [local(p.grad) if p.grad is not None else torch.zeros_like(local(p)) for p in self.params]
+        grads = [padded_rows(grad, rows_per_rank(self.params[0])) for grad in grads]
+        padding = self.momentum_buffer.size(0) * ranks()[1] - len(grads)
+        stacked = torch.stack(grads + [torch.zeros_like(grads[0])] * padding)
+        for p in self.params:
+            p.grad = None  # there is a copy now
+        return self.way.reduce(stacked.to(compute_device(self.params[0])))
 
-    def reduce(self, grads: list[Tensor]) -> UnderWay:
-        """Begin to bring each matrix's gradient to its owner; own_matrices() makes of the result what has arrived."""
-        if not is_split(self.params[0]):
-            return reduce_scatter(self.padded(grads))
-        n = rows_per_rank(self.params[0])
-        return all_to_all(self.padded([padded_rows(local(grad), n) for grad in grads]))
-
-    def own_matrices(self, arrived: Tensor) -> Tensor:
-        """(per_rank, M, N) of what reduce() brought."""
-        if not is_split(self.params[0]):
-            return arrived
-        n, (M, N) = rows_per_rank(self.params[0]), self.params[0].shape
-        parts = arrived.view(ranks()[1], self.per_rank, n, N).transpose(0, 1)
-        return parts.reshape(self.per_rank, -1, N)[:, :M]
-
-    def send(self, update: Tensor) -> UnderWay:
-        """Begin to bring updates (per_rank, M, N) to where they are applied: (all matrices and padding, rows, N)."""
-        if not is_split(self.params[0]):
-            return all_gather(update)
-        world_size, n, N = ranks()[1], rows_per_rank(self.params[0]), update.size(-1)
-        rows = torch.nn.functional.pad(update, (0, 0, 0, world_size * n - update.size(1)))
-        return all_to_all(rows.view(self.per_rank, world_size, n, N).transpose(0, 1).reshape(-1, n, N))
+    def send(self, momentum: float, beta2: float, dtype: torch.dtype) -> UnderWay:
+        """Use up the gradients for the updates of the matrices that this rank owns, and begin to bring these to where
+        they are applied: (all matrices and padding, rows held, N).
+        """
+        assert self.grad is not None, "call reduce_gradients() first"
+        device = compute_device(self.params[0])
+        momentum_buffer, second_moment = self.momentum_buffer.to(device), self.second_moment.to(device)
+        update = muon_update(self.grad.to(device), momentum_buffer, second_moment, momentum, beta2, dtype)
+        self.grad = None
+        self.momentum_buffer.copy_(momentum_buffer)  # itself, unless the state lives in the host's memory
+        self.second_moment.copy_(second_moment)
+        return self.way.send(update)
 
     def apply(self, updates: Tensor, lr: float, weight_decay: float) -> None:
-        """Step by lr times the updates, after a cautious decay: only of weights that the update shrinks anyway."""
+        """Step by lr times the updates, after a cautious decay: only of weights that the update shrinks anyway. A tall
+        matrix steps sqrt(rows / columns) further, so that its output changes as much as a square one's.
+        """
+        rows, columns = self.params[0].shape
+        lr *= max(1.0, rows / columns) ** 0.5
         for p, update in zip(map(local, self.params), updates, strict=False):  # the padding comes last
             update = update[: p.size(0)].to(p.device)
             if weight_decay:
@@ -125,16 +130,24 @@ class Stack:
 
     def own_names(self) -> list[str]:
         """The matrices that this rank owns; the last ranks may have fewer than per_rank."""
-        return self.names[ranks()[0] * self.per_rank :][: self.per_rank]
+        per_rank = self.momentum_buffer.size(0)
+        return self.names[ranks()[0] * per_rank :][:per_rank]
+
+
+def make_stack(members: dict[str, Tensor]) -> Stack:
+    names, params = list(members), list(members.values())
+    rows, columns = params[0].shape
+    zeros = torch.zeros((-(-len(params) // ranks()[1]), rows, columns), device=params[0].device)
+    second = zeros[:, :, :1] if rows >= columns else zeros[:, :1, :]
+    return Stack(names, params, deal_matrices(params[0]), zeros, second.clone())
 
 
 class Muon(torch.optim.Optimizer):
     """Muon over (name, matrix) pairs. Each step: reduce_gradients(divisor) on every rank, then step().
 
-    param_groups has one group; its lr, momentum and weight_decay may be set between steps. A matrix with more rows than
-    columns steps sqrt(rows / columns) further, so that its output changes as much as a square one's. It orthogonalizes
-    in `dtype`: bf16 is enough, but turns a gradient's last bit into the loss's fifth digit, so a run that computes in
-    fp32 asks for fp32.
+    param_groups has one group; its lr, momentum and weight_decay may be set between steps. It orthogonalizes in
+    `dtype`: bf16 is enough, but turns a gradient's last bit into the loss's fifth digit, so a run that computes in fp32
+    asks for fp32.
     """
 
     def __init__(
@@ -150,20 +163,9 @@ class Muon(torch.optim.Optimizer):
         assert all(p.ndim == 2 for _, p in named), "Muon is for matrices"
         defaults = {"lr": lr, "momentum": momentum, "beta2": beta2, "weight_decay": weight_decay}
         super().__init__([p for _, p in named], defaults)
-        by_shape: dict[torch.Size, list[tuple[str, Tensor]]] = {}
-        for name, p in named:
-            by_shape.setdefault(p.shape, []).append((name, p))
+        shapes = dict.fromkeys(p.shape for _, p in named)
         self.dtype = dtype
-        self.stacks = [self.make_stack(members) for members in by_shape.values()]
-
-    @staticmethod
-    def make_stack(members: list[tuple[str, Tensor]]) -> Stack:
-        names, params = [name for name, _ in members], [p for _, p in members]
-        per_rank = -(-len(params) // ranks()[1])
-        rows, columns = params[0].shape
-        zeros = torch.zeros((per_rank, rows, columns), device=params[0].device)
-        second = zeros[:, :, :1] if rows >= columns else zeros[:, :1, :]
-        return Stack(names, params, per_rank, zeros, second.clone())
+        self.stacks = [make_stack({name: p for name, p in named if p.shape == shape}) for shape in shapes]
 
     @torch.no_grad()
     def reduce_gradients(self, divisor: Tensor | float) -> Tensor:
@@ -172,15 +174,9 @@ class Muon(torch.optim.Optimizer):
         squared gradient norm.
         """
         squares = torch.zeros((), device=compute_device(self.stacks[0].params[0]))
-        under_way = []
+        under_way = [stack.reduce() for stack in self.stacks]
         for stack in self.stacks:
-            under_way.append(
-                stack.reduce([p.grad if p.grad is not None else torch.zeros_like(p) for p in stack.params])
-            )
-            for p in stack.params:
-                p.grad = None  # there is a copy now
-        for stack in self.stacks:
-            grad = stack.own_matrices(under_way.pop(0).wait()).div_(divisor)  # what has arrived is freed with it
+            grad = under_way.pop(0).wait().div_(divisor)  # what has arrived is freed with it
             squares += grad.square().sum()
             stack.grad = grad.to(stack.momentum_buffer.device)
         return squares
@@ -195,26 +191,12 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:  # type: ignore[override]  # no closure: the gradients are already reduced
         """Update from the reduced gradients; every rank ends with the same parameters."""
         group = self.param_groups[0]
-        under_way: tuple[Stack, UnderWay, float] | None = None  # one at a time: a stack's updates whole are in it
-        for stack in self.stacks:
-            sent = stack.send(self.make_update(stack, group["momentum"], group["beta2"]))
-            if under_way:
-                under_way[0].apply(under_way[1].wait(), under_way[2], group["weight_decay"])
-            rows, columns = stack.params[0].shape
-            under_way = (stack, sent, group["lr"] * max(1.0, rows / columns) ** 0.5)
-        if under_way:
-            under_way[0].apply(under_way[1].wait(), under_way[2], group["weight_decay"])
-
-    def make_update(self, stack: Stack, momentum: float, beta2: float) -> Tensor:
-        """The updates (per_rank, M, N) of the matrices that this rank owns; their gradients are used up."""
-        assert stack.grad is not None, "call reduce_gradients() first"
-        device = compute_device(stack.params[0])
-        momentum_buffer, second_moment = stack.momentum_buffer.to(device), stack.second_moment.to(device)
-        update = muon_update(stack.grad.to(device), momentum_buffer, second_moment, momentum, beta2, self.dtype)
-        stack.grad = None
-        stack.momentum_buffer.copy_(momentum_buffer)  # itself, unless the state lives in the host's memory
-        stack.second_moment.copy_(second_moment)
-        return update
+        sent = ((stack, stack.send(group["momentum"], group["beta2"], self.dtype)) for stack in self.stacks)
+        before = None  # one at a time: a stack's updates whole are in it
+        for current in chain(sent, [None]):
+            if before:
+                before[0].apply(before[1].wait(), group["lr"], group["weight_decay"])
+            before = current
 
     def state_bytes(self) -> int:
         """Memory of this rank's share of the state."""
@@ -227,8 +209,8 @@ class Muon(torch.optim.Optimizer):
         for stack in self.stacks:
             for kind in ("momentum_buffer", "second_moment"):
                 for i, own in enumerate(getattr(stack, kind).to(compute_device(stack.params[0])).split(1)):
-                    of_ranks = all_gather(own).wait()
-                    for name, tensor in zip(stack.names[i :: stack.per_rank], of_ranks, strict=False):
+                    of_ranks = Whole(*ranks()).send(own).wait()
+                    for name, tensor in zip(stack.names[i :: stack.momentum_buffer.size(0)], of_ranks, strict=False):
                         yield f"{name}.{kind}", tensor
 
     def load_full_state(self, read: Callable[[str], Tensor]) -> None:

@@ -1,27 +1,28 @@
-"""--shard: every parameter lies in parts on all ranks, and so do its gradient and its optimizer state. torch's FSDP2.
+"""What the ranks of a run send each other: the optimizers' collectives, and --shard, for which every parameter, its
+gradient and its optimizer state lie in parts on all ranks (torch's FSDP2).
 
-Without it each rank holds all weights, all gradients until they are reduced, and 1/N of the optimizer state; with it
-1/N of everything (ZeRO-3, arXiv 1910.02054; FSDP, arXiv 2304.11277). A rank keeps ceil(rows / N) rows of each
-parameter in fp32. A block's weights are gathered for its forward pass, in the dtype of its matmuls, freed, and gathered
-again for its backward pass, whose gradient is summed in fp32 and scattered. Embedding and head are gathered in fp32 and
-stay until the end of the micro-batch: the embedding's gradient is added up where it is looked up, and bf16 would lose
-the small ones.
-
-On the wire that is 8 bytes per parameter of the blocks and micro-batch in bf16 (two gathers of 2, a sum of 4), where
-whole models send 8 per parameter and step: slower, so only for models that do not fit otherwise. All ranks must run the
-same number of forward passes, in training and in evaluation.
+Without --shard a rank holds all weights, all gradients until they are reduced, and 1/N of the optimizer state; with it
+1/N of everything (ZeRO-3, arXiv 1910.02054; FSDP, arXiv 2304.11277): ceil(rows / N) rows of each parameter in fp32. A
+block's weights are gathered for its forward pass in the dtype of its matmuls, freed, and gathered again for its
+backward pass, whose gradient is summed in fp32 and scattered. Embedding and head are gathered in fp32 and stay until
+the end of the micro-batch: the embedding's gradient is added up where it is looked up, and bf16 would lose the small
+ones. On the wire that is 8 bytes per parameter of the blocks and micro-batch in bf16 (two gathers of 2, a sum of 4),
+where whole models send 8 per parameter and step. All ranks must run the same number of forward passes, in training and
+in evaluation.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from nanochat.common import UserError, print0
-from nanochat.compute import Compute, all_gather, collective, ranks, share_cores
+from nanochat.compute import Compute, collective, share_cores
 
 Place = Callable[[nn.Module], None]  # gives a model on "meta" its memory
 
@@ -47,16 +48,13 @@ def shard_model(model: Any, compute: Compute, offload: bool) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-    cuda = compute.device.type == "cuda"
-    options: dict[str, Any] = {
-        "mesh": init_device_mesh(compute.device.type, (compute.world_size,)),
-        "offload_policy": CPUOffloadPolicy(pin_memory=cuda) if offload else OffloadPolicy(),
-    }
+    mesh = init_device_mesh(compute.device.type, (compute.world_size,))
+    policy = CPUOffloadPolicy(pin_memory=compute.device.type == "cuda") if offload else OffloadPolicy()
     # Not the inputs: cos and sin stay in fp32.
     precision = MixedPrecisionPolicy(compute.dtype, torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
-        fully_shard(block, mp_policy=precision, **options)
-    fully_shard(model, **options)
+        fully_shard(block, mesh=mesh, mp_policy=precision, offload_policy=policy)
+    fully_shard(model, mesh=mesh, offload_policy=policy)
     for module in (model, *model.blocks):
         module.set_gradient_divide_factor(1.0)  # sums: the step divides once, by the tokens that counted
         module.set_force_sum_reduction_for_comms(True)
@@ -85,7 +83,12 @@ def gathering(model: nn.Module) -> AbstractContextManager[None]:
 
 
 # -----------------------------------------------------------------------------
-# Parameters that may be sharded. Rank r has rows [r * n, (r + 1) * n) with n = ceil(rows / N), as far as there are any.
+# Parameters that may be split. Rank r has rows [r * n, (r + 1) * n) with n = ceil(rows / N), as far as there are any.
+
+
+def ranks() -> tuple[int, int]:
+    """(rank, world_size) of the process group, (0, 1) without one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def is_split(p: Tensor) -> bool:
@@ -98,17 +101,15 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_split(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def rows_per_rank(p: Tensor) -> int:
+    """The most rows of parameter p that a rank holds."""
+    return -(-p.size(0) // ranks()[1]) if is_split(p) else p.size(0)
+
+
 def own_rows(p: Tensor) -> slice:
     """Which rows of parameter p local(p) are."""
-    if not is_split(p):
-        return slice(0, p.size(0))
-    n = rows_per_rank(p)
-    return slice(min(ranks()[0] * n, p.size(0)), min((ranks()[0] + 1) * n, p.size(0)))
-
-
-def rows_per_rank(p: Tensor) -> int:
-    """Rows of a part, the last ones shorter or empty."""
-    return -(-p.size(0) // ranks()[1])
+    n, rank = rows_per_rank(p), ranks()[0] if is_split(p) else 0
+    return slice(min(rank * n, p.size(0)), min((rank + 1) * n, p.size(0)))
 
 
 def padded_rows(tensor: Tensor, rows: int) -> Tensor:
@@ -128,15 +129,102 @@ def held_bytes(model: nn.Module) -> int:
     return sum(local(p).nbytes for p in model.parameters())
 
 
-def whole(p: Tensor) -> Tensor:
-    """All of p. Collective for a sharded one: all ranks ask for the same."""
-    if not is_split(p):
-        return p
-    own = padded_rows(local(p), rows_per_rank(p)).to(compute_device(p))
-    return all_gather(own).wait()[: p.size(0)]
+def join_rows(own: Tensor, p: Tensor) -> Tensor:
+    """What the ranks have for their ceil(rows / N) rows of p, as one tensor. Collective."""
+    n = -(-p.size(0) // ranks()[1])
+    return Whole(*ranks()).send(padded_rows(own, n).to(compute_device(p))).wait()[: p.size(0)]
 
 
 def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, whole weight) one at a time. Collective for a sharded model."""
     for name, p in model.named_parameters():
-        yield name, whole(p.detach())
+        yield name, join_rows(local(p.detach()), p) if is_split(p) else p.detach()
+
+
+# -----------------------------------------------------------------------------
+# The ways to the ranks that update a parameter, and back. What is dealt out are entries of the first dimension: rank r
+# updates [r * n, (r + 1) * n) of world_size * n.
+
+
+@dataclass
+class UnderWay:
+    """A collective that has begun: wait() gives what it brings. Its input must not change until then."""
+
+    received: Tensor
+    work: Any = None  # torch's handle; None where there is nothing to wait for
+    arrange: Callable[[Tensor], Tensor] = lambda received: received
+
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            with collective():
+                self.work.wait()
+        return self.arrange(self.received)
+
+
+def begin(operation: Callable[..., Any], entries: Tensor, count: int) -> UnderWay:
+    """Begin a collective that brings `count` entries."""
+    received = entries.new_empty((count, *entries.shape[1:]))
+    with collective():
+        return UnderWay(received, operation(received, entries.contiguous(), async_op=True))
+
+
+# torch 2.13 renames the two functions of Whole and warns about the old names, on every rank.
+
+
+@dataclass(frozen=True)
+class Whole:
+    """For what each of world_size ranks holds whole, with a gradient of its own micro-batches: gradients are summed on
+    their way, and what each rank has made comes to all. One rank alone sends nothing.
+    """
+
+    rank: int
+    world_size: int
+
+    def reduce(self, grads: Tensor) -> UnderWay:
+        if self.world_size == 1:
+            return UnderWay(grads)
+        operation = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        return begin(operation, grads, grads.size(0) // self.world_size)
+
+    def send(self, own: Tensor) -> UnderWay:
+        if self.world_size == 1:
+            return UnderWay(own)
+        operation = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        return begin(operation, own, own.size(0) * self.world_size)
+
+
+@dataclass(frozen=True)
+class Split:
+    """For matrices (M, N) of which each of world_size ranks holds n = ceil(M / world_size) rows, with the gradient of
+    these already summed: an all-to-all turns rows of all (K, n, N) into all rows of some (K / world_size, M, N), and
+    back.
+    """
+
+    world_size: int
+    M: int
+
+    def reduce(self, grads: Tensor) -> UnderWay:
+        return replace(begin(dist.all_to_all_single, grads, grads.size(0)), arrange=self.join)
+
+    def join(self, received: Tensor) -> Tensor:
+        _, n, N = received.shape
+        parts = received.view(self.world_size, -1, n, N).transpose(0, 1)
+        return parts.reshape(-1, self.world_size * n, N)[:, : self.M]
+
+    def send(self, own: Tensor) -> UnderWay:
+        k, M, N = own.shape
+        n = -(-M // self.world_size)
+        rows = nn.functional.pad(own, (0, 0, 0, self.world_size * n - M))
+        rows = rows.view(k, self.world_size, n, N).transpose(0, 1).reshape(-1, n, N)
+        return begin(dist.all_to_all_single, rows, rows.size(0))
+
+
+def deal_matrices(p: Tensor) -> Whole | Split:
+    """How matrices like p travel that are dealt out whole."""
+    rank, world_size = ranks()
+    return Split(world_size, p.size(0)) if is_split(p) else Whole(rank, world_size)
+
+
+def deal_rows(p: Tensor) -> Whole:
+    """How p travels when each rank updates its share of the rows: not at all where it holds no others."""
+    return Whole(0, 1) if is_split(p) else Whole(*ranks())
