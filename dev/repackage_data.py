@@ -9,9 +9,7 @@ as it is. Promises: the same input and seed give the same bytes; memory for one 
 for all of the text once more while it runs. Documents without text are left out and counted.
 """
 
-import os
 import random
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.corpus import MANIFEST, ROW_GROUP_DOCUMENTS, read_manifest
+from nanochat.files import whole
 from nanochat.folder_corpus import is_validation_name, list_folder, read_documents
 
 BUFFER_BYTES = 256 << 20  # text held before it is dealt out to the piles on disk
@@ -140,15 +139,11 @@ def main() -> None:
     if target.exists():
         raise UserError(f"out={out}: exists; name a directory that does not, or delete it: rm -r {out}")
     train, validation = find_files(path)
-    building = target.with_name(f".{target.name}.{os.getpid()}.building")
-    building.mkdir(parents=True)
-    try:
+    with whole(target) as building:
+        building.mkdir()
         repackage(train, building, "shard")
         if validation:
             repackage(validation, building, "val")
-        building.rename(target)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     print0(f"{target} is made; to train on it: python -m nanochat.dataset --source=folder --path={target}")
 
 

@@ -55,9 +55,9 @@ class Corpus:
 
 
 def load_corpus(name: str | None = None) -> Corpus:
-    """Find a corpus by name; None takes the only one there is. Every file of its manifest exists and has its recorded
-    size. Raises UserError where none or several are found, the name is unknown, or a file is missing or has another
-    size. Hashes are not computed here, which would read everything.
+    """Find a corpus by name; None takes the only one there is. All of its files exist and have their recorded size.
+    Raises UserError where that is not so, none or several are found, or the name is unknown. Hashes are not computed
+    here, which would read everything.
     """
     folder = get_base_dir() / "data"
     found = sorted(manifest.parent.name for manifest in folder.glob(f"[!.]*/{MANIFEST}"))
@@ -70,20 +70,19 @@ def load_corpus(name: str | None = None) -> Corpus:
         raise UserError(
             f"corpus={name}: not in {folder}, which has {', '.join(found)}; get it with: {command_for(name)}"
         )
-    manifest = read_manifest(folder / name)
-    shards = {}
-    for role in ("train", "validation"):
-        for entry in manifest[role]:
-            file = folder / name / entry["file"]
-            size = file.stat().st_size if file.is_file() else None
-            if size != entry["file_bytes"]:
-                state = (
-                    "missing" if size is None else f"{size:,} bytes, not the {entry['file_bytes']:,} of its manifest"
-                )
-                raise UserError(f"{file}: {state}; mend it with: {command_for(name)}")
-        paths = tuple(folder / name / entry["file"] for entry in manifest[role])
-        shards[role] = Shards(paths, tuple(entry["sha256"] for entry in manifest[role]))
-    return Corpus(name, folder / name, shards["train"], shards["validation"], manifest, fingerprint_of(manifest))
+    path = folder / name
+    manifest = read_manifest(path)
+    for entry in manifest["train"] + manifest["validation"]:
+        file = path / entry["file"]
+        size = file.stat().st_size if file.is_file() else None
+        if size != entry["file_bytes"]:
+            state = "missing" if size is None else f"{size:,} bytes, not the {entry['file_bytes']:,} of its manifest"
+            raise UserError(f"{file}: {state}; mend it with: {command_for(name)}")
+    train, val = (
+        Shards(tuple(path / entry["file"] for entry in entries), tuple(entry["sha256"] for entry in entries))
+        for entries in (manifest["train"], manifest["validation"])
+    )
+    return Corpus(name, path, train, val, manifest, fingerprint_of(manifest))
 
 
 def read_manifest(corpus: Path) -> dict[str, Any]:
@@ -130,11 +129,8 @@ def read_blocks(
     shards: Shards, start: DocumentIndex, block_bytes: int
 ) -> Iterator[tuple[pa.ChunkedArray, DocumentIndex]]:
     """Yield (documents, index of the first of them): consecutive documents from `start` until they have `block_bytes`
-    bytes of UTF-8.
-
-    A block has at least one document, and only the last of the stream may have fewer bytes. The stream ends with the
-    shards. Starting again at a yielded index gives the same blocks; starting anywhere gives the same documents. Chunks
-    are slices of what iter_text yields.
+    bytes of UTF-8. Only the last block of the stream, which ends with the shards, may have fewer. Starting again at a
+    yielded index gives the same blocks; starting anywhere gives the same documents, in slices of iter_text's arrays.
     """
     pieces: list[pa.Array] = []
     taken = 0
@@ -193,8 +189,7 @@ def check_hash(path: Path, expected: str) -> None:
 
 def open_parquet(path: Path) -> pq.ParquetFile:
     """Open a parquet file that has a `text` column of strings; UserError where it is damaged or has none."""
-    try:
-        # buffer_size: a foreign row group of gigabytes is decoded page by page, not read whole.
+    try:  # buffer_size: a foreign row group of gigabytes is decoded page by page, not read whole
         file = pq.ParquetFile(path, buffer_size=1 << 20, page_checksum_verification=True)
         schema = file.schema_arrow
         names = schema.names
@@ -206,7 +201,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
         raise UserError(f"{path}: {state} named text, only {found}; rename the one that holds the text")
     kind = schema.field("text").type
     plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(plain) or pa.types.is_large_string(plain) or pa.types.is_string_view(plain)):
+    if plain not in (pa.string(), pa.large_string(), pa.string_view()):
         raise UserError(f"{path}: column text holds {kind}, expected string")
     # Nothing here asks for metadata.row_group(i).column(j): on some damaged footers pyarrow 26 ends the process there.
     rows = sum(file.metadata.row_group(number).num_rows for number in range(file.num_row_groups))

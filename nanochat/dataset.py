@@ -43,7 +43,7 @@ workers = 4  # files fetched at the same time
 prefetch: Literal["all", "tasks", "eval", "list"] | None = None  # fetch all or a part, or list what is here and missing
 settings = configure(__name__)
 
-from nanochat.corpus import MANIFEST, fingerprint_of, read_manifest
+from nanochat.corpus import MANIFEST, fingerprint_of, load_corpus, read_manifest
 from nanochat.corpus_writer import SHARD_BYTES, describe_shard, save_manifest, write_corpus
 from nanochat.download import fetch_files, list_repository, persist
 from nanochat.folder_corpus import build_folder, check_same_origin, hash_of, is_validation_name
@@ -233,12 +233,11 @@ def list_needs(data: Path) -> None:
 
 def has_corpus(corpus: Path, files: int) -> bool:
     """Whether a corpus is there in full, one from the hub with at least that many training files (-1 = all)."""
-    if not (corpus / MANIFEST).exists():
+    try:
+        shards = len(load_corpus(corpus.name).train)
+    except UserError:
         return False
-    manifest = read_manifest(corpus)
-    shards = len(manifest["train"])
-    enough = corpus.name not in HUBS or shards >= (HUBS[corpus.name][1] if files == -1 else files)
-    return enough and len(entries_on_disk(corpus, manifest)) == shards + len(manifest["validation"])
+    return corpus.name not in HUBS or shards >= (HUBS[corpus.name][1] if files == -1 else files)
 
 
 # -----------------------------------------------------------------------------
