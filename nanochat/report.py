@@ -361,12 +361,9 @@ def read_runs(records: Path) -> list[Events]:
 def chain(runs: Iterable[Events], stage: str, tag: str | None = None) -> list[Events]:
     """A stage's newest run (of a tag, if one is given), after the runs that it resumed; empty where there is none."""
     of_stage = [run for run in runs if run[0]["stage"] == stage and tag in (None, run[0]["tag"])]
-    found = of_stage[-1:]
-    for earlier in reversed([run for run in of_stage[:-1] if run[0]["tag"] == found[0][0]["tag"]]):
-        if not resumes(found[0]):
-            break
-        found = [earlier, *found]
-    return found
+    of_tag = [run for run in of_stage if run[0]["tag"] == of_stage[-1][0]["tag"]]
+    fresh = [i for i, run in enumerate(of_tag) if not resumes(run)]
+    return of_tag[max(fresh, default=0) :]
 
 
 def resumes(events: Events) -> list[int]:
