@@ -1,7 +1,6 @@
 """What every stage needs and nothing else does: the user's mistakes, the base directory, printing on rank 0.
 
-One line per mistake. Imports only the standard library, so
-`--help` and every mistake answer at once. Torch lives one layer up, in compute.py.
+Imports only the standard library, so that `--help` and every mistake answer at once.
 """
 
 import os
@@ -119,7 +118,7 @@ def print0(*values: object, **options: Any) -> None:
 
 
 def into_nothing(stream: TextIO) -> None:
-    """Let a stream whose terminal or reader has gone lead nowhere; else its rest fails again when the process ends."""
+    """Let a stream whose reader has gone lead nowhere; else its rest fails again when the process ends."""
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, stream.fileno())
     os.close(nothing)

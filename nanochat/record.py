@@ -22,15 +22,8 @@ def provenance() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "absent"
-    return {
-        "argv": sys.argv,
-        "git": git_state(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": cpu_name(),
-        "cpu_count": os.cpu_count(),
-        "versions": versions,
-    }
+    machine = {"platform": platform.platform(), "cpu": cpu_name(), "cpu_count": os.cpu_count()}
+    return {"argv": sys.argv, "git": git_state(), "python": platform.python_version(), **machine, "versions": versions}
 
 
 def git_state() -> str:
@@ -91,11 +84,8 @@ def open_record(stage: str, tag: str, settings: dict[str, Any], **about: Any) ->
     folder = get_base_dir() / "records"
     folder.mkdir(exist_ok=True)
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    path = folder / f"{stage}-{tag}-{stamp}.jsonl"
-    attempt = 0
-    while path.exists():  # two runs within one second must not share a file
-        attempt += 1
-        path = folder / f"{stage}-{tag}-{stamp}-{attempt}.jsonl"
+    paths = (folder / f"{stage}-{tag}-{stamp}{attempt}.jsonl" for attempt in ("", *(f"-{n}" for n in range(1, 1000))))
+    path = next(path for path in paths if not path.exists())  # two runs within one second must not share a file
     record = Record(open(path, "x", encoding="utf-8"))  # noqa: SIM115  # lives as long as the run
     record.write("start", stage=stage, tag=tag, settings=settings, **provenance(), **about)
     return record
@@ -150,8 +140,7 @@ class Meter:
     here: int = 0  # steps since this process started
     started: float = field(default_factory=time.perf_counter)
 
-    BETA = 0.9
-    SKIP = 3
+    BETA, SKIP = 0.9, 3
 
     def start(self) -> None:
         """Call right before a step; what happens between steps is nobody's training time."""

@@ -62,9 +62,7 @@ def open_run(stage: str, tag: str, settings: dict[str, Any], identity: dict[str,
 class Run:
     """A stage's bookkeeping on one rank, as in the example above."""
 
-    def __init__(
-        self, stage: str, tag: str, settings: dict[str, Any], identity: dict[str, Any], compute: Compute
-    ) -> None:
+    def __init__(self, stage: str, tag: str, settings: dict[str, Any], identity: dict[str, Any], compute: Compute):
         self.stage, self.tag, self.settings, self.identity, self.compute = stage, tag, settings, identity, compute
         self.dry = settings.get("dry_run", False)  # writes no checkpoint
         self.checkpoint: Checkpoint | None = None  # that is continued; None for a run from the start
@@ -132,23 +130,14 @@ class Run:
         """Whole steps, of this process and those before it."""
         return self.meter.steps
 
-    @property
-    def received(self) -> int:
-        """The signal that asked this rank to stop, 0 for none."""
-        return self.watch.received
-
-    def poll(self) -> None:
-        """Raise Stopped, on every rank, when any was asked to stop: for whatever takes long between steps."""
-        self.watch.poll()
-
     def steps(self) -> Iterator[int]:
         """The numbers of the steps that are left, each timed from here to its end_step(). Signals, which are kept for
         it since begin(), end the process at once again when all steps are done.
         """
+        first, num_steps = self.first_step, self.meter.num_steps
         hidden = get_rank() != 0 or not sys.stderr.isatty()
-        self.bar = tqdm(total=self.meter.num_steps, initial=self.first_step, unit="step", disable=hidden)
-        with self.bar:
-            for step in range(self.first_step, self.meter.num_steps):
+        with tqdm(total=num_steps, initial=first, unit="step", disable=hidden) as self.bar:
+            for step in range(first, num_steps):
                 self.meter.start()
                 yield step
         self.watch.__exit__()

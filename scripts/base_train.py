@@ -147,14 +147,14 @@ def main() -> None:
 
         for step in run.steps():
             sums = accumulate(model, stream, batch.grad_accum_steps, compute)
-            agreed = agree(sums, run.received, optimizers, compute)  # one all-reduce: raises on every rank or on none
+            agreed = agree(sums, run.watch.received, optimizers, compute)  # raises on every rank or on none
             rates = rates_at(step, num_steps, warmup_ratio, warmdown_ratio, final_lr_frac)
             result = update(optimizers, agreed, rates, compute, spikes, skip_spikes)
             run.end_step(result, sums.position, lr=round(rates.lr, 6))  # records it, saves when that is due
 
             done = step + 1
             if every(eval_every, done, num_steps):
-                quick = validate(model, text, tokenizer, batch, compute, stride=max_seq_len, poll=run.poll).bpb
+                quick = validate(model, text, tokenizer, batch, compute, stride=max_seq_len, poll=run.watch.poll).bpb
                 print0(f"step {done:,}: quick val bpb {quick:.4f}")
                 run.evaluated(quick, val_bpb_quick=quick)
             if every(sample_every, done, num_steps):
@@ -208,7 +208,7 @@ def evaluate_core(model: GPT, tokenizer: Tokenizer, tasks: Sequence[CoreTask], c
     here = [task for task in tasks if task.path.is_file()]
     scores = []
     for task in here:
-        run.poll()
+        run.watch.poll()
         scores.append(evaluate_task(task, scorer, compute, core_metric_max_per_task))
     value, error = mean_centred((score.accuracy, score.stderr, score.baseline) for score in scores)
     partial, labels = len(here) < len(tasks), [task.label for task in here]

@@ -110,7 +110,7 @@ def main() -> None:
             groups = roll_out(model, tokenizer, problems, numbers, num_samples, draws, run)
             vitals = measure(groups, compute)
             sums = policy_gradient(model, groups, compute)
-            agreed = agree(sums, run.received, optimizers, compute)  # one all-reduce: raises on every rank or on none
+            agreed = agree(sums, run.watch.received, optimizers, compute)  # raises on every rank or on none
             multipliers = Rates(lr=1 - number / num_steps, momentum=0.95, weight_decay=1.0)
             result = update(optimizers, agreed, multipliers, compute, spikes, skip_spikes)
             dead_steps = 0 if vitals["groups_with_signal"] else dead_steps + 1
@@ -174,8 +174,10 @@ def roll_out(
     sequences, masks = [], []
     if prompts:
         sampling = Sampling(max_new_tokens, seed=draws)
-        sequences, masks = engine.generate_batch(prompts, sampling, samples, first=firsts, until=lambda: run.received)
-    run.poll()
+        sequences, masks = engine.generate_batch(
+            prompts, sampling, samples, first=firsts, until=lambda: run.watch.received
+        )
+    run.watch.poll()
     groups = []
     for i, conversation in enumerate(conversations):
         group = []

@@ -124,13 +124,13 @@ def main() -> None:
         stream = open_stream(conversations, tokenizer, batch, compute, ChatPosition.from_json(run.position))
         for number in run.steps():
             sums = accumulate(model, stream, batch.grad_accum_steps, compute)
-            agreed = agree(sums, run.received, optimizers, compute)  # one all-reduce: raises on every rank or on none
+            agreed = agree(sums, run.watch.received, optimizers, compute)  # raises on every rank or on none
             multipliers = rates_at(number, num_steps, warmup_ratio, warmdown_ratio, final_lr_frac)
             result = update(optimizers, agreed, multipliers, compute, spikes, skip_spikes)
             run.end_step(result, sums.position, lr=round(multipliers.lr, 6))  # records it, saves when that is due
 
             if every(eval_every, run.done, num_steps) or run.done == num_steps:
-                val_loss = evaluate_chats(model, held_out, tokenizer, batch, compute, False, run.poll)
+                val_loss = evaluate_chats(model, held_out, tokenizer, batch, compute, False, run.watch.poll)
                 print0(f"step {run.done:,}: validation loss {val_loss:.4f}")
                 run.evaluated(val_loss, val_loss=val_loss)
 
