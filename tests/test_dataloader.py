@@ -7,8 +7,6 @@ from dataclasses import replace
 from itertools import islice
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -17,10 +15,9 @@ from hypothesis import strategies as st
 from nanochat import dataloader
 from nanochat.common import UserError
 from nanochat.compute import Compute
-from nanochat.corpus import Shards
 from nanochat.dataloader import Block, Position, pack_bos, pack_flat, prefetch, stream, text_blocks, training_stream
-from nanochat.files import sha256_file
 from nanochat.schedule import BatchPlan
+from tests.corpora import flip_bit, sealed, texts_of, write_parquet
 from tests.reference.byte_tokenizer import ByteTokenizer
 
 BOS, T = 256, 8
@@ -98,9 +95,8 @@ def files(tmp_path, monkeypatch):
     paths = []
     for shard in range(2):
         texts = ["".join(chr(97 + c) for c in rng.integers(0, 26, rng.integers(0, 60))) for _ in range(40)]
-        paths.append(tmp_path / f"shard_{shard}.parquet")
-        pq.write_table(pa.table({"text": texts}), paths[-1], row_group_size=9)
-    return Shards(tuple(paths), tuple(map(sha256_file, paths)))
+        paths.append(write_parquet(tmp_path / f"shard_{shard}.parquet", texts, row_group_size=9))
+    return sealed(*paths)
 
 
 def batches(files, count, rank=0, world_size=1, rows=2, start=None, packing="bos"):
@@ -156,9 +152,7 @@ def test_a_damaged_shard_stops_the_stream_before_its_first_token(files):
     whole = batches(files, 200)
     assert whole[-1][2].epoch > 0
     inside = next(position for _, _, position in whole if position.shard == 1 and position.row_group > 0)
-    data = bytearray(files.paths[1].read_bytes())
-    data[len(data) // 3] ^= 1
-    files.paths[1].write_bytes(data)
+    flip_bit(files.paths[1], 1 / 3)
     seen = []
     compute = Compute(torch.device("cpu"), torch.float32, 0, 1)
     with pytest.raises(UserError, match=f"{files.paths[1]}: changed since"):
@@ -174,33 +168,28 @@ def test_an_epoch_has_every_token_once(files, packing):
     seen: Counter = Counter()
     for block in text_blocks(files, ByteTokenizer(), T, packing, Position()):
         seen += without_bos(block.rows[:, 1:] if packing == "flat" else block.rows)
-    texts = [text for file in files for text in pq.read_table(file)["text"].to_pylist()]
-    missing = Counter("".join(texts).encode()) - seen
-    assert not seen - Counter("".join(texts).encode())
+    text = Counter("".join(texts_of(files)).encode())
+    missing = text - seen
+    assert not seen - text
     assert missing.total() <= T + 1  # the unfinished row, which the next epoch begins with
     assert block.after.documents == 80
 
 
 def test_epochs_differ_in_order_only(tmp_path):
     """Every one of 20 documents fills a row."""
-    path = tmp_path / "even.parquet"
-    pq.write_table(pa.table({"text": [chr(97 + i) * T for i in range(20)]}), path)
-    (first, _, _), (second, _, after) = batches(Shards((path,)), 2, rows=20)
+    shards = sealed(write_parquet(tmp_path / "even.parquet", [chr(97 + i) * T for i in range(20)]))
+    (first, _, _), (second, _, after) = batches(shards, 2, rows=20)
     assert after.epoch == 1
     assert first.tolist() != second.tolist() and sorted(first.tolist()) == sorted(second.tolist())
 
 
 def test_too_little_text_is_an_error_and_not_an_endless_loop(tmp_path):
-    path = tmp_path / "tiny.parquet"
-    pq.write_table(pa.table({"text": ["ab"]}), path)
     with pytest.raises(UserError, match="too little text"):
-        batches(Shards((path,)), 1)
+        batches(sealed(write_parquet(tmp_path / "tiny.parquet", ["ab"])), 1)
 
 
 def test_text_of_one_row_repeats_forever(tmp_path):
-    path = tmp_path / "small.parquet"
-    pq.write_table(pa.table({"text": ["abcdefghijklmnop"]}), path)
-    assert batches(Shards((path,)), 9)[-1][2].epoch >= 7
+    assert batches(sealed(write_parquet(tmp_path / "small.parquet", ["abcdefghijklmnop"])), 9)[-1][2].epoch >= 7
 
 
 def test_targets_are_inputs_shifted(files):

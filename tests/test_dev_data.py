@@ -21,6 +21,7 @@ from dev import gen_synthetic_data, import_task_data, repackage_data
 from nanochat.common import UserError
 from tasks.common import rows_path
 from tasks.customjson import CustomJSON
+from tests.corpora import run_dataset
 from tests.tiny import ROOT, environment
 
 # -----------------------------------------------------------------------------
@@ -450,20 +451,12 @@ def test_a_corpus_keeps_its_validation_apart(
     tmp_path: Path, base_dir: Path, repackage: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what is made is a folder from which the same corpus can be made again."""
-    from nanochat import dataset
-    from nanochat.corpus import load_corpus
-
     write_lines(tmp_path / "in" / "a.jsonl", [f"document {i}" for i in range(100)])
     write_lines(tmp_path / "in" / "val.jsonl", ["to validate"])
-    for name, value in {"source": "folder", "path": str(tmp_path / "in"), "name": "first"}.items():
-        monkeypatch.setattr(dataset, name, value)
-    dataset.main()
+    first = run_dataset(monkeypatch, source="folder", path=str(tmp_path / "in"), name="first")
     out = repackage(path="first")
     assert sorted(file.name for file in out.iterdir()) == ["shard_00000.parquet", "val_00000.parquet"]
-    monkeypatch.setattr(dataset, "path", str(out))
-    monkeypatch.setattr(dataset, "name", "second")
-    dataset.main()
-    first, second = load_corpus("first"), load_corpus("second")
+    second = run_dataset(monkeypatch, source="folder", path=str(out), name="second")
     assert first.manifest["totals"] == second.manifest["totals"]
 
 
