@@ -22,7 +22,7 @@ from huggingface_hub import hf_hub_download
 from nanochat import corpus_writer, dataset, task_data
 from nanochat.common import UserError
 from nanochat.core_eval import find_bundle
-from nanochat.corpus import Shards, iter_text, load_corpus
+from nanochat.corpus import load_corpus
 from nanochat.download import ARRIVING, PAUSES, fetch_files, list_repository
 from nanochat.files import read_sealed
 from nanochat.folder_corpus import hash_of
@@ -33,6 +33,7 @@ from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
+from tests.corpora import texts_of
 from tests.hub import COMMIT, Fault, Hub, serve_hub, use_hub
 
 REPOSITORY = "owner/data"
@@ -425,10 +426,6 @@ def make_hf(hub: Hub, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> dict[
         monkeypatch.setattr(dataset, name, value)
     dataset.main()
     return load_corpus(settings.get("name", "stories")).manifest
-
-
-def texts_of(shards: Shards) -> list[str]:
-    return [text for texts in iter_text(shards) for text in texts.to_pylist()]
 
 
 def test_a_data_set_becomes_a_corpus(hub: Hub, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
