@@ -89,13 +89,18 @@ def fetch_files(listing: Listing, paths: Sequence[str], folder: Path, workers: i
                 except Exception as error:  # raised where it is read
                     ended.put(error)
 
-    for _ in range(workers):  # no pool: an interrupted process would wait for 100 MB more of each
-        threading.Thread(target=work, daemon=True, name="fetch").start()
+    # No pool: an interrupted process would wait for 100 MB more of each.
+    threads = [threading.Thread(target=work, daemon=True, name="fetch") for _ in range(workers)]
+    for thread in threads:
+        thread.start()
     started, received = time.perf_counter(), 0
     try:
         for number in range(1, len(missing) + 1):
             path = ended.get()
             if isinstance(path, Exception):
+                todo.clear()
+                for thread in threads:  # what is under way becomes whole, and stays
+                    thread.join()
                 raise path
             received += sizes.pop(path)
             rate = received / (time.perf_counter() - started)

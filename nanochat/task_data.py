@@ -211,13 +211,15 @@ def copy_bundle(source: Path, building: Path) -> None:
     if not source.is_file():
         raise UserError(f"path={source}: no such file or folder; give a zip or a folder with {', '.join(NEEDED)}")
     with zipfile.ZipFile(source) as archive:
-        members = [member for member in archive.infolist() if not member.is_dir()]
+        files = [member for member in archive.infolist() if not member.is_dir()]
+        members = [member for member in files if not set(LITTER) & set(PurePosixPath(member.filename).parts)]
+        if len(members) < len(files):
+            print0(f"{source}: left out {len(files) - len(members):,} files named {' or '.join(LITTER)}")
         if sum(member.file_size for member in members) > LARGEST:
             raise UserError(f"{source}: more than {LARGEST:,} bytes in all; this is no evaluation bundle")
         for member in members:
-            if not set(LITTER) & set(PurePosixPath(member.filename).parts):
-                member.filename = member.filename.removeprefix("eval_bundle/")
-                archive.extract(member, building)
+            member.filename = member.filename.removeprefix("eval_bundle/")
+            archive.extract(member, building)
 
 
 def seal_bundle(folder: Path, source: str) -> None:
