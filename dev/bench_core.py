@@ -50,7 +50,7 @@ def measure(tasks, tokenizer, context):
     import torch
 
     from nanochat.compute import Compute, choose_dtype, keep_freed_memory
-    from nanochat.core_eval import GPTScorer, evaluate_items, read_items
+    from nanochat.core_eval import GPTScorer, read_items, score_task
     from nanochat.gpt import config_from_depth
     from nanochat.model import build_model
     from tests.reference import core
@@ -64,12 +64,12 @@ def measure(tasks, tokenizer, context):
     scorer = GPTScorer(model, tokenizer, compute, compile=compile)
     start = time.process_time()
     for task in tasks:
-        evaluate_items(task, items[task.label], scorer, compute, max_per_task)
+        score_task(task, scorer, compute, max_per_task, items[task.label])
     warmup = time.process_time() - start
     speeds = {"ours": [], "reference": []}
     for _ in range(repeats):
         start = time.process_time()
-        scores = [evaluate_items(task, items[task.label], scorer, compute, max_per_task) for task in tasks]
+        scores = [score_task(task, scorer, compute, max_per_task, items[task.label]) for task in tasks]
         speeds["ours"].append(sum(score.n for score in scores) / (time.process_time() - start))
         start = time.process_time()
         for task, score in zip(tasks, scores, strict=True):

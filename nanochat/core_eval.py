@@ -23,7 +23,8 @@ import math
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,9 +35,9 @@ import yaml  # type: ignore[import-untyped]
 from torch import Tensor
 
 from nanochat.attention import causal_attention
-from nanochat.common import UserError, get_base_dir, print0
+from nanochat.common import UserError, get_base_dir
 from nanochat.compute import Compute
-from nanochat.files import read_sealed, seal, sha256_file, write_atomic
+from nanochat.files import one_line, read_sealed, sha256_file
 from nanochat.gpt import GPT
 from nanochat.model import slice_rows
 from nanochat.tokenizer import Tokenizer
@@ -46,8 +47,6 @@ KINDS = ("multiple_choice", "schema", "language_modeling")
 SHUFFLE_SEED = 1337  # the order of a task's items
 FEWSHOT_SEED = 1234  # plus an item's place in that order: the seed of its examples
 TIE = 1e-5  # nats per token; fp32 rounding is a tenth of it, and bf16 is far coarser
-ENCODE_ITEMS = 256  # items whose prompts are encoded in one call
-VERSION = 1  # of prompts, scoring and the file of a task's answers: what another version wrote is not reused
 
 
 # -----------------------------------------------------------------------------
@@ -96,25 +95,24 @@ def find_bundle() -> Path:
 
 def load_tasks(bundle: Path) -> list[CoreTask]:
     """The tasks that core.yaml names, in its order; their files may be missing. UserError for a damaged bundle."""
+    tasks = []
     try:
         with open(bundle / "eval_meta_data.csv", encoding="utf-8", newline="") as file:
             percent = {row["Eval Task"]: float(row["Random baseline"]) for row in csv.DictReader(file)}
-        entries = yaml.safe_load((bundle / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
-        return [read_task(entry, bundle, percent) for entry in entries]
+        for entry in yaml.safe_load((bundle / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]:
+            label, kind = entry["label"], entry["icl_task_type"]
+            if kind not in KINDS:
+                raise ValueError(f"{label}: icl_task_type {kind}, expected {', '.join(KINDS)}")
+            path = bundle / "eval_data" / entry["dataset_uri"]
+            num_fewshot, delimiter = int(entry["num_fewshot"][0]), entry.get("continuation_delimiter", " ")
+            tasks.append(CoreTask(label, kind, path, num_fewshot, delimiter, percent[label] / 100))
     except FileNotFoundError as error:
         raise UserError(f"no {error.filename}; get the evaluation tasks with: {PREFETCH}") from None
     except (ValueError, TypeError, KeyError, IndexError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{bundle}: core.yaml and eval_meta_data.csv are not as published ({reason})") from None
-
-
-def read_task(entry: dict[str, Any], bundle: Path, percent: dict[str, float]) -> CoreTask:
-    label, kind = entry["label"], entry["icl_task_type"]
-    if kind not in KINDS:
-        raise ValueError(f"{label}: icl_task_type {kind}, expected {', '.join(KINDS)}")
-    path = bundle / "eval_data" / entry["dataset_uri"]
-    delimiter = entry.get("continuation_delimiter", " ")
-    return CoreTask(label, kind, path, int(entry["num_fewshot"][0]), delimiter, percent[label] / 100)
+        raise UserError(
+            f"{bundle}: core.yaml and eval_meta_data.csv are not as published ({one_line(error)})"
+        ) from None
+    return tasks
 
 
 def read_items(task: CoreTask) -> list[Item]:
@@ -153,8 +151,8 @@ def draw_examples(index: int, n: int, k: int) -> list[int]:
 
 
 def render_prompts(task: CoreTask, items: Sequence[Item], index: int) -> list[str]:
-    """The texts of one item, one for each choice. Before the one of a language_modeling item stands the same text
-    without its continuation and without the spaces before that, which belong to the continuation's first token.
+    """The texts of one item, one for each choice; for language_modeling that without its continuation, and without the
+    spaces before it, which belong to the continuation's first token, and that with it.
     """
     item = items[index]
     examples = [items[i] for i in draw_examples(index, len(items), task.num_fewshot)]
@@ -171,17 +169,22 @@ def render_prompts(task: CoreTask, items: Sequence[Item], index: int) -> list[st
 @dataclass(frozen=True)
 class Unit:
     """Sequences of one item that are computed together: `tokens` (T,) are the `stem` tokens that all begin with, then
-    the rest of each, as long as `tails` say (none: the stem is all). Asked: from place at[i] to predict targets[i], for
-    choice choices[i].
+    the rest of each, its branch. Asked: from place at[i] to predict targets[i], for choice choices[i].
     """
 
     item: int
-    tokens: np.ndarray
     stem: int
-    tails: list[int]
+    tokens: np.ndarray
+    positions: np.ndarray  # (T,) in a token's own sequence
+    branches: np.ndarray  # (T,) 0 for the stem, then 1, 2, ...
     at: np.ndarray
     targets: np.ndarray
     choices: np.ndarray
+
+    @property
+    def tail(self) -> int:
+        """How many tokens the branches have."""
+        return len(self.tokens) - self.stem
 
 
 Row = tuple[int, np.ndarray, int]  # number of the choice, its tokens, the first of them that is scored
@@ -223,18 +226,17 @@ def make_units(item: int, rows: Sequence[Row], context: int, branches: bool) -> 
 
 def join_rows(item: int, rows: Sequence[Row]) -> Unit:
     inputs = [tokens[:-1] for _, tokens, _ in rows]
-    stem = shared_prefix(inputs)
-    tails = [len(row) - stem for row in inputs]
-    pieces, at, targets, choices, passed = [inputs[0][:stem]], [], [], [], 0
-    for (choice, tokens, start), row, tail in zip(rows, inputs, tails, strict=True):
-        places = np.arange(start - 1, len(row))
-        pieces.append(row[stem:])
-        at.append(np.where(places < stem, places, places + passed))
-        targets.append(tokens[start:].astype(np.int64))
-        choices.append(np.full(len(places), choice))
+    stem, passed = shared_prefix(inputs), 0
+    fed, asked = [(inputs[0][:stem], np.arange(stem), np.zeros(stem, dtype=int))], []
+    for branch, ((choice, tokens, start), row) in enumerate(zip(rows, inputs, strict=True), 1):
+        places, tail = np.arange(start - 1, len(row)), len(row) - stem
+        fed.append((row[stem:], np.arange(stem, len(row)), np.full(tail, branch)))
+        at = np.where(places < stem, places, places + passed)
+        asked.append((at, tokens[start:], np.full(len(places), choice)))
         passed += tail
-    asked = (np.concatenate(parts) for parts in (at, targets, choices))
-    return Unit(item, np.concatenate(pieces), stem, tails if passed else [], *asked)
+    tokens, positions, branches = (np.concatenate(parts) for parts in zip(*fed, strict=True))
+    at, targets, choices = (np.concatenate(parts) for parts in zip(*asked, strict=True))
+    return Unit(item, stem, tokens, positions, branches, at, targets, choices)
 
 
 def batch_units(units: Sequence[Unit], max_tokens: int) -> Iterator[list[Unit]]:
@@ -244,27 +246,27 @@ def batch_units(units: Sequence[Unit], max_tokens: int) -> Iterator[list[Unit]]:
     """
     batch: list[Unit] = []
     stem = tail = 0
-    for unit in sorted((unit for unit in units if len(unit.at)), key=lambda unit: (not unit.tails, -len(unit.tokens))):
-        stem, tail = max(stem, unit.stem), max(tail, len(unit.tokens) - unit.stem)
-        if batch and ((len(batch) + 1) * (stem + tail) > max_tokens or bool(unit.tails) != bool(batch[0].tails)):
+    for unit in sorted((unit for unit in units if len(unit.at)), key=lambda unit: (not unit.tail, -len(unit.tokens))):
+        stem, tail = max(stem, unit.stem), max(tail, unit.tail)
+        if batch and ((len(batch) + 1) * (stem + tail) > max_tokens or bool(unit.tail) != bool(batch[0].tail)):
             yield batch
-            batch, stem, tail = [], unit.stem, len(unit.tokens) - unit.stem
+            batch, stem, tail = [], unit.stem, unit.tail
         batch.append(unit)
     if batch:
         yield batch
 
 
 def widths(units: Sequence[Unit]) -> tuple[int, int]:
-    """Places of a batch for the stem and, if there are any, for the tails together: what the widest unit needs, and at
-    least 2, because torch.compile makes a graph of its own for 1.
+    """Places of a batch for the stem and, if there are any, for the branches together: what the widest unit needs, and
+    at least 2, because torch.compile makes a graph of its own for 1.
     """
-    stem, tail = max(unit.stem for unit in units), max(len(unit.tokens) - unit.stem for unit in units)
+    stem, tail = max(unit.stem for unit in units), max(unit.tail for unit in units)
     return max(2, stem), max(2, tail) if tail else 0
 
 
 def spread(units: Sequence[Unit], values: Sequence[np.ndarray], empty: int = 0) -> Tensor:
-    """(B, stem + tails) of values that belong to the units' tokens: all tails of a batch begin at the same place, and
-    `empty` stands after shorter stems and tails.
+    """(B, T) of values that belong to the units' tokens: all branches of a batch begin at the same place, and `empty`
+    stands after what is shorter.
     """
     stem, tail = widths(units)
     table = np.full((len(units), stem + tail), empty, dtype=np.int64)
@@ -300,7 +302,7 @@ class Scorer(Protocol):
     batch_tokens: int  # of one batch, padding included
     bos: int
 
-    def encode_arrow(self, texts: list[str], num_threads: int = 1) -> tuple[np.ndarray, np.ndarray]: ...
+    def encode(self, text: list[str], prepend: int, /) -> list[list[int]]: ...
 
     def predict(self, units: Sequence[Unit]) -> tuple[Tensor, Tensor]:
         """Of everything asked, in order: the loss in nats, and whether the target is the likeliest token; (N,) each."""
@@ -335,12 +337,7 @@ class GPTScorer:
     branches = True
 
     def __init__(
-        self,
-        model: GPT,
-        tokenizer: Tokenizer,
-        compute: Compute,
-        batch_tokens: int | None = None,
-        compile: bool = False,
+        self, model: GPT, tokenizer: Tokenizer, compute: Compute, batch_tokens: int | None = None, compile: bool = False
     ):
         self.model = model.inference_copy(compute.dtype)
         self.compiled = compile
@@ -350,7 +347,10 @@ class GPTScorer:
         self.device, self.dtype = compute.device, compute.dtype
         self.context = model.config.sequence_len
         self.batch_tokens = batch_tokens or default_batch_tokens(compute.device)
-        self.bos, self.encode_arrow = tokenizer.get_bos_token_id(), tokenizer.encode_arrow
+        self.bos, self.tokenizer = tokenizer.get_bos_token_id(), tokenizer
+
+    def encode(self, texts: list[str], prepend: int) -> list[list[int]]:
+        return self.tokenizer.encode(texts, prepend)
 
     @torch.inference_mode()
     def predict(self, units: Sequence[Unit]) -> tuple[Tensor, Tensor]:
@@ -374,11 +374,8 @@ class GPTScorer:
         without branches it is causal, but for the last layer, if a quarter of the places or fewer are asked for.
         """
         stem, tails = widths(units)
-        lengths = [[unit.stem, *unit.tails] for unit in units]
-        at = [np.concatenate([np.arange(a), *(np.arange(a, a + n) for n in tails)]) for a, *tails in lengths]
-        position = spread(units, at).to(self.device)
-        which = [np.repeat(np.arange(len(parts)), parts) for parts in lengths]
-        branch = spread(units, which, empty=-1).to(self.device)
+        position = spread(units, [unit.positions for unit in units]).to(self.device)
+        branch = spread(units, [unit.branches for unit in units], empty=-1).to(self.device)
         windows = self.model.config.windows()
         masked = {w: Branches(w, self.mask(position, branch, stem, w), False) if tails else None for w in set(windows)}
         caches = [masked[window] for window in windows]
@@ -446,62 +443,41 @@ class TaskScore:
 
     @property
     def centered(self) -> float:
-        return center(self.accuracy, self.baseline)
+        """0 for guessing, 1 for perfection, below 0 for worse than guessing."""
+        return (self.accuracy - self.baseline) / (1 - self.baseline)
 
 
-def center(accuracy: float, baseline: float) -> float:
-    """0 for guessing, 1 for perfection, below 0 for worse than guessing."""
-    return (accuracy - baseline) / (1 - baseline)
-
-
-def evaluate_task(task: CoreTask, scorer: Scorer, compute: Compute, max_items: int | None = None) -> TaskScore:
-    """Score the first max_items of a task's shuffled items. Collective: items are dealt to the ranks, and every rank
-    gets the answers to all.
-    """
-    return evaluate_items(task, read_items(task), scorer, compute, max_items)
-
-
-def evaluate_items(
-    task: CoreTask, items: Sequence[Item], scorer: Scorer, compute: Compute, max_items: int | None = None
+def score_task(
+    task: CoreTask,
+    scorer: Scorer,
+    compute: Compute,
+    max_items: int | None = None,
+    items: Sequence[Item] | None = None,
 ) -> TaskScore:
-    """As evaluate_task(), for what read_items() has read."""
+    """Score the first max_items of a task's shuffled `items` (None = read them). Collective: items are dealt to the
+    ranks, and every rank gets the answers to all.
+    """
     began = time.perf_counter()
+    items = read_items(task) if items is None else items
     n = len(items) if max_items is None else min(max_items, len(items))
-    units, cut = prepare_units(task, items, range(compute.rank, n, compute.world_size), scorer)
-    width = max(len(item.contexts) for item in items)
-    sums = np.zeros((n, width, 3))  # loss, tokens, tokens that were the likeliest; other ranks' items stay at zero
+    mine = range(compute.rank, n, compute.world_size)
+    units, cut = [], np.zeros(n, dtype=bool)
+    for i in mine:
+        encoded = scorer.encode(render_prompts(task, items, i), scorer.bos)
+        rows = scored_rows(task.kind, [np.array(ids) for ids in encoded])
+        units += make_units(i, rows, scorer.context, scorer.branches)
+        cut[i] = any(len(tokens) > scorer.context for _, tokens, _ in rows)
+    sums = np.zeros((n, max(len(item.contexts) for item in items), 3))  # loss, tokens, tokens that were the likeliest
     for batch in batch_units(units, scorer.batch_tokens):
         losses, hits = scorer.predict(batch)
-        rows = np.repeat([unit.item for unit in batch], [len(unit.at) for unit in batch])
+        places = np.repeat([unit.item for unit in batch], [len(unit.at) for unit in batch])
         choices = np.concatenate([unit.choices for unit in batch])
-        each = np.stack([losses.double().numpy(), np.ones(len(rows)), hits.double().numpy()], axis=-1)
-        np.add.at(sums, (rows, choices), each)
-    totals = compute.sum(torch.from_numpy(sums)).numpy()
-    was_cut = compute.sum(torch.tensor([float(i in cut) for i in range(n)])).tolist()
-    answers = [judge(task.kind, i, items[i], totals[i], was_cut[i] > 0) for i in range(n)]
-    right = sum(answer.right for answer in answers)
-    seconds = time.perf_counter() - began
-    return TaskScore(task.label, n, right, int(sum(was_cut)), task.baseline, seconds, answers)
-
-
-def prepare_units(
-    task: CoreTask, items: Sequence[Item], chosen: Sequence[int], scorer: Scorer
-) -> tuple[list[Unit], set[int]]:
-    """The units of the chosen items, and which of these were cut."""
-    units: list[Unit] = []
-    cut: set[int] = set()
-    for start in range(0, len(chosen), ENCODE_ITEMS):
-        some = chosen[start : start + ENCODE_ITEMS]
-        prompts = [render_prompts(task, items, index) for index in some]
-        ids, offsets = scorer.encode_arrow([text for texts in prompts for text in texts])
-        bos = np.array([scorer.bos], dtype=ids.dtype)
-        encoded = (np.concatenate([bos, ids[a:b]]) for a, b in zip(offsets[:-1], offsets[1:], strict=True))
-        for index, texts in zip(some, prompts, strict=True):
-            rows = scored_rows(task.kind, [next(encoded) for _ in texts])
-            units += make_units(index, rows, scorer.context, scorer.branches)
-            if any(len(tokens) > scorer.context for _, tokens, _ in rows):
-                cut.add(index)
-    return units, cut
+        each = np.stack([losses.double().numpy(), np.ones(len(places)), hits.double().numpy()], axis=-1)
+        np.add.at(sums, (places, choices), each)
+    answers = [judge(task.kind, i, items[i], sums[i], bool(cut[i])) for i in mine]
+    answers = sorted(chain(*compute.gather(answers)), key=lambda answer: answer.index)
+    right, was_cut = sum(answer.right for answer in answers), sum(answer.cut for answer in answers)
+    return TaskScore(task.label, n, right, was_cut, task.baseline, time.perf_counter() - began, answers)
 
 
 def judge(kind: str, index: int, item: Item, sums: np.ndarray, cut: bool) -> Answer:
@@ -513,35 +489,3 @@ def judge(kind: str, index: int, item: Item, sums: np.ndarray, cut: bool) -> Ans
         return Answer(index, item.line, bool(hits[0] == tokens[0] > 0), None, None, logged, cut)
     prediction = int((means <= means.min() + TIE).argmax()) if means.min() < np.inf else -1
     return Answer(index, item.line, prediction == item.gold, prediction, item.gold, logged, cut)
-
-
-# -----------------------------------------------------------------------------
-# A task's answers on disk: what a stopped evaluation continues with
-
-
-def score_key(task: CoreTask, about: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal for a score to be used again: `about` the model and the settings, and all that a task is."""
-    described = {"num_fewshot": task.num_fewshot, "delimiter": task.delimiter, "kind": task.kind}
-    return {"version": VERSION, "task": task.label, "file_sha256": sha256_file(task.path), **described, **about}
-
-
-def save_score(path: Path, key: dict[str, Any], score: TaskScore) -> None:
-    """Write a sealed JSON file with one line for each item."""
-    answers = ",\n".join(json.dumps(asdict(answer)) for answer in score.answers)
-    head = json.dumps({"key": key, **asdict(replace(score, answers=[]))}).removesuffix("]}")
-    write_atomic(path, seal(f"{head}\n{answers}\n]}}"))
-
-
-def load_score(path: Path, key: dict[str, Any]) -> TaskScore | None:
-    """The score that save_score() wrote, or None where there is none of this key. Says so where the file is damaged."""
-    try:
-        content = read_sealed(path)
-    except FileNotFoundError:
-        return None
-    except (ValueError, OSError) as error:
-        print0(f"{path}: {error}; the task is scored again")
-        return None
-    if content.pop("key", None) != key:
-        return None
-    answers = [Answer(**answer) for answer in content.pop("answers")]
-    return TaskScore(**content, answers=answers)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -19,6 +18,7 @@ from torch import Tensor
 from nanochat.common import UserError, print0
 from nanochat.compute import Compute
 from nanochat.core_eval import Unit, asked_places, default_batch_tokens, pad_tokens
+from nanochat.files import one_line
 
 
 class HFScorer:
@@ -33,11 +33,10 @@ class HFScorer:
         self.bos = start_token(tokenizer)
         self.picks = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    def encode_arrow(self, texts: list[str], num_threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """As Tokenizer.encode_arrow: ids of all texts, and where each begins."""
+    def encode(self, texts: list[str], prepend: int) -> list[list[int]]:
+        """As Tokenizer.encode: `prepend`, then a text's tokens."""
         rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        offsets = np.cumsum([0, *map(len, rows)])
-        return np.concatenate([np.asarray(row, dtype=np.uint32) for row in rows]), offsets
+        return [[prepend, *row] for row in rows]
 
     @torch.inference_mode()
     def predict(self, units: Sequence[Unit]) -> tuple[Tensor, Tensor]:
@@ -73,8 +72,7 @@ def load_hf(folder: Path, compute: Compute, batch_tokens: int | None = None) -> 
         model: Any = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=compute.dtype, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--hf-path={folder}: transformers cannot open it ({reason})") from None
+        raise UserError(f"--hf-path={folder}: transformers cannot open it ({one_line(error)})") from None
     scorer = HFScorer(model.to(compute.device).eval(), tokenizer, compute, batch_tokens)
     about = f"context {scorer.context:,}, texts begin with {tokenizer.decode([scorer.bos])!r}"
     print0(f"model: {folder}, {model.num_parameters():,} parameters, {about}")

@@ -8,6 +8,7 @@
 
 Guessing is 0, perfection 1; GPT-2 has 0.1139 (124 M), 0.1849, 0.2146 and 0.2565 (1.6 B). A run that was stopped goes on
 after the last task that it finished. The answer to every item is kept in $NANOCHAT_BASE_DIR/core/<model>/<task>.json.
+Bits per byte are measured by scripts.base_loss; scripts.chat_cli --source=base continues texts.
 """
 
 from typing import Literal
@@ -22,7 +23,6 @@ model_tag: str | None = None  # name of the checkpoint directory (None = the one
 step: int | None = None  # checkpoint step (None = the last)
 hf_path: str | None = None  # score this folder with a Hugging Face model instead
 # Evaluation
-eval = "core"  # only that is done here; of core,bpb,sample the others are answered with the commands that do them
 tasks = "all"  # names joined by |, or all
 max_per_task = -1  # items of each task (-1 = all of them)
 bundle: str | None = None  # folder with core.yaml (None = $NANOCHAT_BASE_DIR/eval_bundle, compared with its manifest)
@@ -34,9 +34,11 @@ device_type: Literal["auto", "cuda", "mps", "xpu", "cpu"] = "auto"  # cuda also 
 dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # what matmuls compute in
 settings = configure(__name__)
 
+import json
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,37 +47,31 @@ from nanochat.common import UserError, get_base_dir, print0, run_main
 from nanochat.compute import Compute, can_compile, compute_cleanup, compute_init
 from nanochat.core_eval import (
     FEWSHOT_SEED,
+    PREFETCH,
     SHUFFLE_SEED,
+    Answer,
     CoreTask,
     GPTScorer,
     Scorer,
     TaskScore,
-    evaluate_task,
     find_bundle,
-    load_score,
     load_tasks,
-    save_score,
-    score_key,
+    score_task,
 )
-from nanochat.files import sha256_file
+from nanochat.files import read_sealed, seal, sha256_file, write_atomic
 from nanochat.hf_model import load_hf
 from nanochat.record import Record, open_record
 from nanochat.task_eval import mean_centred
 
 HF_FILES = (".safetensors", ".json", ".txt", ".model")  # what a model folder consists of: weights, settings, tokenizer
 COMPILE_ITEMS = 2000  # a d4 on one core scores these in 42 s eagerly and in 26 s compiled
-ELSEWHERE = {  # what else nanochat's base_eval does
-    "bpb": "python -m scripts.base_loss",
-    "sample": 'python -m scripts.chat_cli --source=base -p "The capital of France is"',
-}
+VERSION = 1  # of prompts, scoring and the file of a task's answers: what another version wrote is not reused
 
 
 def main() -> None:
     compute = compute_init(device_type, dtype)
     if max_per_task == 0 or max_per_task < -1:
         raise UserError(f"--max-per-task={max_per_task}: expected at least 1, or -1 for all items")
-    for part in chosen_parts(eval):
-        print0(f"{part} is measured by: {ELSEWHERE[part]}")
     every_task = load_tasks(Path(bundle) if bundle else find_bundle())
     there = choose_tasks(tasks, every_task)
     compiled = compile and not hf_path and worth_compiling(there, compute)
@@ -83,36 +79,33 @@ def main() -> None:
     about = {"model": identity, "dtype": str(compute.dtype), "device": compute.device.type, "compiled": compiled}
     about |= {"max_per_task": max_per_task, "context": scorer.context}
     record = open_record("base_eval", name, settings)
-    score_tasks(every_task, there, scorer, compute, record, get_base_dir() / "core" / name, about)
+    folder = get_base_dir() / "core" / name
+    scores = []
+    for task in there:
+        score = kept_score(task, scorer, compute, folder / f"{task.label}.json", about)
+        if score:
+            log_score(score, record)
+            scores.append(score)
+    if compute.is_master:
+        log_core(scores, [task.label for task in every_task if task not in there], record)
+        print0(f"the answer to every item: {folder}")
     record.write("end")
     record.close()
     compute_cleanup()
 
 
-def chosen_parts(given: str) -> list[str]:
-    """What --eval asks for beside core; UserError for what nothing measures, and where there is no core."""
-    parts = given.split(",")
-    if "core" not in parts or set(parts) - {"core", *ELSEWHERE}:
-        raise UserError(f"--eval={given}: expected core, and perhaps {' or '.join(ELSEWHERE)} joined by commas")
-    return [part for part in parts if part != "core"]
-
-
 def choose_tasks(given: str, every_task: Sequence[CoreTask]) -> list[CoreTask]:
     """The tasks that the user means and whose files are there; UserError for a name that is none, and for no task."""
     by_label = {task.label: task for task in every_task}
-    labels = list(by_label) if given == "all" else given.split("|")
+    labels = dict.fromkeys(by_label if given == "all" else given.split("|"))
+    if unknown := [label for label in labels if label not in by_label]:
+        raise UserError(f"--tasks={unknown[0]}: expected all, or some of {'|'.join(by_label)}")
     for label in labels:
-        if label not in by_label:
-            raise UserError(f"--tasks={label}: expected all, or some of {'|'.join(by_label)}")
-    there = []
-    for label in dict.fromkeys(labels):
-        task = by_label[label]
-        if task.path.is_file():
-            there.append(task)
-        else:
-            print0(f"{label}: not scored, there is no {task.path}")
+        if not by_label[label].path.is_file():
+            print0(f"{label}: not scored, there is no {by_label[label].path}")
+    there = [by_label[label] for label in labels if by_label[label].path.is_file()]
     if not there:
-        raise UserError("none of these tasks is there: get them with: python -m nanochat.dataset --prefetch=eval")
+        raise UserError(f"none of these tasks is there: get them with: {PREFETCH}")
     return there
 
 
@@ -139,58 +132,16 @@ def open_scorer(compute: Compute, compiled: bool) -> tuple[str, dict[str, Any], 
     return name, identity, GPTScorer(model, tokenizer, compute, batch_tokens, compiled)
 
 
-def score_tasks(
-    every_task: Sequence[CoreTask],
-    there: Sequence[CoreTask],
-    scorer: Scorer,
-    compute: Compute,
-    record: Record,
-    folder: Path,
-    about: dict[str, Any],
-) -> None:
-    """Score the tasks that are there; print and record each, and CORE or what there is of it."""
-    scores = []
-    for task in there:
-        score = score_task(task, scorer, compute, folder, about)
-        if score:
-            log_score(score, record)
-            scores.append(score)
-    if not compute.is_master:
-        return
-    value, stderr = mean_centred((score.accuracy, score.stderr, score.baseline) for score in scores)
-    labels = [task.label for task in there]
-    missing = [task.label for task in every_task if task not in there]
-    values = {
-        "value": value,
-        "stderr": stderr,
-        "tasks": labels,
-        "missing": missing,
-        "partial": bool(missing),
-        "max_per_task": max_per_task,
-    }
-    record.write("core", source=source, **values)
-    few = f" (at most {max_per_task:,} items of each task)" if max_per_task > 0 else ""
-    if missing:
-        print0(f"partial, not CORE: {value:.4f} +- {stderr:.4f} over {len(there)} of {len(every_task)} tasks{few}")
-        print0(f"without {', '.join(missing)}")
-    else:
-        print0(f"CORE: {value:.4f} +- {stderr:.4f}{few}")
-    print0(f"the answer to every item: {folder}")
-
-
-def score_task(
-    task: CoreTask, scorer: Scorer, compute: Compute, folder: Path, about: dict[str, Any]
-) -> TaskScore | None:
+def kept_score(task: CoreTask, scorer: Scorer, compute: Compute, path: Path, about: dict[str, Any]) -> TaskScore | None:
     """A task's score: an earlier one of the same model, settings and file, which rank 0 alone has, or a new one, which
     it keeps. None where a rank does not know it.
     """
     key = score_key(task, about)
-    path = folder / f"{task.label}.json"
     earlier = load_score(path, key) if compute.is_master and not rescore else None
     if compute.any(earlier is not None):
         print0(f"{task.label}: scored before, {path}")
         return earlier
-    score = evaluate_task(task, scorer, compute, None if max_per_task == -1 else max_per_task)
+    score = score_task(task, scorer, compute, None if max_per_task == -1 else max_per_task)
     if compute.is_master:
         save_score(path, key, score)
     return score
@@ -203,6 +154,51 @@ def log_score(score: TaskScore, record: Record) -> None:
     cut = f", {score.cut} cut at the context" if score.cut else ""
     share = f"{score.accuracy:.1%} +- {score.stderr:.1%} of {score.n:,}"
     print0(f"{score.task}: {share}, centred {score.centered:+.4f}, {score.seconds:.1f} s{cut}")
+
+
+def log_core(scores: Sequence[TaskScore], missing: Sequence[str], record: Record) -> None:
+    """CORE, or what there is of it without the `missing` tasks."""
+    value, stderr = mean_centred((score.accuracy, score.stderr, score.baseline) for score in scores)
+    about = {"tasks": [score.task for score in scores], "missing": missing, "partial": bool(missing)}
+    record.write("core", source=source, value=value, stderr=stderr, **about, max_per_task=max_per_task)
+    few = f" (at most {max_per_task:,} items of each task)" if max_per_task > 0 else ""
+    if missing:
+        of = f"{len(scores)} of {len(scores) + len(missing)} tasks{few}"
+        print0(f"partial, not CORE: {value:.4f} +- {stderr:.4f} over {of}\nwithout {', '.join(missing)}")
+    else:
+        print0(f"CORE: {value:.4f} +- {stderr:.4f}{few}")
+
+
+# -----------------------------------------------------------------------------
+# A task's answers on disk: what a stopped evaluation continues with
+
+
+def score_key(task: CoreTask, about: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal for a score to be used again: `about` the model and the settings, and all that a task is."""
+    described = {"num_fewshot": task.num_fewshot, "delimiter": task.delimiter, "kind": task.kind}
+    return {"version": VERSION, "task": task.label, "file_sha256": sha256_file(task.path), **described, **about}
+
+
+def save_score(path: Path, key: dict[str, Any], score: TaskScore) -> None:
+    """Write a sealed JSON file with one line for each item."""
+    answers = ",\n".join(json.dumps(asdict(answer)) for answer in score.answers)
+    head = json.dumps({"key": key, **asdict(replace(score, answers=[]))}).removesuffix("]}")
+    write_atomic(path, seal(f"{head}\n{answers}\n]}}"))
+
+
+def load_score(path: Path, key: dict[str, Any]) -> TaskScore | None:
+    """The score that save_score() wrote, or None where there is none of this key. Says so where the file is damaged."""
+    try:
+        content = read_sealed(path)
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        print0(f"{path}: {error}; the task is scored again")
+        return None
+    if content.pop("key", None) != key:
+        return None
+    answers = [Answer(**answer) for answer in content.pop("answers")]
+    return TaskScore(**content, answers=answers)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ from collections.abc import Callable, Sequence
 
 from nanochat.common import print0, run_main
 from nanochat.compute import Compute, compute_init
-from nanochat.core_eval import CoreTask, GPTScorer, evaluate_task, find_bundle, load_tasks
+from nanochat.core_eval import CoreTask, GPTScorer, find_bundle, load_tasks, score_task
 from nanochat.corpus import Corpus, iter_text, load_corpus
 from nanochat.dataloader import Position, training_stream
 from nanochat.engine import Sampling
@@ -209,7 +209,7 @@ def evaluate_core(model: GPT, tokenizer: Tokenizer, tasks: Sequence[CoreTask], c
     scores = []
     for task in here:
         run.watch.poll()
-        scores.append(evaluate_task(task, scorer, compute, core_metric_max_per_task))
+        scores.append(score_task(task, scorer, compute, core_metric_max_per_task))
     value, error = mean_centred((score.accuracy, score.stderr, score.baseline) for score in scores)
     partial, labels = len(here) < len(tasks), [task.label for task in here]
     run.record.write("core", step=run.done, value=value, stderr=error, partial=partial, tasks=labels)

@@ -11,7 +11,8 @@ from nanochat.compute import Compute
 from scripts import base_eval
 from tests import tiny
 from tests.faults import Faults
-from tests.test_core_eval import write_bundle
+from tests.test_conversation import BYTES
+from tests.test_core_eval import CPU, model_of, write_bundle
 
 NAMES = ("choose", "fill", "say")
 MODEL = "base-t-000002"
@@ -79,7 +80,7 @@ def test_every_task_is_recorded_and_a_second_run_scores_only_what_is_missing(hom
     assert answers(home) == before and newest(home, "core")[0]["value"] == core["value"]
     assert len(newest(home, "core_task", 100)) == 6
     assert "scored before" not in score(max_per_task=5), "another question"
-    assert "(at most 5 items of each task)" in score(max_per_task=5, eval="core,bpb")
+    assert "(at most 5 items of each task)" in score(max_per_task=5)
 
 
 def test_three_ranks_give_the_answers_of_one(home, faults, score):
@@ -124,13 +125,20 @@ def test_a_model_is_compiled_only_for_many_items(home, monkeypatch):
     assert not base_eval.worth_compiling([task] * 125, cpu)
 
 
+def test_scores_are_kept_sealed_and_used_for_the_same_question_only(tmp_path, capsys):
+    task, *_ = base_eval.load_tasks(write_bundle(tmp_path))
+    score = base_eval.score_task(task, base_eval.GPTScorer(model_of(), BYTES, CPU), CPU, 5)
+    key, path = base_eval.score_key(task, {"model": "a"}), tmp_path / "choose.json"
+    base_eval.save_score(path, key, score)
+    assert base_eval.load_score(path, key) == score and len(path.read_text().splitlines()) == 5 + 4
+    assert base_eval.load_score(path, base_eval.score_key(task, {"model": "b"})) is None
+    path.write_text(path.read_text().replace("true", "false", 1))
+    assert base_eval.load_score(path, key) is None and "scored again" in capsys.readouterr().out
+
+
 def test_mistakes_are_one_line(score):
     with pytest.raises(UserError, match=r"--tasks=chose: expected all, or some of choose\|fill\|say"):
         score(tasks="choose|chose")
-    with pytest.raises(UserError, match=r"--eval=bpb: expected core, and perhaps bpb or sample"):
-        score(eval="bpb")
-    with pytest.raises(UserError, match=r"--eval=core,speed"):
-        score(eval="core,speed")
     with pytest.raises(UserError, match="expected at least 1, or -1"):
         score(max_per_task=0)
     with pytest.raises(UserError, match="no config.json there"):

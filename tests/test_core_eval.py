@@ -13,9 +13,10 @@ import yaml
 from nanochat import core_eval
 from nanochat.common import UserError
 from nanochat.compute import Compute
-from nanochat.core_eval import CoreTask, GPTScorer, evaluate_task, load_tasks, read_items, render_prompts
+from nanochat.core_eval import CoreTask, GPTScorer, load_tasks, read_items, render_prompts, score_task
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hf_model import HFScorer, load_hf
+from nanochat.task_eval import mean_centred
 from nanochat.tokenizer import Tokenizer
 from tests.reference import core as slow
 from tests.test_conversation import BYTES
@@ -83,7 +84,7 @@ def train_a_little(model: GPT, tokenizer: Tokenizer, text: str, steps: int = 40)
 def assert_same_as_slow(task: CoreTask, model: GPT, tokenizer: Tokenizer, n: int | None = None, **options) -> int:
     """Compare all answers; returns how many were right."""
     rows = slow.read_rows(task.path)
-    score = evaluate_task(task, GPTScorer(model, tokenizer, CPU, **options), CPU, n)
+    score = score_task(task, GPTScorer(model, tokenizer, CPU, **options), CPU, n)
     for answer in score.answers:
         expected = slow.answer(model, tokenizer, rows, answer.index, task.kind, task.num_fewshot, task.delimiter)
         losses = [np.inf if loss is None else loss for loss in answer.losses]
@@ -127,7 +128,7 @@ def test_scoring_fewer_items_changes_no_prompt(tasks):
     """nanochat draws the examples from the items that are left, so the number of items changes what is asked."""
     scorer = GPTScorer(model_of(), BYTES, CPU)
     for task in tasks:
-        some, every = evaluate_task(task, scorer, CPU, 4).answers, evaluate_task(task, scorer, CPU).answers
+        some, every = score_task(task, scorer, CPU, 4).answers, score_task(task, scorer, CPU).answers
         for a, b in zip(some, every[:4], strict=True):
             assert (a.line, a.right) == (b.line, b.right) and a.losses == pytest.approx(b.losses, abs=1e-6)
 
@@ -142,7 +143,8 @@ def test_what_is_scored_is_told_from_the_tokens():
 def test_the_beginning_of_an_item_is_computed_once():
     rows = [(i, np.array([7, 8, 9, *tail]), 3) for i, tail in enumerate(([1, 2], [3], [1, 4, 5]))]
     (unit,) = core_eval.make_units(0, rows, 16, branches=True)
-    assert unit.tokens.tolist() == [7, 8, 9, 1, 1, 4] and (unit.stem, unit.tails) == (3, [1, 0, 2])
+    assert unit.tokens.tolist() == [7, 8, 9, 1, 1, 4] and (unit.stem, unit.tail) == (3, 3)
+    assert unit.positions.tolist() == [0, 1, 2, 3, 3, 4] and unit.branches.tolist() == [0, 0, 0, 1, 3, 3]
     assert unit.at.tolist() == [2, 3, 2, 2, 4, 5] and unit.targets.tolist() == [1, 2, 3, 1, 4, 5]
     assert [len(unit.tokens) for unit in core_eval.make_units(0, rows, 5, branches=True)] == [4, 4]  # 1st and 2nd; 3rd
     assert [len(unit.tokens) for unit in core_eval.make_units(0, rows, 16, branches=False)] == [4, 3, 5]
@@ -176,7 +178,7 @@ def test_cut_prompts_are_counted(tasks):
     for task in tasks:
         lengths = [max(len(p.encode()) for p in render_prompts(task, read_items(task), i)) + 1 for i in range(16)]
         limit = sorted(lengths)[7]
-        score = evaluate_task(task, GPTScorer(model_of(limit), BYTES, CPU), CPU)
+        score = score_task(task, GPTScorer(model_of(limit), BYTES, CPU), CPU)
         assert score.cut == sum(answer.cut for answer in score.answers) == sum(length > limit for length in lengths)
 
 
@@ -206,7 +208,7 @@ def test_a_choice_without_tokens_of_its_own_never_wins(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text(json.dumps({"query": "x", "choices": ["ab", "abc"], "gold": 1}) + "\n")
     task = CoreTask("t", "multiple_choice", path, 0, " ", 0.5)
-    (answer,) = evaluate_task(task, GPTScorer(model_of(), BYTES, CPU), CPU).answers
+    (answer,) = score_task(task, GPTScorer(model_of(), BYTES, CPU), CPU).answers
     assert answer.losses[0] is None and answer.prediction == 1 and answer.right
 
 
@@ -215,11 +217,11 @@ def test_equal_choices_go_to_the_first_and_nan_to_none(tmp_path):
     path.write_text(json.dumps({"query": "x", "choices": ["b", "a", "a"], "gold": 1}) + "\n")
     task = CoreTask("t", "multiple_choice", path, 0, " ", 0.5)
     model = model_of()
-    (answer,) = evaluate_task(task, GPTScorer(model, BYTES, CPU), CPU).answers
+    (answer,) = score_task(task, GPTScorer(model, BYTES, CPU), CPU).answers
     assert answer.prediction in (0, 1) and answer.losses[1] == pytest.approx(answer.losses[2], abs=1e-6)
     with torch.no_grad():
         model.wte.weight.fill_(torch.nan)
-    (answer,) = evaluate_task(task, GPTScorer(model, BYTES, CPU), CPU).answers
+    (answer,) = score_task(task, GPTScorer(model, BYTES, CPU), CPU).answers
     assert answer.prediction == -1 and not answer.right and answer.losses == [None] * 3
 
 
@@ -229,7 +231,7 @@ class Fake:
     context, branches, batch_tokens, bos = 1 << 20, True, 1 << 20, BYTES.get_bos_token_id()
 
     def __init__(self, loss):
-        self.loss, self.encode_arrow = loss, BYTES.encode_arrow
+        self.loss, self.encode = loss, BYTES.encode
 
     def predict(self, units):
         losses = [self.loss(unit.item, choice) for unit in units for choice in unit.choices.tolist()]
@@ -239,26 +241,26 @@ class Fake:
 def test_the_oracle_is_always_right_and_a_constant_answer_is_worth_nothing(tasks):
     for task in tasks:
         gold = [item.gold for item in read_items(task)]
-        assert evaluate_task(task, Fake(lambda i, choice: float(choice != gold[i])), CPU).centered == 1.0  # noqa: B023
-        assert evaluate_task(task, Fake(lambda i, choice: 1.0 + choice), CPU).centered == 0.0
+        assert score_task(task, Fake(lambda i, choice: float(choice != gold[i])), CPU).centered == 1.0  # noqa: B023
+        assert score_task(task, Fake(lambda i, choice: 1.0 + choice), CPU).centered == 0.0
 
 
 def test_the_oracle_is_right_on_every_published_task(bundle):
     for task in bundle:
         gold = [item.gold for item in read_items(task)]
-        score = evaluate_task(task, Fake(lambda i, choice: float(choice != gold[i])), CPU, 40)  # noqa: B023
+        score = score_task(task, Fake(lambda i, choice: float(choice != gold[i])), CPU, 40)  # noqa: B023
         assert score.right == score.n == min(40, len(gold)), task.label
 
 
 def test_the_order_of_choices_does_not_matter(tasks):
     task, scorer = tasks[0], GPTScorer(model_of(), BYTES, CPU)
-    before = evaluate_task(task, scorer, CPU).answers
+    before = score_task(task, scorer, CPU).answers
     rows = [json.loads(line) for line in task.path.read_text().splitlines()]
     for row in rows:
         row["choices"].reverse()
         row["gold"] = len(row["choices"]) - 1 - row["gold"]
     task.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for a, b in zip(before, evaluate_task(task, scorer, CPU).answers, strict=True):
+    for a, b in zip(before, score_task(task, scorer, CPU).answers, strict=True):
         assert a.right == b.right and a.losses == pytest.approx(b.losses[::-1], abs=2e-6)
 
 
@@ -272,20 +274,10 @@ def test_published_accuracies_of_gpt2_give_its_published_core(shared_data, size,
     with open(folder / f"openai-community-gpt2{size}.csv", newline="") as file:
         rows = {row[0].strip(): row for row in csv.reader(file)}
     tasks = load_tasks(folder)
-    centered = [core_eval.center(float(rows[task.label][1]), task.baseline) for task in tasks]
-    assert len(tasks) == 22 and sum(centered) / 22 == pytest.approx(core, abs=5e-5)
-    for task, value in zip(tasks, centered, strict=True):
-        assert value == pytest.approx(float(rows[task.label][2]), abs=2e-6)
-
-
-def test_scores_are_kept_sealed_and_used_for_the_same_question_only(tasks, tmp_path, capsys):
-    score = evaluate_task(tasks[0], GPTScorer(model_of(), BYTES, CPU), CPU, 5)
-    key, path = core_eval.score_key(tasks[0], {"model": "a"}), tmp_path / "choose.json"
-    core_eval.save_score(path, key, score)
-    assert core_eval.load_score(path, key) == score and len(path.read_text().splitlines()) == 5 + 4
-    assert core_eval.load_score(path, core_eval.score_key(tasks[0], {"model": "b"})) is None
-    path.write_text(path.read_text().replace("true", "false", 1))
-    assert core_eval.load_score(path, key) is None and "scored again" in capsys.readouterr().out
+    scores = [(float(rows[task.label][1]), 0.0, task.baseline) for task in tasks]
+    assert len(tasks) == 22 and mean_centred(scores)[0] == pytest.approx(core, abs=5e-5)
+    for task, score in zip(tasks, scores, strict=True):
+        assert mean_centred([score])[0] == pytest.approx(float(rows[task.label][2]), abs=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -390,7 +382,7 @@ def test_a_model_folder_is_scored_by_the_same_rules(transformers, tasks, tmp_pat
     assert scorer.context == 64 and scorer.bos == 256 and scorer.picks
     for task in tasks:
         rows = slow.read_rows(task.path)
-        score = evaluate_task(task, scorer, CPU, 9)
+        score = score_task(task, scorer, CPU, 9)
         assert score.cut > 0 or task.kind == "schema"
         for answer in score.answers:
             how = (task.kind, task.num_fewshot, task.delimiter, 64)
