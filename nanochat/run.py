@@ -92,9 +92,8 @@ class Run:
         tokens_per_step: int | None = None,
         **plan: Any,
     ) -> None:
-        """Take over weights, optimizers, spikes and figures of the checkpoint that is continued, and open the record,
-        whose event "plan" tells all that was decided. tokens_per_step is Meter's. Where nothing is left to do the
-        record stays as it is.
+        """Take over weights, optimizers, spikes and figures of the checkpoint that is continued; watch for signals;
+        open the record, unless no step is left, and tell it the `plan`. tokens_per_step is Meter's.
         """
         self.model, self.optimizers, self.tokenizer, self.spikes = model, optimizers, tokenizer, spikes
         card = find_card(device_name(self.compute.device))
@@ -131,9 +130,7 @@ class Run:
         return self.meter.steps
 
     def steps(self) -> Iterator[int]:
-        """The numbers of the steps that are left, each timed from here to its end_step(). Signals, which are kept for
-        it since begin(), end the process at once again when all steps are done.
-        """
+        """The steps that are left, each timed until its end_step(). After the last a signal ends the process again."""
         first, num_steps = self.first_step, self.meter.num_steps
         hidden = get_rank() != 0 or not sys.stderr.isatty()
         with tqdm(total=num_steps, initial=first, unit="step", disable=hidden) as self.bar:
@@ -143,9 +140,9 @@ class Run:
         self.watch.__exit__()
 
     def end_step(self, result: StepResult, position: Any, line: str = "", **figures: Any) -> None:
-        """Account for a step that is done: record, progress, and a checkpoint when one is due, before anything that may
-        fail or take long. `position` is where the data stand now; `line` is printed instead of the usual one in 20.
-        Raises Stopped, on every rank, when any was asked to stop.
+        """Account for a step that is done: record, progress, and a checkpoint when one is due, before anything else can
+        fail. `position` is where the data stand now; `line` is printed instead of 20 lines a run. Raises Stopped, on
+        every rank, when any was asked to stop.
         """
         synchronize(self.compute.device)
         logged = {**self.meter.tick(result), **figures}
@@ -241,9 +238,8 @@ def open_wandb(run: str, stage: str, settings: dict[str, Any], checkpoint: Check
 
 
 def write_bundle(run: Run, seen: Any) -> Path:
-    """Write down what a step saw (train.Sums) whose numbers were not finite: one JSON file per rank in
-    $NANOCHAT_BASE_DIR/failed/<stage>-<tag>-step_<step>/, with the token ids and targets of its batches, the position
-    after them, and the norms of parameters and mean gradients as far as this rank has them. Returns the directory.
+    """Write down what a step saw (train.Sums) whose numbers were not finite, and what this rank has of the norms: one
+    JSON file per rank in $NANOCHAT_BASE_DIR/failed/<stage>-<tag>-step_<step>/, which is returned.
     """
     gradients = {name: grad.norm().item() for optimizer in run.optimizers for name, grad in optimizer.own_gradients()}
     parameters = {name: local(p.detach()).norm().item() for name, p in run.model.named_parameters()}

@@ -18,10 +18,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class SignalWatch:
-    """Remembers the first SIGTERM, SIGINT, SIGUSR1 or SIGHUP (a closed terminal) until the loop asks for it, so that a
-    step is finished and saved; not those that are ignored already, as under nohup. A second SIGINT, a second or more
-    later (a terminal and torchrun may both deliver the first), ends the process at once. As a context manager it gives
-    the old handlers back.
+    """Remembers the first of SIGNALS until the loop asks for it, so that a step is finished and saved; not one that is
+    ignored already, as SIGHUP (a closed terminal) is under nohup. A second SIGINT, a second or more later (a terminal
+    and torchrun may both deliver the first), ends the process at once. On exit the old handlers come back.
     """
 
     def __init__(self, compute: Compute) -> None:
@@ -53,9 +52,7 @@ class SignalWatch:
                 os.write(sys.__stdout__.fileno() if sys.__stdout__ else 1, line.encode())
 
     def poll(self) -> None:
-        """Between steps, in evaluations: raise Stopped on every rank when any one was asked to stop. Collective, about
-        a tenth of a millisecond.
-        """
+        """For what takes long between steps: raise Stopped on every rank when any was asked to stop. Collective."""
         votes = self.compute.sum(torch.tensor(stop_votes(self.received)))
         if stopped_by(votes.tolist()):
             raise Stopped(stopped_by(votes.tolist()))

@@ -33,10 +33,10 @@ Stream = Iterator[tuple[Tensor, Tensor, Any]]  # inputs (B, T), targets (B, T), 
 
 @dataclass(frozen=True)
 class Rates:
-    """Multipliers and values for one step, from the schedules."""
+    """Of one step."""
 
     lr: float  # multiplies every group's initial learning rate
-    momentum: float  # Muon's
+    momentum: float  # Muon's, as it is
     weight_decay: float  # multiplies Muon's initial weight decay
 
 
@@ -66,10 +66,9 @@ def zero_sums(compute: Compute) -> Sums:
 
 
 def accumulate(model: GPT, stream: Stream, grad_accum_steps: int, compute: Compute) -> Sums:
-    """Forward and backward over the micro-batches of one step. Gradients of the *sum* of the losses stay on the
-    parameters; the division happens once, in update(). A UserError of the stream, such as a damaged shard file, is kept
-    in the result. The other ranks of a sharded model need this one's weights all the same, so it goes on with tokens
-    that count nothing.
+    """Forward and backward over the micro-batches of one step: gradients of the *sum* of the losses stay on the
+    parameters, and update() divides them once. A UserError of the stream, such as a damaged shard, is kept in the
+    result; a sharded model, whose other ranks need this one's weights, goes on with tokens that count nothing.
     """
     sums = zero_sums(compute)
     for _ in range(grad_accum_steps):
@@ -123,9 +122,9 @@ def update(
     spikes: "Spikes | None" = None,
     skip_spikes: bool = False,
 ) -> StepResult:
-    """Average the gradients over all counted tokens of all ranks, and step. A step without a counted token changes
-    nothing, nor does with skip_spikes one whose loss or gradient is a spike. Raises NotFinite, on every rank and before
-    the update, when the loss or the gradient is not finite on any.
+    """Average the gradients over the counted tokens of all ranks, and step. A step without a counted token changes
+    nothing, nor does with skip_spikes one that is a spike. Raises NotFinite, on every rank and before the update, when
+    loss or gradient is not finite on any.
     """
     squares = [optimizer.reduce_gradients(max(agreed.tokens, 1)) for optimizer in optimizers]
     grad_norm = compute.sum(torch.stack(squares).sum()).sqrt().item()
@@ -146,7 +145,6 @@ def update(
 
 
 def set_rates(optimizer: AdamW | Muon, rates: Rates) -> None:
-    """The rates of this step, from those that the optimizer was made with."""
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
         group.setdefault("initial_weight_decay", group["weight_decay"])
@@ -157,9 +155,8 @@ def set_rates(optimizer: AdamW | Muon, rates: Rates) -> None:
 
 
 class Spikes:
-    """Finds losses and gradient norms far above those of the steps before: more than 6 standard deviations over the
-    mean of the last 128 (the figures of OLMo-core's SkipStepOptimizer). Counts them; whether such a step is skipped is
-    the caller's decision. `state()` is what must survive a resume.
+    """Finds and counts losses and gradient norms more than 6 standard deviations over the mean of the last 128 (the
+    figures of OLMo-core's SkipStepOptimizer). `state()` is what must survive a resume.
     """
 
     WINDOW, ENOUGH, SIGMAS = 128, 64, 6.0
@@ -171,8 +168,7 @@ class Spikes:
 
     def see(self, loss: float, norm: float, skip: bool = False) -> bool:
         """Take notice of a step's figures; True when either is a spike, which counts as skipped with `skip`. Spikes
-        stay among the steps before: after a loss has risen for good, a few dozen steps and not all that follow are
-        spikes.
+        stay among the steps before, so a loss that has risen for good is one for a few dozen steps and not for ever.
         """
         spike = self.is_far(loss, self.losses) or self.is_far(norm, self.norms)
         self.count += spike
@@ -210,10 +206,8 @@ def every(interval: int, step: int, num_steps: int) -> bool:
 
 
 def steps_in(minutes: float, one_step: Callable[[], object], compute: Compute) -> int:
-    """How many steps fit into `minutes`, from the pace of a few trial steps, equal on every rank.
-
-    The pace is the median of five steps in a row that differ by less than half; compilation, and other work on the
-    machine, make earlier ones slower. After 40 steps it takes what it has.
+    """How many steps fit into `minutes`, equal on every rank: at the median pace of five trial steps in a row that
+    differ by less than half (compilation, and other work on the machine, make earlier ones slower), or of the 40th.
     """
     seconds: list[float] = []
     while len(seconds) < 8 or (len(seconds) < 40 and max(seconds[-5:]) > 1.5 * min(seconds[-5:])):
@@ -227,8 +221,8 @@ def steps_in(minutes: float, one_step: Callable[[], object], compute: Compute) -
 def steps_for_minutes(
     minutes: float, model: GPT, stream: Stream, batch: BatchPlan, compute: Compute
 ) -> tuple[int, str]:
-    """The number of steps and where it comes from, by timing real steps on a stream of their own. The caller restores
-    the weights afterwards: the run is then bit for bit the one that --num-iterations with this number gives.
+    """The number of steps and where it comes from, by timing steps on a stream of their own. The caller restores the
+    weights: the run is then bit for bit the one that --num-iterations with this number gives.
     """
     optimizers = model.setup_optimizers(dtype=compute.dtype)
 
@@ -262,7 +256,7 @@ def plan_chats(
 
 
 def row_length(model: GPT, max_seq_len: int | None) -> int:
-    """Tokens per row of a chat stage: as asked, at most the model's context."""
+    """Tokens per row of a chat stage: as asked, at most the model's context. Raises UserError for more."""
     context = model.config.sequence_len
     if max_seq_len is not None and not 2 <= max_seq_len <= context:
         allowed = f"expected 2 to {context}, the context this model was trained with"
