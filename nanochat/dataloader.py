@@ -110,13 +110,15 @@ def prefetch(iterator: Iterator[Item], depth: int) -> Iterator[Item]:
     here.
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    ahead = deque(pool.submit(next, iterator, None) for _ in range(depth))
     try:
-        ahead = deque(pool.submit(next, iterator, None) for _ in range(depth))
         while (item := ahead.popleft().result()) is not None:
             ahead.append(pool.submit(next, iterator, None))
             yield item
     finally:
-        pool.shutdown(cancel_futures=True)
+        for future in ahead:  # shutdown(cancel_futures=True) fails in a process that ends
+            future.cancel()
+        pool.shutdown()
 
 
 def to_device(rows: np.ndarray, compute: Compute) -> Tensor:
