@@ -3,8 +3,7 @@ fp32.
 
 Ranks: each rank owns ceil(rows / N) rows of a parameter; gradients are summed by reduce-scatter, each rank updates its
 rows, and parameters come back by all-gather (after ZeRO, arXiv 1910.02054), while the next one is prepared or updated.
-With one rank the same loop sends nothing. State is 1/N per rank. With --shard a rank holds just those rows, and their
-gradient, already summed: nothing is sent at all.
+State is 1/N per rank. With --shard a rank holds just those rows, and their gradient, already summed: nothing is sent.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,13 +19,7 @@ EPS = 1e-10
 
 
 def adam_update(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, lr: float, betas: tuple[float, float]
 ) -> None:
     """One Adam step in place; `step` counts from 1."""
     beta1, beta2 = betas
@@ -66,11 +59,6 @@ class Slice:
         adam_update(own, self.grad, self.exp_avg, self.exp_avg_sq, step, lr, betas)
         self.grad = None
         return self.way.send(own)
-
-    def take(self, rows: Tensor) -> None:
-        """Set what this rank holds; nothing to copy where that is what was updated in place."""
-        held = local(self.param)
-        held.copy_(rows[: held.size(0)])
 
 
 def make_slice(name: str, param: Tensor) -> Slice:
@@ -119,7 +107,8 @@ class AdamW(torch.optim.Optimizer):
             for part, group in zip(self.slices, groups, strict=True)
         ]
         for part, sent in zip(self.slices, under_way, strict=True):
-            part.take(sent.wait())
+            held = local(part.param)
+            held.copy_(sent.wait()[: held.size(0)])  # onto itself where the update was in place
 
     def state_bytes(self) -> int:
         """Memory of this rank's share of the state."""

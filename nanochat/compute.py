@@ -1,4 +1,4 @@
-"""The machine: device, ranks, dtype, seeds, and the collectives that the rest is built on.
+"""The machine: device, ranks, dtype, seeds; and what the ranks agree on.
 
 Nothing is probed on import. Without torchrun there is one rank and a collective is a no-op; CPUs talk gloo, GPUs NCCL /
 RCCL. On CPU every run is deterministic: same machine type, same versions, same thread count, same bits.
@@ -7,9 +7,10 @@ RCCL. On CPU every run is deterministic: same machine type, same versions, same 
 import contextlib
 import ctypes
 import os
+import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +29,7 @@ from nanochat.files import one_line
 # torch from a cold network disk. Downloads come before the ranks meet.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
-DEVICE_TYPES = ("cuda", "mps", "xpu", "cpu")  # ROCm builds of torch call their devices cuda
+DEVICE_TYPES = ("cuda", "mps", "xpu", "cpu")  # the best first. ROCm builds of torch call their devices cuda
 
 
 @dataclass(frozen=True)
@@ -77,21 +78,10 @@ class Compute:
                 dist.barrier()
 
 
-def autodetect_device_type() -> str:
-    """The best of DEVICE_TYPES that this torch build and machine have."""
-    if torch.cuda.is_available():
-        return "cuda"
-    if torch.backends.mps.is_available():
-        return "mps"
-    return "xpu" if torch.xpu.is_available() else "cpu"
-
-
 def compute_init(device_type: str = "auto", dtype: str = "auto", seed: int = 42) -> Compute:
     """Join the other ranks, pick device and dtype, seed everything, make CPU runs deterministic. Prints what it chose.
     Raises UserError for a device that is not there. Pair with compute_cleanup().
     """
-    if device_type == "auto":
-        device_type = autodetect_device_type()
     world_size, tasks = int(os.environ.get("WORLD_SIZE", "1")), first_number("SLURM_STEP_NUM_TASKS")
     if tasks and tasks > 1 and "WORLD_SIZE" not in os.environ:
         raise UserError(
@@ -141,16 +131,15 @@ def keep_freed_memory() -> None:
 
 
 def open_device(device_type: str, local_rank: int | None) -> torch.device:
-    """A device of this machine: of its GPUs the one with this rank's number among the ranks here."""
-    if device_type not in DEVICE_TYPES:
+    """A device of this machine, with "auto" the first of DEVICE_TYPES that torch sees: of its GPUs the one with this
+    rank's number among the ranks here.
+    """
+    if device_type not in ("auto", *DEVICE_TYPES):
         raise UserError(f"--device-type={device_type}: expected auto, {', '.join(DEVICE_TYPES)}")
-    available: dict[str, Callable[[], bool]] = {
-        "cuda": torch.cuda.is_available,
-        "mps": torch.backends.mps.is_available,
-        "xpu": torch.xpu.is_available,
-        "cpu": lambda: True,
-    }
-    if not available[device_type]():
+    seen = [name for name in DEVICE_TYPES if torch.get_device_module(name).is_available()]
+    if device_type == "auto":
+        device_type = seen[0]
+    if device_type not in seen:
         raise UserError(
             f"--device-type={device_type}: torch {torch.__version__} sees no such device; try --device-type=cpu"
         )
@@ -176,18 +165,20 @@ def join_ranks(device: torch.device) -> None:
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} needs {' and '.join(missing)} too; torchrun sets them")
-    cuda = device.type == "cuda"
+    cpu, place = (
+        device.type == "cpu",
+        f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}",
+    )
     try:
         dist.init_process_group(
-            "nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, device_id=device if cuda else None
+            "gloo" if cpu else "nccl", timeout=COLLECTIVE_TIMEOUT, device_id=None if cpu else device
         )
     except RuntimeError as error:  # DistError, and what gloo raises
         raise UserError(
-            f"{os.environ['WORLD_SIZE']} ranks did not meet at MASTER_ADDR={os.environ['MASTER_ADDR']} "
-            f"MASTER_PORT={os.environ['MASTER_PORT']} within {COLLECTIVE_TIMEOUT.total_seconds():.0f} s "
-            f"({one_line(error)}); start all of them with the same"
+            f"{os.environ['WORLD_SIZE']} ranks did not meet at {place} within {COLLECTIVE_TIMEOUT.total_seconds():.0f} "
+            f"s ({one_line(error)}); start all of them with the same"
         ) from None
-    if not cuda:
+    if cpu:
         share_cores()
 
 
@@ -228,20 +219,20 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
         return named[dtype]
     if dtype != "auto":
         raise UserError(f"--dtype={dtype}: expected auto, {', '.join(named)}")
+    native = False
     if device.type == "cuda":  # sm_80 is Ampere; RDNA3 and CDNA report 9 and above
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
-    if device.type == "cpu":
-        return torch.bfloat16 if {"avx512_bf16", "amx_bf16"} & cpu_flags() else torch.float32
-    return torch.float32
+        native = torch.cuda.get_device_capability(device)[0] >= 8
+    elif device.type == "cpu":
+        native = bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
+    return torch.bfloat16 if native else torch.float32
 
 
 def cpu_flags() -> set[str]:
     """The instruction sets of the first core, empty where there is no /proc/cpuinfo."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
+        return set(re.findall(r"^flags.*", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0].split())
+    except (OSError, IndexError):
         return set()
-    return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
 
 
 def can_compile(device: torch.device) -> bool:
@@ -257,8 +248,7 @@ def device_name(device: torch.device) -> str:
 
 def synchronize(device: torch.device) -> None:
     """Wait for the device, so that a clock can be read."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    torch.get_device_module(device).synchronize()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -19,17 +19,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from nanochat.sharding import (
-    Split,
-    UnderWay,
-    Whole,
-    compute_device,
-    deal_matrices,
-    local,
-    padded_rows,
-    ranks,
-    rows_per_rank,
-)
+from nanochat.sharding import Split, UnderWay, Whole, all_gather, compute_device, deal_matrices, local
 
 # Five quintic steps x <- a x + b x^3 + c x^5 on the singular values, optimal in sequence for values in [1e-3, 1] (Polar
 # Express, with its safety factor of 1.01 and 2 % of cushion). The later ones converge fastest near 1.
@@ -96,8 +86,7 @@ class Stack:
     def reduce(self) -> UnderWay:
         """Begin to bring each matrix's gradient to its owner, and drop it here; a missing one counts as zeros."""
         grads = [local(p.grad) if p.grad is not None else torch.zeros_like(local(p)) for p in self.params]
-        grads = [padded_rows(grad, rows_per_rank(self.params[0])) for grad in grads]
-        padding = self.momentum_buffer.size(0) * ranks()[1] - len(grads)
+        padding = self.momentum_buffer.size(0) * self.way.world_size - len(grads)
         stacked = torch.stack(grads + [torch.zeros_like(grads[0])] * padding)
         for p in self.params:
             p.grad = None  # there is a copy now
@@ -131,15 +120,15 @@ class Stack:
     def own_names(self) -> list[str]:
         """The matrices that this rank owns; the last ranks may have fewer than per_rank."""
         per_rank = self.momentum_buffer.size(0)
-        return self.names[ranks()[0] * per_rank :][:per_rank]
+        return self.names[self.way.rank * per_rank :][:per_rank]
 
 
 def make_stack(members: dict[str, Tensor]) -> Stack:
     names, params = list(members), list(members.values())
-    rows, columns = params[0].shape
-    zeros = torch.zeros((-(-len(params) // ranks()[1]), rows, columns), device=params[0].device)
+    way, (rows, columns) = deal_matrices(params[0]), params[0].shape
+    zeros = torch.zeros((-(-len(params) // way.world_size), rows, columns), device=params[0].device)
     second = zeros[:, :, :1] if rows >= columns else zeros[:, :1, :]
-    return Stack(names, params, deal_matrices(params[0]), zeros, second.clone())
+    return Stack(names, params, way, zeros, second.clone())
 
 
 class Muon(torch.optim.Optimizer):
@@ -209,8 +198,8 @@ class Muon(torch.optim.Optimizer):
         for stack in self.stacks:
             for kind in ("momentum_buffer", "second_moment"):
                 for i, own in enumerate(getattr(stack, kind).to(compute_device(stack.params[0])).split(1)):
-                    of_ranks = Whole(*ranks()).send(own).wait()
-                    for name, tensor in zip(stack.names[i :: stack.momentum_buffer.size(0)], of_ranks, strict=False):
+                    names = stack.names[i :: stack.momentum_buffer.size(0)]
+                    for name, tensor in zip(names, all_gather(own), strict=False):  # the padding comes last
                         yield f"{name}.{kind}", tensor
 
     def load_full_state(self, read: Callable[[str], Tensor]) -> None:

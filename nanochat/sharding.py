@@ -101,14 +101,10 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_split(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def rows_per_rank(p: Tensor) -> int:
-    """The most rows of parameter p that a rank holds."""
-    return -(-p.size(0) // ranks()[1]) if is_split(p) else p.size(0)
-
-
 def own_rows(p: Tensor) -> slice:
     """Which rows of parameter p local(p) are."""
-    n, rank = rows_per_rank(p), ranks()[0] if is_split(p) else 0
+    rank, world_size = ranks() if is_split(p) else (0, 1)
+    n = -(-p.size(0) // world_size)
     return slice(min(rank * n, p.size(0)), min((rank + 1) * n, p.size(0)))
 
 
@@ -132,7 +128,7 @@ def held_bytes(model: nn.Module) -> int:
 def join_rows(own: Tensor, p: Tensor) -> Tensor:
     """What the ranks have for their ceil(rows / N) rows of p, as one tensor. Collective."""
     n = -(-p.size(0) // ranks()[1])
-    return Whole(*ranks()).send(padded_rows(own, n).to(compute_device(p))).wait()[: p.size(0)]
+    return all_gather(padded_rows(own, n).to(compute_device(p)))[: p.size(0)]
 
 
 def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -195,36 +191,46 @@ class Whole:
 
 @dataclass(frozen=True)
 class Split:
-    """For matrices (M, N) of which each of world_size ranks holds n = ceil(M / world_size) rows, with the gradient of
-    these already summed: an all-to-all turns rows of all (K, n, N) into all rows of some (K / world_size, M, N), and
-    back.
+    """For matrices (M, N) of which each of world_size ranks holds n = ceil(M / world_size) rows or fewer, with the
+    gradient of these already summed: an all-to-all turns rows of all (K, n, N) into all rows of some
+    (K / world_size, M, N), and back.
     """
 
+    rank: int
     world_size: int
     M: int
 
+    @property
+    def n(self) -> int:
+        return -(-self.M // self.world_size)
+
     def reduce(self, grads: Tensor) -> UnderWay:
+        missing = self.n - grads.size(1)
+        grads = nn.functional.pad(grads, (0, 0, 0, missing)) if missing else grads
         return replace(begin(dist.all_to_all_single, grads, grads.size(0)), arrange=self.join)
 
     def join(self, received: Tensor) -> Tensor:
-        _, n, N = received.shape
-        parts = received.view(self.world_size, -1, n, N).transpose(0, 1)
-        return parts.reshape(-1, self.world_size * n, N)[:, : self.M]
+        N = received.size(2)
+        parts = received.view(self.world_size, -1, self.n, N).transpose(0, 1)
+        return parts.reshape(-1, self.world_size * self.n, N)[:, : self.M]
 
     def send(self, own: Tensor) -> UnderWay:
         k, M, N = own.shape
-        n = -(-M // self.world_size)
-        rows = nn.functional.pad(own, (0, 0, 0, self.world_size * n - M))
-        rows = rows.view(k, self.world_size, n, N).transpose(0, 1).reshape(-1, n, N)
+        rows = nn.functional.pad(own, (0, 0, 0, self.world_size * self.n - M))
+        rows = rows.view(k, self.world_size, self.n, N).transpose(0, 1).reshape(-1, self.n, N)
         return begin(dist.all_to_all_single, rows, rows.size(0))
 
 
 def deal_matrices(p: Tensor) -> Whole | Split:
     """How matrices like p travel that are dealt out whole."""
-    rank, world_size = ranks()
-    return Split(world_size, p.size(0)) if is_split(p) else Whole(rank, world_size)
+    return Split(*ranks(), p.size(0)) if is_split(p) else Whole(*ranks())
 
 
 def deal_rows(p: Tensor) -> Whole:
     """How p travels when each rank updates its share of the rows: not at all where it holds no others."""
     return Whole(0, 1) if is_split(p) else Whole(*ranks())
+
+
+def all_gather(own: Tensor) -> Tensor:
+    """The entries of all ranks, in rank order."""
+    return Whole(*ranks()).send(own).wait()
