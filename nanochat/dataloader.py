@@ -258,10 +258,11 @@ def training_stream(
     """Yield (inputs (B, T), targets (B, T), position after them) forever, int64 on compute.device, from `start` or the
     beginning. `packing` is bos or flat.
     """
-    T = batch.sequence_len
-    too_little = f"too little text in {shards.paths[0].parent}: not one row of {T} tokens"
-    blocks = partial(text_blocks, shards, tokenizer, T, packing)
-    too_little += "; lower --max-seq-len or get more text"
+    blocks = partial(text_blocks, shards, tokenizer, batch.sequence_len, packing)
+    too_little = (
+        f"too little text in {shards.paths[0].parent}: not one row of {batch.sequence_len} tokens; "
+        "lower --max-seq-len or get more text"
+    )
     batches = stream(blocks, start or Position(), batch, compute.rank, seed, too_little)
     for rows, position in prefetch(batches, depth=4):
         tokens = to_device(rows, compute)
@@ -358,10 +359,11 @@ def chat_stream(
     anything with len() and [i] that gives {"messages": [...]}. Targets are -1 where nothing is learned: everywhere but
     in what the assistant says, or with all_tokens only in the padding.
     """
-    T = batch.sequence_len
-    too_little = f"no conversation of {len(conversations)} has a supervised token within {T} tokens"
-    blocks = partial(chat_blocks, conversations, tokenizer, T, all_tokens)
-    too_little += "; raise --max-seq-len or choose another mixture"
+    blocks = partial(chat_blocks, conversations, tokenizer, batch.sequence_len, all_tokens)
+    too_little = (
+        f"no conversation of {len(conversations)} has a supervised token within {batch.sequence_len} tokens; "
+        "raise --max-seq-len or choose another mixture"
+    )
     batches = stream(blocks, start or ChatPosition(), batch, compute.rank, seed, too_little)
     for rows, position in prefetch(batches, depth=4):
         tokens = to_device(rows, compute)
