@@ -9,7 +9,6 @@ Shapes below: B batch, T time, C width, H heads, G key/value heads, D head size.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -175,11 +174,7 @@ class GPT(LanguageModel):
         self.lm_head = Linear(config.n_embd, config.vocab_size)
 
     def hidden(
-        self,
-        idx: Tensor,
-        dtype: torch.dtype,
-        positions: Tensor | None = None,
-        caches: Sequence[LayerCache] | None = None,
+        self, idx: Tensor, dtype: torch.dtype, positions: Tensor | None = None, caches: list[LayerCache] | None = None
     ) -> Tensor:
         """The final normalised states (B, T, C) of tokens idx (B, T), which stand at `positions` (T,) or (B, T),
         default 0..T-1.

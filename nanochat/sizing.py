@@ -9,6 +9,7 @@ real step decides.
 import gc
 import os
 from bisect import bisect_right
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -65,12 +66,6 @@ class Setup:
     shard: bool = False  # --shard on several ranks
     offload: bool = False  # its parts in the host's memory, of which this counts nothing
     recompute: bool = False
-
-    @property
-    def untried(self) -> str:
-        """The settings that would need less memory."""
-        saving = {"--recompute": self.recompute, "--shard on several": self.shard, "--offload": self.offload}
-        return ", ".join([name for name, used in saving.items() if not used] + ["a smaller --depth or --max-seq-len"])
 
 
 def optimizer_bytes(model: "LanguageModel", world_size: int) -> float:
@@ -129,9 +124,11 @@ def most_rows(model: "LanguageModel", sequence_len: int, setup: Setup, budget: f
 
     most = bisect_right(range(1, 2**20), budget, key=need)
     if not most:
+        saving = {"--recompute": setup.recompute, "--shard on several": setup.shard, "--offload": setup.offload}
+        untried = "".join(f"{name}, " for name, used in saving.items() if not used)
         raise UserError(
             f"d{model.config.n_layer}: not one row of {sequence_len} tokens fits, it needs {need(1) / 1e9:.1f} of "
-            f"{budget / 1e9:.1f} GB on each of {setup.world_size}; try {setup.untried}",
+            f"{budget / 1e9:.1f} GB on each of {setup.world_size}; try {untried}a smaller --depth or --max-seq-len",
             everywhere=True,
         )
     return most
@@ -158,12 +155,9 @@ def choose_device_batch(
     compute: "Compute",
     compiled: bool,
 ) -> int:
-    """Rows per rank and micro-batch: as asked, or for auto what the estimate has room for; on a GPU a step with it is
-    tried, and half as many when the memory does not suffice. The step keeps near total_batch_size in any case. The same
-    on every rank, and the weights stay as they are. Raises UserError where not even one row fits.
-
-    Not guarded: a rank that runs out of memory in the optimizer step alone, while the others wait for it. A sharded
-    model is not tried, because there the ranks wait for each other everywhere.
+    """Rows per rank and micro-batch, the same on every rank: as asked, or for auto what the estimate has room for; on a
+    GPU a step with it is tried, and half as many while the memory does not suffice. A step keeps near total_batch_size.
+    Raises UserError where not even one row fits. A sharded model is not tried: its ranks wait for each other in it.
     """
     if asked != "auto":
         return asked
@@ -213,36 +207,33 @@ def available_memory() -> int:
 
 
 def step_fits(model: "LanguageModel", rows: int, sequence_len: int, compute: "Compute") -> bool:
-    """Whether a step of two micro-batches and a validation batch after it fit, on every rank. Its tokens come from a
-    generator of their own, its optimizers have rates of 0 and are thrown away: the weights keep their bits.
+    """Whether a step of two micro-batches fits, on every rank. Its tokens come from a generator of their own, its
+    optimizers have rates of 0 and are thrown away: the weights keep their bits. Not guarded: a rank that runs out of
+    memory in the optimizer step alone, while the others wait for it.
     """
     import torch
 
-    tokens = torch.randint(
-        model.config.vocab_size, (rows, sequence_len + 1), generator=torch.Generator().manual_seed(0)
-    )
-    optimizers: Any = None
-    enough = True
-    try:
+    shape, generator = (rows, sequence_len + 1), torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, shape, generator=generator)
+    optimizers: list[Any] = []
+    fits = False
+    with suppress(torch.OutOfMemoryError):
         tokens = tokens.to(model.device)
         optimizers = model.setup_optimizers(0.0, 0.0, 0.0, dtype=compute.dtype)
         for _ in range(2):
             model(tokens[:, :-1], tokens[:, 1:], loss_reduction="sum", dtype=compute.dtype).backward()
-    except torch.OutOfMemoryError:
-        enough = False
-    if enough := not compute.any(not enough):
-        try:
+        fits = True
+    if not compute.any(not fits):
+        fits = False
+        with suppress(torch.OutOfMemoryError):
             for optimizer in optimizers:
-                optimizer.reduce_gradients(1.0)
+                optimizer.reduce_gradients(2.0 * rows * sequence_len)
             for optimizer in optimizers:
                 optimizer.step()
-            with torch.no_grad():
-                model(tokens[:, :-1], tokens[:, 1:], loss_reduction="none", dtype=compute.dtype)
-        except torch.OutOfMemoryError:
-            enough = False
+            fits = True
     model.zero_grad(set_to_none=True)
-    del optimizers
+    optimizers.clear()
     gc.collect()
     if compute.device.type == "cuda":
         torch.cuda.empty_cache()
-    return not compute.any(not enough)
+    return not compute.any(not fits)

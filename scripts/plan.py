@@ -53,20 +53,11 @@ from typing import NamedTuple
 
 import torch
 
+from nanochat import sizing
 from nanochat.common import UserError, print0, run_main
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.schedule import BatchPlan, plan_batches, plan_horizon
-from nanochat.sizing import (
-    CARDS,
-    MARGIN,
-    Card,
-    Setup,
-    choose_batch,
-    estimate_memory,
-    find_card,
-    most_rows,
-    optimizer_bytes,
-)
+from nanochat.sizing import CARDS, MARGIN, Card, Setup
 
 DEPTHS = (4, 6, 8, 10, 12, 16, 20, 24, 26, 32)  # of the table
 # ClimbMix: 4.8 characters per token at a vocabulary of 65,536; shards of 250 M characters, 100 MB on disk; a reserve of
@@ -116,7 +107,7 @@ def main() -> None:
 
 def find_machine() -> Card:
     """The card as the table has it, with the memory as given; 0 for what is not known. No name is guessed."""
-    found = find_card(card) if card else Card("CPU" if device_type == "cpu" else "GPU", 0, 0)
+    found = sizing.find_card(card) if card else Card("CPU" if device_type == "cpu" else "GPU", 0, 0)
     if not found:
         names = ", ".join(known.name for known in CARDS)
         raise UserError(f"--card={card!r} is not in the table; give --vram-gb=GB, or one of: {names}")
@@ -125,10 +116,10 @@ def find_machine() -> Card:
 
 def make_plan(layers: int, machine: Card) -> Plan:
     """Raises UserError where not a single row fits, or more than one horizon is given."""
+    config = config_from_depth(layers, vocab_size, max_seq_len, aspect_ratio, head_dim, kv_heads, window_pattern)
     with torch.device("meta"):
-        model = GPT(
-            config_from_depth(layers, vocab_size, max_seq_len, aspect_ratio, head_dim, kv_heads, window_pattern)
-        )
+        model = GPT(config)
+    flops, parameters = model.estimate_flops(), model.num_params()
     sharded = shard and gpus > 1
     setup = Setup(
         world_size=gpus,
@@ -139,21 +130,16 @@ def make_plan(layers: int, machine: Card) -> Plan:
         offload=offload and sharded,
         recompute=recompute,
     )
-    most = most_rows(model, max_seq_len, setup, machine.gb * 1e9 * (1 - MARGIN)) if machine.gb else None
+    most = sizing.most_rows(model, max_seq_len, setup, machine.gb * 1e9 * (1 - MARGIN)) if machine.gb else None
     if device_batch_size == "auto" and most:
-        batch = choose_batch(total_batch_size, most, max_seq_len, gpus)
+        batch = sizing.choose_batch(total_batch_size, most, max_seq_len, gpus)
     else:
         rows = 32 if device_batch_size == "auto" else device_batch_size
         batch = plan_batches(total_batch_size, rows, max_seq_len, gpus)
     steps, formula = plan_horizon(
-        batch.tokens,
-        model.estimate_flops(),
-        model.num_params(),
-        num_iterations,
-        target_flops,
-        target_param_data_ratio,
+        batch.tokens, flops, parameters, num_iterations, target_flops, target_param_data_ratio
     )
-    memory = estimate_memory(model, batch.device_batch_size, max_seq_len, setup)
+    memory = sizing.estimate_memory(model, batch.device_batch_size, max_seq_len, setup)
     return Plan(model, setup, most, batch, memory, steps, formula)
 
 
@@ -182,7 +168,7 @@ def show_plan(plan: Plan, machine: Card) -> None:
     text = min(plan.shards, MOST_SHARDS)
     epochs = f"; all there are: {plan.shards / MOST_SHARDS:.1f} epochs" if plan.shards > MOST_SHARDS else ""
     print0(f"text: python -m nanochat.dataset -n {text}   # at {CHARS_PER_TOKEN} characters per token{epochs}")
-    text_gb, checkpoint_gb = text * SHARD_BYTES / 1e9, (4 * parameters + optimizer_bytes(plan.model, 1)) / 1e9
+    text_gb, checkpoint_gb = text * SHARD_BYTES / 1e9, (4 * parameters + sizing.optimizer_bytes(plan.model, 1)) / 1e9
     print0(
         f"disk: {text_gb + keep_last * checkpoint_gb:.1f} GB = {text_gb:.1f} of text + {keep_last} checkpoints of "
         f"{checkpoint_gb:.2f}; one more while saving"
@@ -208,7 +194,7 @@ def show_memory(plan: Plan, machine: Card) -> None:
         print0(f"  {size / 1e9:8.2f} GB  {labels[name]}")
     print0(f"  {sum(plan.memory.values()) / 1e9:8.2f} GB  at the fullest moment")
     if setup.offload:
-        host = 8 * plan.model.num_params() / gpus + optimizer_bytes(plan.model, gpus)
+        host = 8 * plan.model.num_params() / gpus + sizing.optimizer_bytes(plan.model, gpus)
         print0(f"  {host / 1e9:8.2f} GB  of the host's memory for each rank: weights, gradients, optimizer state")
     if plan.most:
         print0(
