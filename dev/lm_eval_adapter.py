@@ -41,7 +41,7 @@ import numpy as np
 from nanochat.checkpoint_manager import find_checkpoint, open_model
 from nanochat.common import UserError, print0, run_main
 from nanochat.compute import Compute, compute_cleanup, compute_init
-from nanochat.conversation import decode_parts, parts_text, render_for_completion
+from nanochat.conversation import check_messages, decode_parts, parts_text, render_for_completion
 from nanochat.core_eval import GPTScorer, batch_units, make_units
 from nanochat.engine import Engine, Sampling
 from nanochat.gpt import GPT
@@ -147,6 +147,7 @@ class Adapter:
             raise UserError(
                 "a task that begins the assistant's answer (gen_prefix) has no tokens in a chat; drop --chat"
             )
+        check_messages(chat_history)
         name = json.dumps(chat_history, ensure_ascii=False)
         self.chats[name] = render_for_completion(chat_history, self.tokenizer)
         return name

@@ -47,7 +47,8 @@ class Conversations(Protocol):
 
 def check_messages(messages: object) -> None:
     """Raise UserError unless `messages` is a conversation: perhaps one system message, then user and assistant in turn,
-    the user first; contents are text, or for the assistant a list of parts.
+    the user first; contents are text, or for the assistant a list of parts. It is called where messages come in that
+    others wrote (a request, a file of chats, a published data set); rendering trusts what it is given.
     """
     if not isinstance(messages, list) or not messages:
         raise UserError("expected a list of at least one {role, content}")
@@ -124,15 +125,14 @@ def render_conversations(
     conversations: Sequence[Sequence[Message]], tokenizer: Tokenizer, max_tokens: int | None = None
 ) -> list[Rendered]:
     """The tokens of many lists of messages, all of their text encoded in one call. Whatever is beyond max_tokens is cut
-    off and counted. Raises UserError for messages that are no conversation.
+    off and counted.
     """
-    for messages in conversations:
-        check_messages(messages)
     pieces = [list(segments(messages)) for messages in conversations]
     texts = [text for piece in pieces for text, special, _ in piece if not special]
     ids, offsets = tokenizer.encode_arrow(texts)
     encoded = iter(np.split(ids, offsets[1:-1]) if texts else [])
-    special_ids = {name: np.array([tokenizer.encode_special(name)], ids.dtype) for name in special_names(pieces)}
+    names = {text for piece in pieces for text, special, _ in piece if special}
+    special_ids = {name: np.array([tokenizer.encode_special(name)], ids.dtype) for name in names}
     rendered = []
     for piece in pieces:
         parts = [special_ids[text] if special else next(encoded) for text, special, _ in piece]
@@ -143,10 +143,6 @@ def render_conversations(
     return rendered
 
 
-def special_names(pieces: Iterable[list[tuple[str, bool, bool]]]) -> set[str]:
-    return {text for piece in pieces for text, special, _ in piece if special}
-
-
 def render_conversation(messages: Sequence[Message], tokenizer: Tokenizer, max_tokens: int | None = None) -> Rendered:
     """The tokens of one list of messages, and which of them are trained; see render_conversations."""
     return render_conversations([messages], tokenizer, max_tokens)[0]
@@ -154,9 +150,8 @@ def render_conversation(messages: Sequence[Message], tokenizer: Tokenizer, max_t
 
 def render_for_completion(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
     """What the assistant is to continue: everything up to and including <|assistant_start|>. An assistant message at
-    the end (a reference answer) is left off. Raises UserError for messages that are no conversation.
+    the end (a reference answer) is left off.
     """
-    check_messages(messages)
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     ids: list[int] = render_conversation(messages, tokenizer).ids.tolist()
@@ -178,7 +173,6 @@ def render_within(messages: Sequence[Message], tokenizer: Tokenizer, limit: int)
     it: whole turns of user and assistant from the front; a system message stays. Raises UserError when the last message
     alone is too long.
     """
-    check_messages(messages)
     system = list(messages[:1]) if messages[0]["role"] == "system" else []
     turns = messages[len(system) :]
     rendered: dict[int, list[int]] = {}
@@ -187,7 +181,7 @@ def render_within(messages: Sequence[Message], tokenizer: Tokenizer, limit: int)
         rendered[start] = render_for_completion([*system, *turns[start:]], tokenizer)
         return len(rendered[start]) <= limit
 
-    starts = range(0, len(turns), 2)  # of the user's messages: check_messages() made sure that they alternate
+    starts = range(0, len(turns), 2)  # of the user's messages: they alternate with the assistant's
     start = 0 if fits(0) else 2 * bisect_left(starts, True, lo=1, key=fits)
     if start >= len(turns):
         tokens = len(render_for_completion([*system, turns[-1]], tokenizer))

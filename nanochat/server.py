@@ -39,6 +39,7 @@ from urllib.parse import urlsplit
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, Response, StreamingResponse
+from starlette.background import BackgroundTask
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -287,39 +288,21 @@ def shorten(value: object) -> str:
 # HTTP
 
 
-class Reply(StreamingResponse):
+def reply_to(worker: Worker, job: Job) -> StreamingResponse:
     """A job's events as an HTTP response; the job ends when the client goes, also while it waits."""
 
-    def __init__(self, worker: Worker, job: Job):
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the second: nginx is not to collect it
-        super().__init__(iter(()), media_type="text/event-stream", headers=headers)
-        self.worker, self.job = worker, job
+    async def events() -> AsyncIterator[str]:
+        event: Event = {"left_out": job.left_out}
+        if job.left_out:
+            yield f"data: {json.dumps(event)}\n\n"
+        while not event.keys() & {"done", "error"}:
+            event = await job.events.get()
+            yield f"data: {json.dumps(event)}\n\n"
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.worker.submit(self.job)
-        watcher = asyncio.create_task(self.watch(receive))
-        try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            if self.job.left_out:
-                await send(event_message({"left_out": self.job.left_out}))
-            more = True
-            while more:
-                event = await self.job.events.get()
-                more = not event.keys() & {"done", "error"}
-                await send(event_message(event, more))
-        finally:
-            self.worker.cancel(self.job)
-            watcher.cancel()
-
-    async def watch(self, receive: Receive) -> None:
-        """Cancel the job when the client goes; the worker then sends the last event, which nobody reads."""
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self.worker.cancel(self.job)
-
-
-def event_message(event: Event, more: bool = True) -> Message:
-    return {"type": "http.response.body", "body": f"data: {json.dumps(event)}\n\n".encode(), "more_body": more}
+    worker.submit(job)
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the second: nginx is not to collect it
+    end = BackgroundTask(worker.cancel, job)  # unlike a `finally` in events() it runs too if they never began
+    return StreamingResponse(events(), media_type="text/event-stream", headers=headers, background=end)
 
 
 def json_response(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -465,7 +448,7 @@ def create_app(
         messages, sampling = parse_request(await read_body(request), defaults)
         room = context - min(sampling.max_tokens or context, context // 4)  # the rest is kept for the reply
         tokens, left_out = await asyncio.to_thread(render_within, messages, tokenizer, room)
-        return Reply(worker, Job(tokens, sampling, left_out))
+        return reply_to(worker, Job(tokens, sampling, left_out))
 
     @app.exception_handler(UserError)
     async def bad_request(request: Request, error: UserError) -> Response:

@@ -67,6 +67,7 @@ from nanochat.execution import active_layers
 from nanochat.record import Record, open_record
 from nanochat.task_eval import TaskResult, evaluate_task, mean_centred, pass_at_k
 from tasks.common import Task
+from tasks.humaneval import HumanEval
 from tasks.mixtures import CATEGORICAL, CHATCORE, EVALUATIONS, OFFLINE
 
 
@@ -76,7 +77,7 @@ def main() -> None:
         return
     names = chosen_tasks(task_name)
     compute = compute_init(device_type, dtype)
-    tasks = {name: EVALUATIONS[name]() for name in names}  # missing data is found here, before anything is computed
+    tasks = {name: make_task(name) for name in names}  # missing data is found here, before anything is computed
     skipped = lock_in_programs(tasks)
     checkpoint = find_checkpoint(source, model_tag, step)
     model, tokenizer = open_model(checkpoint, compute.device)
@@ -111,6 +112,10 @@ def chosen_tasks(given: str) -> list[str]:
     return list(dict.fromkeys(given.split("|")))
 
 
+def make_task(name: str) -> Task:
+    return HumanEval("test", unsafe=unsafe_exec) if name == "HumanEval" else EVALUATIONS[name]()
+
+
 def lock_in_programs(tasks: dict[str, Task]) -> list[str]:
     """Say what keeps the programs in that a model writes. Where the system has no jail for them, and it was not said
     that they may run all the same, their tasks are taken out, counted and returned.
@@ -120,7 +125,6 @@ def lock_in_programs(tasks: dict[str, Task]) -> list[str]:
         n = len(tasks.pop(name))
         print0(f"{name}: {n} problems skipped, programs are locked in on Linux alone; --unsafe-exec runs them")
     if "HumanEval" in tasks:
-        tasks["HumanEval"].unsafe = unsafe_exec  # type: ignore[attr-defined]  # HumanEval's own
         print0("programs run with: " + ", ".join(active_layers(unsafe_exec)))
     return skipped
 

@@ -3,6 +3,7 @@ arXiv:2502.02737). For training only: splits are train (460,341 chats) and dev, 
 """
 
 from nanochat.common import UserError
+from nanochat.conversation import check_messages
 from tasks.common import Conversation, Task, load_rows
 
 PUBLISHED = {"train": "train", "dev": "test"}
@@ -24,5 +25,7 @@ class SmolTalk(Task):
         return len(self.rows)
 
     def get_example(self, index: int) -> Conversation:
-        messages = self.rows[index]["messages"]
-        return {"messages": [{"role": message["role"], "content": message["content"]} for message in messages]}
+        rows = self.rows[index]["messages"]
+        messages = [{"role": message["role"], "content": message["content"]} for message in rows]
+        check_messages(messages)
+        return {"messages": messages}
