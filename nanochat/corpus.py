@@ -10,6 +10,7 @@ in memory; a damaged file is one line, and of one that is not what its manifest 
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,6 +104,11 @@ def fingerprint_of(manifest: dict[str, Any]) -> str:
 def command_for(corpus: str) -> str:
     """The command that makes a corpus of this name. A folder's corpus never has the name of another source."""
     source = corpus if corpus in SOURCES else f"folder --path=DIR --name={corpus}"
+    with suppress(OSError, ValueError):  # a damaged manifest cannot say that it was a data set of the hub
+        manifest = read_sealed(get_base_dir() / "data" / corpus / MANIFEST)
+        if manifest["source"] == "hf":
+            flags = [f"--{name}={value}" for name, value in manifest["arguments"].items() if value is not None]
+            source = f"hf {' '.join(flags)} --name={corpus}"
     return f"python -m nanochat.dataset --source={source}"
 
 

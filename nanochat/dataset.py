@@ -137,7 +137,7 @@ def build_hf(corpus: Path, arguments: dict[str, Any]) -> dict[str, Any]:
 
     repository, fraction, files = arguments["path"], arguments["val_fraction"], arguments["num_files"]
     check_same_origin(corpus, repository)
-    if (corpus / MANIFEST).exists() and (manifest := read_manifest(corpus))["arguments"] == arguments:
+    if has_corpus(corpus, files) and (manifest := read_manifest(corpus))["arguments"] == arguments:
         print0(f"{corpus}: nothing to fetch")
         return manifest
     revision = list_repository(repository).revision

@@ -228,26 +228,20 @@ def publish_tasks(hub: Hub) -> None:
     publish(hub, "HuggingFaceTB/smol-smoltalk", {"default": {"train": parts, "test": [parts[0]]}})
 
 
-LENGTHS = """
-from tasks.arc import ARC; from tasks.gsm8k import GSM8K; from tasks.humaneval import HumanEval
-from tasks.mmlu import MMLU; from tasks.smoltalk import SmolTalk; from nanochat.corpus import load_corpus
-from nanochat.core_eval import find_bundle
-tasks = [ARC(subset, split) for subset in ("ARC-Easy", "ARC-Challenge") for split in ("train", "dev", "test")]
-tasks += [task(split) for task in (GSM8K, MMLU) for split in ("train", "dev", "test")]
-tasks += [HumanEval(), SmolTalk("train"), SmolTalk("dev")]
-print(*[len(task) for task in tasks])
-load_corpus("climbmix"), find_bundle()
-"""
+def every_task() -> list[Any]:
+    tasks: list[Any] = [
+        ARC(f"ARC-{level}", split) for level in ("Easy", "Challenge") for split in ("train", "dev", "test")
+    ]
+    tasks += [task(split) for task in (GSM8K, MMLU) for split in ("train", "dev", "test")]
+    return [*tasks, HumanEval(), SmolTalk("train"), SmolTalk("dev")]
+
+
 EXPECTED = "2 3 4 2 3 4 10 500 5 1 2 3 1 10 1"
 
 
 def test_every_task_loads_from_the_published_files(hub: Hub, base_dir: Path) -> None:
     publish_tasks(hub)
-    tasks: list[Any] = [
-        ARC(subset, split) for subset in ("ARC-Easy", "ARC-Challenge") for split in ("train", "dev", "test")
-    ]
-    tasks += [task(split) for task in (GSM8K, MMLU) for split in ("train", "dev", "test")]
-    tasks += [HumanEval(), SmolTalk("train"), SmolTalk("dev")]
+    tasks = every_task()
     assert " ".join(str(len(task)) for task in tasks) == EXPECTED
     assert all(task[0]["messages"][-1]["role"] == "assistant" for task in tasks)
     published = pq.read_table(io.BytesIO(hub.files["openai/gsm8k"]["main/test-00000-of-00001.parquet"]))
@@ -440,6 +434,11 @@ def test_a_data_set_becomes_a_corpus(hub: Hub, base_dir: Path, monkeypatch: pyte
     hub.requests.clear()
     make_hf(hub, monkeypatch, subset="small")
     assert hub.requests == [], "what was made with the same arguments is not fetched again"
+    corpus.train.paths[0].unlink()
+    command = "--source=hf --path=owner/stories --subset=small --column=story --num_files=8 --name=stories"
+    with pytest.raises(UserError, match=f"missing; mend it with: python -m nanochat.dataset {command}"):
+        load_corpus("stories")
+    assert make_hf(hub, monkeypatch, subset="small") == manifest
 
 
 def test_a_data_sets_own_validation_split_is_taken(hub: Hub, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -541,7 +540,9 @@ def test_after_a_prefetch_nothing_needs_a_network(published: Hub, tmp_path: Path
     alone = ("unshare", "-rn") if subprocess.run(["unshare", "-rn", "true"]).returncode == 0 else None
     if alone is None:
         pytest.skip("unshare -n is not permitted here")
-    process = start(base, published.url, "-c", LENGTHS, before=alone)
+    program = """from tests.test_download import every_task, find_bundle, load_corpus
+load_corpus("climbmix"), find_bundle(), print(*map(len, every_task()))"""
+    process = start(base, published.url, "-c", program, before=alone)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and out.strip() == EXPECTED, err
 
