@@ -22,7 +22,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -445,6 +445,16 @@ class TaskScore:
     def centered(self) -> float:
         """0 for guessing, 1 for perfection, below 0 for worse than guessing."""
         return (self.accuracy - self.baseline) / (1 - self.baseline)
+
+
+def mean_centred(results: Iterable[tuple[float, float, float]]) -> tuple[float, float]:
+    """The mean over tasks of (accuracy - baseline) / (1 - baseline), and its standard error, from (accuracy, its
+    standard error, baseline) of each: 0 is guessing, 1 is everything right. ChatCORE is this over nanochat's six tasks.
+    """
+    values, errors = zip(
+        *[((value - base) / (1 - base), error / (1 - base)) for value, error, base in results], strict=True
+    )
+    return sum(values) / len(values), math.hypot(*errors) / len(values)
 
 
 def score_task(

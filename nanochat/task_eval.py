@@ -98,16 +98,6 @@ def pass_at_k(right: Sequence[int], n: int) -> dict[int, tuple[float, float]]:
     return {k: mean_and_error([1 - math.comb(n - c, k) / math.comb(n, k) for c in right]) for k in ks}
 
 
-def mean_centred(results: Iterable[tuple[float, float, float]]) -> tuple[float, float]:
-    """The mean over tasks of (accuracy - baseline) / (1 - baseline), and its standard error, from (accuracy, its
-    standard error, baseline) of each: 0 is guessing, 1 is everything right. ChatCORE is this over nanochat's six tasks.
-    """
-    values, errors = zip(
-        *[((value - base) / (1 - base), error / (1 - base)) for value, error, base in results], strict=True
-    )
-    return sum(values) / len(values), math.hypot(*errors) / len(values)
-
-
 # -----------------------------------------------------------------------------
 # Asking
 

@@ -71,7 +71,7 @@ from collections.abc import Callable, Sequence
 
 from nanochat.common import print0, run_main
 from nanochat.compute import Compute, compute_init
-from nanochat.core_eval import CoreTask, GPTScorer, find_bundle, load_tasks, score_task
+from nanochat.core_eval import CoreTask, GPTScorer, find_bundle, load_tasks, mean_centred, score_task
 from nanochat.corpus import Corpus, iter_text, load_corpus
 from nanochat.dataloader import Position, training_stream
 from nanochat.engine import Sampling
@@ -82,7 +82,6 @@ from nanochat.run import Run, open_run
 from nanochat.schedule import BatchPlan, one_horizon, plan_batches, plan_horizon
 from nanochat.sharding import placement
 from nanochat.sizing import choose_device_batch
-from nanochat.task_eval import mean_centred
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 from nanochat.train import (
     Spikes,

@@ -62,10 +62,11 @@ from typing import Any
 from nanochat.checkpoint_manager import find_checkpoint, open_model
 from nanochat.common import UserError, print0, run_main
 from nanochat.compute import compute_cleanup, compute_init
+from nanochat.core_eval import mean_centred
 from nanochat.engine import Engine, Sampling
 from nanochat.execution import active_layers
 from nanochat.record import Record, open_record
-from nanochat.task_eval import TaskResult, evaluate_task, mean_centred, pass_at_k
+from nanochat.task_eval import TaskResult, evaluate_task, pass_at_k
 from tasks.common import Task
 from tasks.humaneval import HumanEval
 from tasks.mixtures import CATEGORICAL, CHATCORE, EVALUATIONS, OFFLINE

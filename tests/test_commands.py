@@ -118,3 +118,17 @@ for module in {sorted(script_paths())}:
 """
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert result.stderr.splitlines() == [f"{module} 0 []" for module in sorted(script_paths())]
+
+
+def test_a_setting_is_one_line() -> None:
+    """A formatter breaks a line that is too long, and the most read lines of the project with it."""
+    for name, path in script_paths().items():
+        source = path.read_text(encoding="utf-8")
+        block = source.partition("\nsettings = configure(__name__)")[0]
+        for node in ast.parse(block).body:
+            if (
+                isinstance(node, ast.Assign | ast.AnnAssign)
+                and ast.unparse(node).partition(" ")[0].strip(":").islower()
+            ):
+                line = source.splitlines()[node.lineno - 1]
+                assert node.lineno == node.end_lineno and "  # " in line, f"{name}:{node.lineno}: {line}"

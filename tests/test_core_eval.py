@@ -13,10 +13,9 @@ import yaml
 from nanochat import core_eval
 from nanochat.common import UserError
 from nanochat.compute import Compute
-from nanochat.core_eval import CoreTask, GPTScorer, load_tasks, read_items, render_prompts, score_task
+from nanochat.core_eval import CoreTask, GPTScorer, load_tasks, mean_centred, read_items, render_prompts, score_task
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hf_model import HFScorer, load_hf
-from nanochat.task_eval import mean_centred
 from nanochat.tokenizer import Tokenizer
 from tests.reference import core as slow
 from tests.test_conversation import BYTES

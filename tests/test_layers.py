@@ -1,44 +1,44 @@
-"""Reading order is dependency order: a file imports only from lower layers, or from a sibling named here."""
+"""The plan of the house: a trunk that can be read in an afternoon, leaves around it, and what each may cost.
+
+    python -m tests.test_layers      # prints today's figures
+
+The trunk is what scripts.base_train imports, everything else in nanochat/ a leaf. Both stand here in reading order: a
+file imports only from files before it, so that no arrow points up and no trunk file knows a leaf.
+"""
 
 import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-LAYERS = [
-    "attention calculator common configurator download execution files jail_stub record report_page schedule task_data",
-    "adamw compute corpus corpus_writer dataset folder_corpus muon sharding tokenizer",
-    "conversation dataloader gpt model sizing",
-    "checkpoint_manager core_eval engine hf_model loss_eval task_eval",
-    "report run server signals train",
+TRUNK = """
+common configurator files record schedule compute sharding muon adamw model attention gpt sizing
+tokenizer conversation corpus dataloader loss_eval calculator engine core_eval checkpoint_manager signals run train
+""".split()
+LEAVES = """
+task_eval hf_model download corpus_writer folder_corpus task_data dataset jail_stub execution report_page report server
+""".split()
+# What one reads to understand and change the training of a model.
+STORY = ["speedrun.sh", "scripts/base_train.py"] + [
+    f"nanochat/{name}.py"
+    for name in "gpt attention model muon adamw schedule train run dataloader corpus loss_eval".split()
 ]
-SIBLINGS = {
-    "configurator": {"common"},
-    "record": {"common"},
-    "download": {"common", "files"},
-    "execution": {"common", "jail_stub"},
-    "task_data": {"common", "download", "files"},
-    "schedule": {"common"},
-    "gpt": {"model"},
-    "sizing": {"model"},
-    "dataloader": {"conversation"},
-    "task_eval": {"engine"},
-    "hf_model": {"core_eval"},
-    "run": {"signals"},
-    "train": {"run", "signals"},
-    "adamw": {"compute", "sharding"},
-    "muon": {"compute", "sharding"},
-    "sharding": {"compute"},
-    "corpus_writer": {"corpus"},
-    "folder_corpus": {"corpus", "corpus_writer"},
-    "dataset": {"corpus", "corpus_writer", "folder_corpus"},
+BUDGETS = {
+    "files of the trunk": 25,
+    "lines of the trunk": 5820,
+    "lines of the story": 2660,
+    "lines of the library": 9050,
+    "parameters of a library function": 7,
 }
-LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names.split()}
 
 
 def imported(path: Path) -> set[str]:
-    """Dotted names of everything a file imports, also inside functions."""
+    """Dotted names of everything a file imports, also inside functions, but not for types alone."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree.body = [
+        node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+    ]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -47,22 +47,69 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def local(path: Path, package: str) -> set[str]:
-    """Names of the package's modules that a file imports."""
-    modules = {file.stem for file in (ROOT / package).glob("*.py")}
-    return {name.split(".")[1] for name in imported(path) if name.startswith(f"{package}.")} & modules
+def local(path: Path) -> set[str]:
+    """Names of the library's files that a file imports."""
+    names = {name.split(".")[1] for name in imported(path) if name.startswith("nanochat.")}
+    return names & {file.stem for file in (ROOT / "nanochat").glob("*.py")}
 
 
-def test_every_library_file_has_a_layer() -> None:
-    files = {path.stem for path in (ROOT / "nanochat").glob("*.py")} - {"__init__"}
-    assert files == set(LAYER), "name its layer in tests/test_layers.py"
+def closure(path: Path) -> set[str]:
+    """Names of the library's files that a file imports, and those that they import."""
+    found: set[str] = set()
+    waiting = local(path)
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        waiting |= local(ROOT / "nanochat" / f"{name}.py") - found
+    return found
 
 
-def test_library_imports_point_down() -> None:
-    for name, layer in LAYER.items():
+def lines(paths: list[str]) -> int:
+    return sum(len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in paths)
+
+
+def parameters(path: Path) -> dict[str, int]:
+    """{function: how many parameters, without self} of all functions in a file."""
+    counts = {}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            a = node.args
+            named = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
+            names = [argument.arg for argument in named if argument.arg not in ("self", "cls", "ctx")]
+            counts[f"{path.stem}.{node.name}"] = len(names)
+    return counts
+
+
+def figures() -> dict[str, int]:
+    """Today's, by the names of BUDGETS."""
+    library = sorted((ROOT / "nanochat").glob("*.py"))
+    return {
+        "files of the trunk": len(TRUNK),
+        "lines of the trunk": lines([f"nanochat/{name}.py" for name in TRUNK]),
+        "lines of the story": lines(STORY),
+        "lines of the library": lines([str(path.relative_to(ROOT)) for path in library]),
+        "parameters of a library function": max(max(parameters(path).values(), default=0) for path in library),
+    }
+
+
+def show() -> str:
+    return "; ".join(f"{name}: {value:,} of {BUDGETS[name]:,}" for name, value in figures().items())
+
+
+def test_budgets() -> None:
+    assert all(value <= BUDGETS[name] for name, value in figures().items()), show()
+
+
+def test_the_trunk_is_what_base_train_imports() -> None:
+    assert closure(ROOT / "scripts" / "base_train.py") == set(TRUNK)
+
+
+def test_every_library_file_imports_only_those_before_it() -> None:
+    order = TRUNK + LEAVES
+    assert {path.stem for path in (ROOT / "nanochat").glob("*.py")} - {"__init__"} == set(order)
+    for place, name in enumerate(order):
         path = ROOT / "nanochat" / f"{name}.py"
-        for other in local(path, "nanochat"):
-            assert LAYER[other] < layer or other in SIBLINGS.get(name, ()), f"{name} imports {other}"
+        assert local(path) <= set(order[:place]), f"{name} imports {local(path) - set(order[:place])}"
         assert not {module for module in imported(path) if module.split(".")[0] in ("scripts", "tasks", "tests")}, name
 
 
@@ -71,7 +118,14 @@ def test_scripts_do_not_import_scripts() -> None:
         assert not {name for name in imported(path) if name.split(".")[0] in ("scripts", "tests")}, path
 
 
-def test_tasks_import_only_the_lowest_layer_and_the_chat_format() -> None:
+def test_tasks_need_nothing_of_torch() -> None:
+    """Training data and benchmarks are text: they import what works without a model."""
+    allowed = set(
+        "common configurator files record tokenizer conversation calculator corpus task_data execution".split()
+    )
     for path in (ROOT / "tasks").glob("*.py"):
-        allowed = {"conversation"}  # the one place that knows what a conversation is
-        assert all(LAYER[name] == 0 or name in allowed for name in local(path, "nanochat")), path
+        assert local(path) <= allowed, path
+
+
+if __name__ == "__main__":
+    print(show())

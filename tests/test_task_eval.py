@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat import task_eval
+from nanochat import core_eval, task_eval
 from nanochat.common import UserError
 from nanochat.compute import Compute
 from nanochat.conversation import render_conversation
@@ -110,7 +110,7 @@ def test_pass_at_k_equals_its_definition():
 
 
 def test_chatcore_is_centred_on_guessing():
-    value, error = task_eval.mean_centred([(0.25, 0.03, 0.25), (1.0, 0.0, 0.25), (0.5, 0.04, 0.0)])
+    value, error = core_eval.mean_centred([(0.25, 0.03, 0.25), (1.0, 0.0, 0.25), (0.5, 0.04, 0.0)])
     assert value == pytest.approx(0.5) and error == pytest.approx(((0.04) ** 2 + 0.04**2) ** 0.5 / 3)
 
 
