@@ -122,7 +122,7 @@ for module in {sorted(script_paths())}:
 
 def test_a_setting_is_one_line() -> None:
     """A formatter breaks a line that is too long, and the most read lines of the project with it."""
-    for name, path in script_paths().items():
+    for script, path in script_paths().items():
         source = path.read_text(encoding="utf-8")
         block = source.partition("\nsettings = configure(__name__)")[0]
         for node in ast.parse(block).body:
@@ -131,4 +131,4 @@ def test_a_setting_is_one_line() -> None:
                 and ast.unparse(node).partition(" ")[0].strip(":").islower()
             ):
                 line = source.splitlines()[node.lineno - 1]
-                assert node.lineno == node.end_lineno and "  # " in line, f"{name}:{node.lineno}: {line}"
+                assert node.lineno == node.end_lineno and "  # " in line, f"{script}: {name}"
