@@ -124,11 +124,8 @@ def test_a_setting_is_one_line() -> None:
     """A formatter breaks a line that is too long, and the most read lines of the project with it."""
     for script, path in script_paths().items():
         source = path.read_text(encoding="utf-8")
-        block = source.partition("\nsettings = configure(__name__)")[0]
-        for node in ast.parse(block).body:
-            if (
-                isinstance(node, ast.Assign | ast.AnnAssign)
-                and ast.unparse(node).partition(" ")[0].strip(":").islower()
-            ):
+        for node in ast.parse(source.partition("\nsettings = configure(__name__)")[0]).body:
+            name = ast.unparse(node).split(maxsplit=1)[0].strip(":")
+            if isinstance(node, ast.Assign | ast.AnnAssign) and name.islower():
                 line = source.splitlines()[node.lineno - 1]
                 assert node.lineno == node.end_lineno and "  # " in line, f"{script}: {name}"
