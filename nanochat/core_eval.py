@@ -232,7 +232,7 @@ def join_rows(item: int, rows: Sequence[Row]) -> Unit:
         places, tail = np.arange(start - 1, len(row)), len(row) - stem
         fed.append((row[stem:], np.arange(stem, len(row)), np.full(tail, branch)))
         at = np.where(places < stem, places, places + passed)
-        asked.append((at, tokens[start:], np.full(len(places), choice)))
+        asked.append((at, tokens[start:].astype(np.int64), np.full(len(places), choice)))
         passed += tail
     tokens, positions, branches = (np.concatenate(parts) for parts in zip(*fed, strict=True))
     at, targets, choices = (np.concatenate(parts) for parts in zip(*asked, strict=True))
@@ -458,11 +458,7 @@ def mean_centred(results: Iterable[tuple[float, float, float]]) -> tuple[float, 
 
 
 def score_task(
-    task: CoreTask,
-    scorer: Scorer,
-    compute: Compute,
-    max_items: int | None = None,
-    items: Sequence[Item] | None = None,
+    task: CoreTask, scorer: Scorer, compute: Compute, max_items: int | None = None, items: Sequence[Item] | None = None
 ) -> TaskScore:
     """Score the first max_items of a task's shuffled `items` (None = read them). Collective: items are dealt to the
     ranks, and every rank gets the answers to all.

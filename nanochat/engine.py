@@ -314,16 +314,14 @@ class Engine:
         for row, tokens in zip(idx, prompts, strict=True):
             row[: len(tokens)] = torch.tensor(tokens)
         cache = KVCache(self.model.config, len(prompts), max(lengths), self.model.device, self.dtype)
-        positions = cache.begin_step(max(lengths))
-        hidden = self.model.hidden(idx.to(self.model.device), self.dtype, positions, list(cache.layers))
+        logits = self.forward(idx.to(self.model.device), cache, torch.tensor(lengths) - 1)
         cache.lengths = lengths
-        last = torch.tensor(lengths, device=self.model.device) - 1
-        return self.model.logits(hidden[torch.arange(len(prompts), device=last.device), last]), cache
+        return logits, cache
 
-    def forward(self, idx: Tensor, cache: KVCache) -> Tensor:
-        """Append idx (B, T) to the cache's slots; logits (B, V) fp32 of what follows the last token. Chunks of any size
-        are equal.
+    def forward(self, idx: Tensor, cache: KVCache, last: Tensor | None = None) -> Tensor:
+        """Append idx (B, T) to the cache's slots; logits (B, V) fp32 of what follows each row's `last` place, (B,)
+        (None = the end). Chunks of any size are equal.
         """
-        positions = cache.begin_step(idx.size(1))
-        hidden = self.model.hidden(idx, self.dtype, positions, list(cache.layers))
-        return self.model.logits(hidden[:, -1])
+        hidden = self.model.hidden(idx, self.dtype, cache.begin_step(idx.size(1)), list(cache.layers))
+        rows = torch.arange(len(idx), device=idx.device)
+        return self.model.logits(hidden[:, -1] if last is None else hidden[rows, last.to(idx.device)])

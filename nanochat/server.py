@@ -45,7 +45,7 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanochat.common import UserError
-from nanochat.conversation import StreamDecoder, check_messages, render_within
+from nanochat.conversation import Piece, StreamDecoder, check_messages, render_within
 from nanochat.engine import Engine, Sampling
 from nanochat.tokenizer import Tokenizer
 
@@ -96,6 +96,10 @@ class Job:
         """Hand an event to the client; from any thread. Does nothing once its event loop has ended."""
         with contextlib.suppress(RuntimeError):
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+    def tell_piece(self, piece: Piece | None) -> None:
+        if piece:
+            self.tell(token=piece.text, kind=piece.kind, gpu=0)
 
     def tell_ahead(self, ahead: int) -> None:
         """Tell how many requests come first, where that is news."""
@@ -209,17 +213,12 @@ class Worker:
                 if token in self.engine.stop_tokens:
                     reason = "stop"
                     break
-                tell_piece(job, decoder.feed(token))
-        tell_piece(job, decoder.finish())
+                job.tell_piece(decoder.feed(token))
+        job.tell_piece(decoder.finish())
         if job.cancelled and reason != "stop":
             reason = "cancelled"
             self.counts["cancelled"] += 1
         job.finish(reason, count)
-
-
-def tell_piece(job: Job, piece: Any) -> None:
-    if piece:
-        job.tell(token=piece.text, kind=piece.kind, gpu=0)
 
 
 # -----------------------------------------------------------------------------
