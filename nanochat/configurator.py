@@ -62,8 +62,7 @@ class Setting:
     name: str
     kind: type  # bool, int, float or str
     choices: tuple[object, ...]  # of a Literal; empty = any
-    word: str | None  # allowed instead, as in int | Literal["auto"]
-    optional: bool  # None is allowed
+    others: tuple[object, ...]  # allowed beside them: the word of int | Literal["auto"], None
     default: object
     help: str
     section: str
@@ -71,28 +70,24 @@ class Setting:
     @property
     def type_name(self) -> str:
         """As --help shows it: `int`, `int or auto`, `str or None`, `base, mid`."""
-        others = ([self.word] if self.word else []) + (["None"] if self.optional else [])
-        return " or ".join([", ".join(map(str, self.choices)) or self.kind.__name__, *others])
+        return " or ".join([", ".join(map(str, self.choices)) or self.kind.__name__, *map(str, self.others)])
 
     def check(self, value: object, given: str) -> object:
         """The value as this setting holds it (an int as a float where one is wanted); UserError if it does not fit."""
-        if (value is None and self.optional) or (value == self.word and self.word):
+        if value in self.others:
             return value
         if self.kind is float and type(value) is int:
             with contextlib.suppress(OverflowError):
                 value = float(value)
-        if (
-            type(value) is not self.kind
-            or (self.choices and value not in self.choices)
-            or (isinstance(value, float) and not math.isfinite(value))
-        ):
+        fits = type(value) is self.kind and (not self.choices or value in self.choices)
+        if not fits or (isinstance(value, float) and not math.isfinite(value)):
             raise UserError(f"{given}: expected {'one of ' if self.choices else ''}{self.type_name}")
         return value
 
     def parse(self, text: str, given: str) -> object:
         """The value that a command line gives as text; UserError when it does not fit."""
-        value: object = None if self.optional and text == "None" else text
-        if value is not None and value != self.word:
+        value: object = {str(other): other for other in self.others}.get(text, text)
+        if value not in self.others:
             with contextlib.suppress(KeyError, ValueError):  # then it is still text, which check() refuses
                 value = TRUTH[text.lower()] if self.kind is bool else self.kind(text)
         return self.check(value, given)
@@ -150,24 +145,25 @@ def ends_block(node: ast.stmt) -> bool:
     return is_configure or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
 
 
-def read_type(annotation: ast.expr | None, default: object) -> tuple[type, tuple[object, ...], str | None, bool]:
-    """(kind, choices, word, optional) of a setting; ValueError when that is none of the allowed types."""
+def read_type(annotation: ast.expr | None, default: object) -> tuple[type, tuple[object, ...], tuple[object, ...]]:
+    """(kind, choices, others) of a setting; ValueError when that is none of the allowed types."""
     match annotation:
         case None if type(default) in KINDS.values():
-            return type(default), (), None, False
+            return type(default), (), ()
         case ast.BinOp(left=inner, op=ast.BitOr(), right=ast.Constant(value=None)):
-            return *read_type(inner, default)[:3], True
+            kind, choices, others = read_type(inner, default)
+            return kind, choices, (*others, None)
         case ast.BinOp(
             left=ast.Name(id="int" | "float" as name),
             right=ast.Subscript(ast.Name(id="Literal"), ast.Constant(str(word))),
         ):
-            return KINDS[name], (), word, False
+            return KINDS[name], (), (word,)
         case ast.Name(id=name) if name in KINDS:
-            return KINDS[name], (), None, False
+            return KINDS[name], (), ()
         case ast.Subscript(value=ast.Name(id="Literal"), slice=inner):
             choices = tuple(literal(choice) for choice in (inner.elts if isinstance(inner, ast.Tuple) else [inner]))
             if {type(choice) for choice in choices} in ({int}, {str}):
-                return type(choices[0]), choices, None, False
+                return type(choices[0]), choices, ()
     raise ValueError
 
 
@@ -217,11 +213,11 @@ def read_block(path: Path) -> Block:
             if value is None:
                 raise ValueError
             default = literal(value)
-            kind, choices, word, optional = read_type(annotation, default)
+            kind, choices, others = read_type(annotation, default)
         except ValueError:
             allowed = 'bool, int, float, str or a Literal of int or str, perhaps | None; or int | Literal["auto"]'
             raise UserError(f"{where} needs a literal default and one of the types {allowed}") from None
-        unchecked = Setting(name, kind, choices, word, optional, default, help, section)
+        unchecked = Setting(name, kind, choices, others, default, help, section)
         settings[name] = replace(unchecked, default=unchecked.check(default, f"{where} = {default!r}"))
     for node in body:
         if assignment(node)[0] == "SHORT":
@@ -254,13 +250,11 @@ def read_settings_file(block: Block, word: str) -> dict[str, tuple[object, str]]
         try:
             if not name or not value:
                 raise ValueError
-            setting = block.find(name, where)
-            values[name] = setting.check(literal(value), f"{where}: {name} = {ast.unparse(value)}"), where
-        except UserError:
-            raise
+            given = literal(value)
         except ValueError:
             line = ast.unparse(node).splitlines()[0]
             raise UserError(f"{where}: `{line}`: expected name = literal value; nothing is executed") from None
+        values[name] = block.find(name, where).check(given, f"{where}: {name} = {ast.unparse(value)}"), where
     return values
 
 
@@ -298,9 +292,8 @@ def parse_args(block: Block, argv: Sequence[str]) -> dict[str, tuple[object, str
             continue
         if not equals:
             if not words or OPTION.fullmatch(words[0]):
-                raise UserError(
-                    f"{flag} needs a value: {flag}=VALUE ({setting.type_name}, default {setting.default!r})"
-                )
+                about = f"{setting.type_name}, default {setting.default!r}"
+                raise UserError(f"{flag} needs a value: {flag}=VALUE ({about})")
             text = words.pop(0)
         given[name] = setting.parse(text, f"{flag}={text}"), flag
     return given
@@ -315,11 +308,8 @@ def help_text(block: Block) -> str:
     ]
     widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
     width = max(shutil.get_terminal_size((120, 24)).columns, sum(widths) + 40)
-    lines = [
-        block.doc,
-        "",
-        "Settings: --name=value, --name value, or a file of `name = value` lines; the last one wins.",
-    ]
+    forms = "Settings: --name=value, --name value, or a file of `name = value` lines; the last one wins."
+    lines = [block.doc, "", forms]
     section = None
     for row, setting in zip(rows, block.settings.values(), strict=True):
         if setting.section != section:
