@@ -358,6 +358,18 @@ def leave_after(step: int) -> None:
     at_step(step, told)
 
 
+def wait_for_file(where: tuple[int, str]) -> None:
+    """In the given step, until a file is there."""
+    step, path = where
+
+    def patient(accumulate: Any, *values: Any) -> Any:
+        while not Path(path).exists():
+            time.sleep(0.01)
+        return accumulate(*values)
+
+    at_step(step, patient)
+
+
 def sleep(seconds: float) -> None:
     time.sleep(seconds)
 
@@ -372,6 +384,7 @@ FAULTS: dict[str, Callable[[Any], None]] = {
     "leave_after": leave_after,
     "run_out_of_memory": run_out_of_memory,
     "interrupt_validation": interrupt_validation,
+    "wait_for_file": wait_for_file,
     "sleep": sleep,
 }
 

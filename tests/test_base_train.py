@@ -58,14 +58,16 @@ def test_golden_run(home, faults):
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_continues_bit_for_bit(home, faults, signum, code):
-    """Stopped from outside, when it has logged 7 steps."""
+    """Stopped from outside, when it has logged 7 steps; the eighth waits for it, however busy the machine is."""
     tag = f"stopped{code}"
-    (pid,) = faults.start("base", {**SAME_RUN, "model_tag": tag})
+    signalled = home / f"signalled{code}"
+    (pid,) = faults.start("base", {**SAME_RUN, "model_tag": tag}, wait_for_file=(8, str(signalled)))
     deadline = time.monotonic() + 120
     while "step 7/20" not in (home / "faults.log").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(pid, signum)
+    signalled.touch()
     assert faults.finish()[0] == [code]
     saved = [path.name for path in (home / "base_checkpoints" / tag).iterdir()]
     assert len(saved) == 1 and saved[0] != "step_000020"
