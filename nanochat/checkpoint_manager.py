@@ -7,14 +7,13 @@
         meta.json            sizes and sha256 of the other three, model config, settings, position, loop state, versions
 
 meta.json is sealed with its own sha256 and every other file is compared with its sha256 there before it is read, so one
-wrong bit is found in any of the four; what was compared is trusted. Nothing damaged is deleted: it is moved aside. One
-run at a time writes under a tag.
+wrong bit is found in any of the four. Nothing damaged is deleted: it is moved aside. One run at a time writes a tag.
 """
 
 import base64
-import errno
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -100,8 +99,8 @@ class Checkpoint:
 
 def checkpoints_dir(source: str, model_tag: str) -> Path:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", model_tag):
-        allowed = "expected letters, digits, dots, dashes and underscores"
-        raise UserError(f"--model-tag={model_tag}: {allowed}", everywhere=True)
+        message = f"--model-tag={model_tag}: expected letters, digits, dots, dashes and underscores"
+        raise UserError(message, everywhere=True)
     return get_base_dir() / STAGES[source].folder / model_tag
 
 
@@ -133,18 +132,18 @@ def find_tag(source: str, model_tag: str | None) -> str:
     return model_tag
 
 
-def find_checkpoint(source: str, model_tag: str | None = None, step: int | None = None) -> Checkpoint:
-    """The checkpoint of a stage: by default of the tag saved last, and its last step. UserError where there is none."""
+def find_steps(source: str, model_tag: str | None, step: int | None) -> list[Path]:
+    """The step asked for, or all of the tag, the newest first. Raises UserError where there is none."""
     directory = checkpoints_dir(source, find_tag(source, model_tag))
-    return open_checkpoint(step_dir(directory, candidates(directory, step)[0]))
-
-
-def candidates(directory: Path, step: int | None) -> list[int]:
-    """The step asked for, or all, the newest first. Raises UserError where the one asked for is not there."""
     steps = saved_steps(directory)
     if step is not None and step not in steps:
         raise UserError(f"no step {step} in {directory}; there is {', '.join(map(str, steps))}", everywhere=True)
-    return steps[::-1] if step is None else [step]
+    return [step_dir(directory, number) for number in (steps[::-1] if step is None else [step])]
+
+
+def find_checkpoint(source: str, model_tag: str | None = None, step: int | None = None) -> Checkpoint:
+    """The checkpoint of a stage: by default of the tag saved last, and its last step. UserError where there is none."""
+    return open_checkpoint(find_steps(source, model_tag, step)[0])
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -181,37 +180,33 @@ def find_resume(
     process is writing under the tag, and for a run from the start over existing checkpoints without `fresh`, which sets
     them aside. Collective: rank 0 looks, the others take its word.
     """
-    if fresh and (resume or resume_from_step is not None):
-        raise UserError("--fresh and --resume exclude each other; drop one", everywhere=True)
-    directory = checkpoints_dir(source, model_tag)
-    on_master(compute, lambda: take_directory(directory))
-    steps = saved_steps(directory)
-    if not resume and resume_from_step is None:
-        if steps and not fresh:
-            raise UserError(
-                f"{directory} already has step {steps[-1]}: continue with --resume, start over with --fresh, or choose "
-                "another --model-tag",
-                everywhere=True,
-            )
-        set_aside(directory, steps, compute)
-        return None
-    find_tag(source, model_tag)
-    in_question = candidates(directory, resume_from_step)
-    checkpoint: Checkpoint = on_master(compute, lambda: newest_whole(directory, in_question))
-    for name, value in identity.items():
-        if checkpoint.meta.get(name) != value:
-            raise UserError(
-                f"{checkpoint.path} was made with {name} = {checkpoint.meta.get(name)}, this run has {value}; "
-                "give the same settings, or start over with --fresh",
-                everywhere=True,
-            )
-    set_aside(directory, [later for later in steps if later > checkpoint.step], compute)
-    return checkpoint
+
+    def look() -> Checkpoint | None:
+        if fresh and (resume or resume_from_step is not None):
+            raise UserError("--fresh and --resume exclude each other; drop one")
+        directory = checkpoints_dir(source, model_tag)
+        take_directory(directory)
+        steps = saved_steps(directory)
+        if not resume and resume_from_step is None:
+            if steps and not fresh:
+                ways = "continue with --resume, start over with --fresh, or choose another --model-tag"
+                raise UserError(f"{directory} already has step {steps[-1]}: {ways}")
+            set_aside(directory, steps)
+            return None
+        checkpoint = newest_whole(find_steps(source, model_tag, resume_from_step))
+        for name, value in identity.items():
+            if (saved := checkpoint.meta.get(name)) != value:
+                difference = f"{checkpoint.path} was made with {name} = {saved}, this run has {value}"
+                raise UserError(f"{difference}; give the same settings, or start over with --fresh")
+        set_aside(directory, [later for later in steps if later > checkpoint.step])
+        return checkpoint
+
+    found: Checkpoint | None = on_master(compute, look)
+    return found
 
 
 def on_master(compute: Compute, work: Callable[[], Any]) -> Any:
     """Do what only rank 0 may do, and give its result to every rank. A UserError of it ends all of them, told once."""
-    result = None
     try:
         result = work() if compute.is_master else None
     except UserError as error:
@@ -223,16 +218,16 @@ def on_master(compute: Compute, work: Callable[[], Any]) -> Any:
     return result
 
 
-def newest_whole(directory: Path, steps: Sequence[int]) -> Checkpoint:
-    """The first of the steps that is whole; says what is wrong with those passed over. UserError where none is."""
-    for step in steps:
+def newest_whole(paths: Sequence[Path]) -> Checkpoint:
+    """The first that is whole; says what is wrong with those passed over. Raises UserError where none is."""
+    for path in paths:
         try:
-            checkpoint = open_checkpoint(step_dir(directory, step))
+            checkpoint = open_checkpoint(path)
             checkpoint.verify()
             return checkpoint
         except UserError as error:
             print0(f"warning: {error}")
-    raise UserError(f"no checkpoint in {directory} is whole; start over with --fresh")
+    raise UserError(f"no checkpoint in {paths[0].parent} is whole; start over with --fresh")
 
 
 TAKEN: dict[Path, int] = {}  # directories this process has a lock on; the end of the process gives them back
@@ -240,7 +235,7 @@ TAKEN: dict[Path, int] = {}  # directories this process has a lock on; the end o
 
 def take_directory(directory: Path) -> None:
     """Make this process the only one that writes there, and sweep up what killed ones have left. Raises UserError where
-    another one lives. Not held on file systems without locks.
+    another one lives. File systems without locks get a warning.
     """
     directory.mkdir(parents=True, exist_ok=True)
     if directory not in TAKEN:
@@ -248,8 +243,8 @@ def take_directory(directory: Path) -> None:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            what = f"another run is writing to {directory}; wait for it, or choose another --model-tag"
-            raise UserError(what) from None
+            message = f"another run is writing to {directory}; wait for it, or choose another --model-tag"
+            raise UserError(message) from None
         except OSError as error:
             print0(f"warning: {directory} cannot be locked ({error.strerror}); start one run at a time with this tag")
         TAKEN[directory] = handle
@@ -257,18 +252,15 @@ def take_directory(directory: Path) -> None:
         shutil.rmtree(stray)
 
 
-def set_aside(directory: Path, steps: list[int], compute: Compute) -> None:
-    """Move checkpoints that this run is going to write again to `<tag>-before-<time>`: never deleted, never mistaken
-    for new ones.
-    """
-    if steps and compute.is_master:
+def set_aside(directory: Path, steps: list[int]) -> None:
+    """Move checkpoints that this run is going to write again to `<tag>-before-<time>`."""
+    if steps:
         aside = directory.with_name(f"{directory.name}-before-{time.strftime('%Y%m%d-%H%M%S')}")
         aside.mkdir(exist_ok=True)
         for step in steps:
             os.replace(step_dir(directory, step), step_dir(aside, step))
         numbers = ", ".join(map(str, steps))
         print0(f"set aside: checkpoint{'s' * (len(steps) > 1)} {numbers} of {directory.name} moved to {aside}")
-    compute.barrier()
 
 
 # -----------------------------------------------------------------------------
@@ -285,8 +277,7 @@ def save_checkpoint(
     keep_last: int = -1,
 ) -> None:
     """Write a checkpoint to checkpoint_path(...) and say so; then, unless keep_last is -1, delete all but the last
-    keep_last steps and the best one. A whole checkpoint in the place is kept, a damaged one moved aside.
-    Collective: every rank calls it, rank 0 writes.
+    keep_last steps and the best one. A whole checkpoint in the place is kept, a damaged one moved aside. Collective.
 
     Raises UserError when the disk is too small, NotFinite when weights or optimizer state are not: the checkpoints that
     were there stay as they are.
@@ -313,7 +304,7 @@ def save_checkpoint(
 def write_step(path: Path, tensors: dict[str, dict[str, Tensor]], tokenizer: Tokenizer, meta: dict[str, Any]) -> int:
     """Write a step directory with these files of tensors, whole or not at all; returns the tensors' bytes."""
     step = int(path.name[5:])
-    everything = [(name, tensor) for state in tensors.values() for name, tensor in state.items()]
+    everything = [item for state in tensors.values() for item in state.items()]
     for name, tensor in everything:  # what cannot be trained on must not become the newest checkpoint
         if not tensor.isfinite().all():
             raise NotFinite(f"{name} has values that are not finite: step {step} is not saved, earlier ones stay")
@@ -323,14 +314,12 @@ def write_step(path: Path, tensors: dict[str, dict[str, Tensor]], tokenizer: Tok
         with whole(path) as building:
             building.mkdir()
             if shutil.disk_usage(building).free < need:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                raise OSError("No space left on device")
             for name, state in tensors.items():
                 save_file(state, building / name)
             tokenizer.save(building)
-            files = {
-                file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-                for file in sorted(building.iterdir())
-            }
+            written = sorted(building.iterdir())
+            files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in written}
             meta = {"format": FORMAT, "step": step, **meta, "files": files, "provenance": provenance()}
             (building / "meta.json").write_text(seal(json.dumps(meta, indent=1)))
             if path.exists():  # only reached when what stands there is damaged
@@ -346,9 +335,9 @@ def write_step(path: Path, tensors: dict[str, dict[str, Tensor]], tokenizer: Tok
 
 def delete_old(directory: Path, keep_last: int) -> None:
     """Delete all steps but the last ones and the best one. The newest was verified as it was written."""
-    best = read_best(directory)
+    best, _ = read_best(directory)
     for step in saved_steps(directory)[:-keep_last]:
-        if best is None or step != best[0]:
+        if step != best:
             doomed = directory / f".step_{step:06d}.{os.getpid()}.tmp"  # gone at once, also when killed half way
             os.replace(step_dir(directory, step), doomed)
             shutil.rmtree(doomed)
@@ -356,8 +345,7 @@ def delete_old(directory: Path, keep_last: int) -> None:
 
 def is_best(source: str, model_tag: str, value: float) -> bool:
     """Whether a validation is better, that is lower, than that of the step marked as best."""
-    best = read_best(checkpoints_dir(source, model_tag))
-    return best is None or value < best[1]
+    return value < read_best(checkpoints_dir(source, model_tag))[1]
 
 
 def mark_best(source: str, model_tag: str, step: int, value: float, compute: Compute) -> None:
@@ -366,13 +354,13 @@ def mark_best(source: str, model_tag: str, step: int, value: float, compute: Com
         write_atomic(checkpoints_dir(source, model_tag) / BEST, seal(json.dumps({"step": step, "value": value})))
 
 
-def read_best(directory: Path) -> tuple[int, float] | None:
-    """(step, value) of the step marked as best; None where there is none, or it is no longer there."""
+def read_best(directory: Path) -> tuple[int, float]:
+    """(step, value) of the step marked as best; (-1, infinity) where there is none, or it is no longer there."""
     try:
         best = read_sealed(directory / BEST)
     except (OSError, ValueError):
-        return None
-    return (best["step"], best["value"]) if best["step"] in saved_steps(directory) else None
+        return -1, math.inf
+    return (best["step"], best["value"]) if best["step"] in saved_steps(directory) else (-1, math.inf)
 
 
 def rng_state() -> dict[str, str]:

@@ -129,7 +129,7 @@ def show_checkpoint(checkpoint: Checkpoint) -> None:
 def show_steps(tag: str) -> None:
     """One line per step. Raises UserError, at the end, where one is damaged."""
     directory = checkpoints_dir(source, tag)
-    evals, best, steps = find_evals(tag), read_best(directory), saved_steps(directory)
+    evals, (best, _), steps = find_evals(tag), read_best(directory), saved_steps(directory)
     print0(f"{directory}\n{'step':>10} {'bytes':>15}  written")
     damaged = []
     for number in steps:
@@ -140,7 +140,7 @@ def show_steps(tag: str) -> None:
             wrong = [str(error)]
         damaged += [number] if wrong else []
         remarks = wrong or ["whole" if verify else "sizes as written"]
-        remarks += [*filter(None, [evals.get(number)]), *(["best"] if best and best[0] == number else [])]
+        remarks += [*filter(None, [evals.get(number)]), *(["best"] if number == best else [])]
         size = sum(file.stat().st_size for file in path.iterdir())
         print0(f"{number:>10,} {size:>15,}  {written(path / 'meta.json')}  {', '.join(remarks)}")
     if damaged:
