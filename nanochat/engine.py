@@ -23,12 +23,12 @@ from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
 
+IDLE = 0.25  # share of a batch that idles before it is filled up or, at a copy of the whole cache, made smaller
+
 
 @dataclass
 class LayerSlots:
-    """One layer's keys and values (slots, G, capacity, D), and what a block needs to append to them and look
-    at them.
-    """
+    """One layer's keys and values (slots, G, capacity, D), which a block appends to and looks at."""
 
     cache: "KVCache"
     window: int
@@ -186,8 +186,7 @@ class Continuation:
 
 
 # -----------------------------------------------------------------------------
-
-IDLE = 0.25  # share of a batch that idles before it is filled up or, at a copy of the whole cache, made smaller
+# The engine
 
 
 class Engine:

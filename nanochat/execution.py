@@ -58,9 +58,7 @@ class Jail:
     process: subprocess.Popen[bytes]
     folder: str
     streams: tuple[IO[bytes], ...]
-    outputs: tuple[bytearray, bytearray, bytearray] = field(
-        default_factory=lambda: (bytearray(), bytearray(), bytearray())
-    )
+    outputs: tuple[bytearray, ...] = field(default_factory=lambda: tuple(bytearray() for _ in range(3)))
 
     def exceeds(self) -> bool:
         return max(map(len, self.outputs)) > MAX_OUTPUT or len(os.listdir(self.folder)) > MAX_FILES

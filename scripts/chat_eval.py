@@ -18,17 +18,9 @@ from typing import Literal
 from nanochat.configurator import configure
 
 SHORT = {
-    "i": "source",
-    "a": "task_name",
-    "g": "model_tag",
-    "s": "step",
-    "t": "temperature",
-    "m": "max_new_tokens",
-    "n": "num_samples",
-    "k": "top_k",
-    "b": "device_batch_size",
-    "x": "max_problems",
-}
+    "i": "source", "a": "task_name", "g": "model_tag", "s": "step", "t": "temperature", "m": "max_new_tokens",
+    "n": "num_samples", "k": "top_k", "b": "device_batch_size", "x": "max_problems",
+}  # fmt: skip
 
 # Model
 source: Literal["base", "mid", "sft", "rl"] = "sft"  # stage of the checkpoint
