@@ -4,9 +4,8 @@
 
 Prints it and writes report/compare.md and report/compare.html. The compute multiplier of a run is how many times more
 compute the baseline, the first run, needs for the same bits per byte: the FLOPs at which the baseline's quick
-validations come down to the run's last one, divided by the FLOPs that the run had spent there. Between two validations
-the baseline's bits per byte are taken as linear in the logarithm of FLOPs. FLOPs are tokens x the model's FLOPs per
-token, seconds those of optimizer steps alone.
+validations come down to the run's last one, linear in log FLOPs between two of them, divided by the FLOPs that the run
+had spent there. FLOPs are tokens x the model's FLOPs per token, seconds those of optimizer steps alone.
 
 Not guaranteed: that the numbers may be compared. Runs on different text, or validated on another amount of it, are
 named, and that is all. A validation in the middle of a run sees a learning rate that has not come down yet.
@@ -25,23 +24,21 @@ settings = configure(__name__)
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 from nanochat import report
 from nanochat import report_page as page
 from nanochat.common import UserError, get_base_dir, run_main
 from nanochat.report import Event, Events, last, number
+from nanochat.report_page import Curve, Series
 
 BOUNDS = {"": "", "less than ": "more than ", "more than ": "less than "}  # of x; then of 1 / x
 WANTED = "tags of base runs, or record files, the baseline first"
 
 
-@dataclass(frozen=True)
-class Compared:
-    """One of the runs that are compared."""
-
+class Compared(NamedTuple):
     name: str
     records: list[Events]  # more than one where it was resumed
     events: Events  # of all of them
@@ -54,9 +51,8 @@ class Compared:
 
     def curve(self, kind: str, key: str, axis: int) -> list[tuple[float, float]]:
         """(spent, value) of the events of a kind; axis 0 is tokens, 1 FLOPs, 2 seconds."""
-        at = report.points(self.events, kind, key)
-        found = [(self.spent[int(step)][axis], value) for step, value in at if step in self.spent]
-        return [point for point in found if point[0] > 0]
+        at = [(step, value) for step, value in report.points(self.events, kind, key) if step in self.spent]
+        return [(self.spent[int(step)][axis], value) for step, value in at if self.spent[int(step)][axis] > 0]
 
     def quick(self, axis: int) -> list[tuple[float, float]]:
         """Its quick validations."""
@@ -71,17 +67,15 @@ def main() -> None:
     report.write("compare", *compare(names, get_base_dir() / "records", dollars_per_hour))
 
 
-def compare(names: Sequence[str], records: Path, dollars: float | None = None) -> tuple[str, list[page.Curve]]:
+def compare(names: Sequence[str], records: Path, dollars: float | None = None) -> tuple[str, list[Curve]]:
     """The comparison as Markdown, and its curves. Raises UserError for names of no runs."""
     if not 2 <= len(names) <= page.HUES:
-        how = "python -m dev.compare_runs TAG TAG"
-        raise UserError(f"{len(names)} given to compare: expected 2 to {page.HUES} {WANTED}: {how}")
+        allowed = f"expected 2 to {page.HUES} {WANTED}"
+        raise UserError(f"{len(names)} given to compare: {allowed}: python -m dev.compare_runs TAG TAG")
     chains = [find(name, records) for name in names]
-    tags = [found[-1][0]["tag"] for found in chains]
-    found = [
-        measured(tag if tags.count(tag) == 1 else Path(name).name.removesuffix(".jsonl"), one)
-        for name, tag, one in zip(names, tags, chains, strict=True)
-    ]
+    tags, found = [found[-1][0]["tag"] for found in chains], []
+    for name, tag, records_of_run in zip(names, tags, chains, strict=True):
+        found.append(measured(tag if tags.count(tag) == 1 else Path(name).name.removesuffix(".jsonl"), records_of_run))
     drawn = curves(found)
     sections = [
         ("", [summary(found)]),
@@ -102,11 +96,10 @@ def find(name: str, records: Path) -> list[Events]:
     """The chain of records that a tag or a record file names."""
     if not name.endswith(".jsonl"):
         every = report.read_runs(records)
-        found = report.chain(every, "base", name)
-        if not found:
-            tags = ", ".join(dict.fromkeys(run[0]["tag"] for run in every if run[0]["stage"] == "base")) or "none"
-            raise UserError(f"no base run of tag {name} in {records}; there are: {tags}")
-        return found
+        if found := report.chain(every, "base", name):
+            return found
+        tags = ", ".join(dict.fromkeys(run[0]["tag"] for run in every if run[0]["stage"] == "base")) or "none"
+        raise UserError(f"no base run of tag {name} in {records}; there are: {tags}")
     path = next((path for path in (Path(name), records / name) if path.is_file()), None)
     if not path:
         raise UserError(f"no record {name}; expected {WANTED}: ls {records}")
@@ -176,12 +169,10 @@ def summary(runs: Sequence[Compared]) -> str:
     """Final bits per byte of each run, or else the last quick ones, and its compute multiplier."""
     rows = []
     for run in runs:
-        final = last(run.events, "eval", "val_bpb")
-        value = final if final is not None else last(run.events, "eval", "val_bpb_quick")
+        final, quick = (last(run.events, "eval", key) for key in ("val_bpb", "val_bpb_quick"))
         note = "bits per byte" if final is not None else "bits per byte, quick; not finished"
-        times = multiplier(runs[0], run, 1, run)
-        told = "the baseline" if run is runs[0] else f"compute multiplier {times}"
-        rows.append((run.name, number(value, ".4f"), f"{note}; {told}"))
+        told = "the baseline" if run is runs[0] else f"compute multiplier {multiplier(runs[0], run, 1, run)}"
+        rows.append((run.name, number(quick if final is None else final, ".4f"), f"{note}; {told}"))
     return page.facts(rows)
 
 
@@ -229,7 +220,7 @@ def notes(runs: Sequence[Compared]) -> list[str]:
     return told
 
 
-def curves(runs: Sequence[Compared]) -> list[page.Curve]:
+def curves(runs: Sequence[Compared]) -> list[Curve]:
     """Loss by tokens; bits per byte by tokens, FLOPs and training time; those that have points."""
     longest = max(run.ends[2] for run in runs)
     scale, unit = next((s, name) for s, name in ((3600, "hours"), (60, "minutes"), (0, "seconds")) if longest >= 2 * s)
@@ -244,11 +235,11 @@ def curves(runs: Sequence[Compared]) -> list[page.Curve]:
         for hue, run in enumerate(runs):
             at = run.curve("step", "smooth_loss", axis) if is_loss else run.quick(axis)
             at = [(spent / (scale or 1), value) for spent, value in at] if axis == 2 else at
-            series += [page.Series(run.name, "line", at, hue)] if at else []
-            series += [page.Series("", "dot", at, hue)] if at and not is_loss else []
+            series += [Series(run.name, "line", at, hue)]
+            series += [] if is_loss else [Series("", "dot", at, hue)]
         label = "nats per token, smoothed" if is_loss else "bits per byte, quick"
-        drawn += [page.Curve(title, label, series, x, log=x == "FLOPs")] if series else []
-    return drawn
+        drawn.append(Curve(title, label, [one for one in series if one.points], x, log=x == "FLOPs"))
+    return [curve for curve in drawn if curve.series]
 
 
 def differences(runs: Sequence[Compared]) -> list[str]:

@@ -33,18 +33,18 @@ from pathlib import Path
 from typing import Any
 
 from nanochat import report_page as page
-from nanochat.common import UserError, get_base_dir, print0, run_main
+from nanochat.common import STAGES, UserError, get_base_dir, run_main
 from nanochat.files import write_atomic
 from nanochat.record import read_record
+from nanochat.report_page import Curve, Series
 from nanochat.sizing import find_card
 
 Event = dict[str, Any]
 Events = list[Event]  # of one record, or of a run that was resumed, merged
 Grades = dict[str, dict[str, Event]]  # task, or mean over tasks; then stage
-STAGES = {"base": "base", "mid": "mid", "sft": "SFT", "rl": "RL"}  # the stages that train, and what they are called
+TITLES = [stage.title for stage in STAGES.values()]
 MEANS = {"core": "CORE", "chatcore": "ChatCORE", "chatcore_cat": "ChatCORE-cat"}  # events with a mean over tasks
 GRADED = 2  # answers shown of each task
-STALE = "†"
 
 
 def main() -> None:
@@ -60,16 +60,15 @@ def main() -> None:
     print(f"{len(paths)} records are now in {aside}" if paths else f"no records in {records}: nothing to put aside")
 
 
-def write(name: str, text: str, curves: Sequence[page.Curve]) -> None:
+def write(name: str, text: str, drawn: Sequence[Curve]) -> None:
     """Print a report, and write it as name.md and name.html."""
-    folder = get_base_dir() / "report"
-    write_atomic(folder / f"{name}.md", text)
-    write_atomic(folder / f"{name}.html", page.to_html(text, curves))
-    print0(text)
-    print0(f"written to {folder / name}.md and {folder / name}.html")
+    path = get_base_dir() / "report" / name
+    write_atomic(path.with_name(f"{name}.md"), text)
+    write_atomic(path.with_name(f"{name}.html"), page.to_html(text, drawn))
+    print(f"{text}\nwritten to {path}.md and {path}.html", flush=True)
 
 
-def build(runs: Sequence[Events], dollars: float | None = None) -> tuple[str, list[page.Curve]]:
+def build(runs: Sequence[Events], dollars: float | None = None) -> tuple[str, list[Curve]]:
     """The report on runs, which are in the order of their starts, as Markdown; and its curves."""
     found = {stage: newest(runs, stage) for stage in STAGES}
     graded, drawn = grades(runs), curves(found)
@@ -77,7 +76,7 @@ def build(runs: Sequence[Events], dollars: float | None = None) -> tuple[str, li
     day = time.strftime("%Y-%m-%d", time.localtime(runs[-1][0]["time"]))
     sections: list[tuple[str, Iterable[str]]] = [
         ("", [summary(runs, found, graded, dollars)]),
-        ("Results", [results(runs, found, graded), *result_notes(runs, graded, found), *parts(graded)]),
+        ("Results", [results(runs, found, graded), *result_notes(runs, graded), *parts(graded)]),
         ("Learning", [page.curves(drawn)] if drawn else []),
         ("Samples", samples(found, graded)),
         ("Training", training(found)),
@@ -98,63 +97,60 @@ def build(runs: Sequence[Events], dollars: float | None = None) -> tuple[str, li
 def summary(runs: Sequence[Events], found: dict[str, Events], graded: Grades, dollars: float | None) -> str:
     """What a reader looks for first: bpb, CORE, ChatCORE, the task of RL or else the first one, time, cost, size."""
     rows = [("val bpb", number(val_bpb(runs, found["base"]).get("value"), ".4f"), "bits per byte, base")]
-    goal, tasks = last(found["rl"], "plan", "task"), [name for name in graded if not is_mean(graded[name])]
-    for name in ["CORE", "ChatCORE", goal if goal in graded else (tasks or [""])[0]]:
-        told = [
-            (STAGES[stage], f"{event['value']:.3f}" if "value" in event else f"{event['accuracy']:.1%}")
-            for stage, event in graded.get(name, {}).items()
-        ]
+    first = next((name for name in graded if not is_mean(graded[name])), "")
+    goal = last(found["rl"], "plan", "task", first)
+    for name in ["CORE", "ChatCORE", goal if goal in graded else first]:
+        told = {}
+        for stage, e in graded.get(name, {}).items():
+            told[STAGES[stage].title] = f"{e['accuracy']:.1%}" if "accuracy" in e else f"{e['value']:.3f}"
         if told:
-            before = ", ".join(f"{value} after {stage}" for stage, value in told[:-1])
-            rows.append((f"{name} after {told[-1][0]}", told[-1][1], before))
+            title, value = told.popitem()
+            rows.append((f"{name} after {title}", value, ", ".join(f"{v} after {k}" for k, v in told.items())))
     rows.append(("total time", duration(sum(map(seconds_of, runs))), f"{len(runs)} run{'s' if runs[1:] else ''}"))
     spent, _ = cost(runs, dollars)
     rows += [("cost", spent, "of the runs' time")] if spent != "-" else []
-    parameters = [last(events, "plan", "parameters") for events in found.values()]
-    rows.append(("parameters", next((page.rounded(count) for count in parameters if count), "-"), ""))
+    parameters = filter(None, (last(events, "plan", "parameters") for events in found.values()))
+    rows.append(("parameters", next(map(page.rounded, parameters), "-"), ""))
     return page.facts(rows)
 
 
 def results(runs: Sequence[Events], found: dict[str, Events], graded: Grades) -> str:
     """All scores by stage, and what they must be held against."""
+    rows, bpb, rl = [], val_bpb(runs, found["base"]), found["rl"]
 
-    def by_stage(name: str, values: dict[str, str], chance: str = "-", n: str = "-") -> list[str]:
-        return [name, *(values.get(stage, "-") for stage in STAGES), chance, n]
+    def add(name: str, values: dict[str, str], chance: str = "-", n: str = "-") -> None:
+        rows.append([name, *(values.get(stage, "-") for stage in STAGES), chance, n])
 
-    bpb = val_bpb(runs, found["base"])
     documents = f"{bpb['documents']:,} documents" if "documents" in bpb else "-"
-    held_out = {stage: number(last(found[stage], "eval", "val_loss"), ".4f") for stage in STAGES}
-    rows = [by_stage("bits per byte, validation", {"base": score(bpb)}, n=documents)]
-    rows.append(by_stage("nats per token trained on, held-out chats", held_out))
-    for name, events in sorted(graded.items(), key=lambda item: is_mean(item[1])):
-        told = {k: score(e) + (f" {STALE}" if is_stale(e, found[k]) else "") for k, e in events.items()}
+    add("bits per byte, validation", {"base": score(bpb)}, n=documents)
+    held_out = {stage: number(last(events, "eval", "val_loss"), ".4f") for stage, events in found.items()}
+    add("nats per token trained on, held-out chats", held_out)
+    for name, events in graded.items():
+        told = {stage: score(e) + (" †" if e["stale"] else "") for stage, e in events.items()}
         chance = next((e["baseline"] for e in events.values() if e.get("baseline") is not None), None)
         n = " / ".join(dict.fromkeys(map(counted, events.values())))
-        rows.append(
-            by_stage(name if is_mean(events) else f"{name}, %", told, number(chance and 100 * chance, ".1f"), n)
-        )
-        for k in dict.fromkeys(k for event in events.values() for k in event.get("pass_at", {})):
+        add(name if is_mean(events) else f"{name}, %", told, number(chance and 100 * chance, ".1f"), n)
+        for k in dict.fromkeys(k for e in events.values() for k in e.get("pass_at", {})):
             at = {stage: score(e["pass_at"][k], 100) for stage, e in events.items() if k in e.get("pass_at", {})}
-            rows.append(by_stage(f"{name} pass@{k}, %", at, n=n))
-    task, problems = last(found["rl"], "plan", "task", "RL"), number(last(found["rl"], "eval", "problems"))
-    for k, value in sorted(last(found["rl"], "eval", "pass_at", {}).items(), key=lambda item: int(item[0])):
-        rows.append(by_stage(f"{task} pass@{k} in training, %", {"rl": score(value, 100)}, n=problems))
-    return page.table(["", *STAGES.values(), "chance", "n"], rows, "lrrrrrr")
+            add(f"{name} pass@{k}, %", at, n=n)
+    task, problems = last(rl, "plan", "task", "RL"), number(last(rl, "eval", "problems"))
+    for k, value in sorted(last(rl, "eval", "pass_at", {}).items(), key=lambda item: int(item[0])):
+        add(f"{task} pass@{k} in training, %", {"rl": score(value, 100)}, n=problems)
+    return page.table(["", *TITLES, "chance", "n"], rows, "lrrrrrr")
 
 
-def result_notes(runs: Sequence[Events], graded: Grades, found: dict[str, Events]) -> list[str]:
+def result_notes(runs: Sequence[Events], graded: Grades) -> list[str]:
     """What to know beside the table: opponents, standard errors, older scores, models left out."""
-    loss, each = newest(runs, "base_loss"), [(name, *item) for name in graded for item in graded[name].items()]
+    loss, each = newest(runs, "base_loss"), [event for events in graded.values() for event in events.values()]
     known = {"byte frequencies": last(loss, "baselines", "byte_unigram"), "xz -9": last(loss, "baselines", "xz")}
     opponents = [f"{name} {value:.4f}" for name, value in known.items() if value is not None]
-    stale = [name for name, stage, event in each if is_stale(event, found[stage])]
-    long = sorted({f"{name} after {STAGES[stage]} {e['too_long']:,}" for name, stage, e in each if e.get("too_long")})
+    long = sorted({f"{event['label']} {event['too_long']:,}" for event in each if event.get("too_long")})
     evaluated = {run[0]["tag"] for run in runs if run[0]["stage"] in ("chat_eval", "base_eval")}
-    others = sorted(evaluated - {event["tag"] for _, _, event in each})
+    others = sorted(evaluated - {event["tag"] for event in each})
     notes = [
         (opponents, f"To beat, in bits per byte of the same text: {', '.join(opponents)}."),
         (each, "± is one standard error over the items; CORE and ChatCORE are 0 for guessing and 1 at best."),
-        (stale, f"{STALE} measured before the newest training of that stage began."),
+        (any(event["stale"] for event in each), "† measured before the newest training of that stage began."),
         (long, f"Prompts longer than the context, counted as wrong: {', '.join(long)}."),
         (others, f"Evaluated too, but not the newest or not trained here: {', '.join(others)}."),
     ]
@@ -163,11 +159,10 @@ def result_notes(runs: Sequence[Events], graded: Grades, found: dict[str, Events
 
 def parts(graded: Grades) -> Iterable[str]:
     """The parts of tasks that have some, such as the subjects of MMLU, folded; of the last stage that was graded."""
-    for name, events in graded.items():
-        for stage in [stage for stage in events if events[stage].get("parts")][-1:]:
-            about = events[stage]["parts"].items()
-            lines = [f"{part}: {score(event)} % of {event['n']:,}" for part, event in about]
-            yield page.folded(f"{name} after {STAGES[stage]}, its parts", "\n".join(lines))
+    for events in graded.values():
+        for event in [event for event in events.values() if event.get("parts")][-1:]:
+            lines = [f"{part}: {score(value)} % of {value['n']:,}" for part, value in event["parts"].items()]
+            yield page.folded(f"{event['label']}, its parts", "\n".join(lines))
 
 
 def core_tasks(runs: Sequence[Events]) -> list[str]:
@@ -186,58 +181,60 @@ def smoothed(values: Sequence[tuple[float, float]], beta: float = 0.9) -> list[t
     return result
 
 
-def loss_curve(events: Events, title: str, unit: str) -> page.Curve:
+def loss_curve(events: Events, title: str, unit: str) -> Curve:
     """Loss of every step, validation where it is in the same unit, spikes and resumptions."""
     smooth = points(events, "step", "smooth_loss")
     series = [
-        page.Series("smoothed", "line", smooth),
-        page.Series("each step", "faint", points(events, "step", "loss")),
-        page.Series("validation", "mark", points(events, "eval", "val_loss")),
-        page.Series("spike", "cross", points([event for event in events if event.get("spike")], "step", "loss")),
-        page.Series("resumed", "flag", [(step, smooth[0][1]) for step in resumes(events) if smooth]),
+        Series("smoothed", "line", smooth),
+        Series("each step", "faint", points(events, "step", "loss")),
+        Series("validation", "mark", points(events, "eval", "val_loss")),
+        Series("spike", "cross", points([event for event in events if event.get("spike")], "step", "loss")),
     ]
-    return page.Curve(title, unit, series)
+    return Curve(title, unit, [*series, resumed(events, smooth)])
 
 
-def curves(found: dict[str, Events]) -> list[page.Curve]:
+def resumed(events: Events, at: Sequence[tuple[float, float]]) -> Series:
+    """Where the curve of these points was resumed."""
+    return Series("resumed", "flag", [(step, at[0][1]) for step in resumes(events) if at])
+
+
+def curves(found: dict[str, Events]) -> list[Curve]:
     """Loss of base, mid and SFT, bits per byte of base, reward of RL with the smallest and the largest k of its
     evaluations: those that have points.
     """
-    rl, tuned = found["rl"], "nats per token trained on"
-    reward, quick = points(rl, "step", "reward"), points(found["base"], "eval", "val_bpb_quick")
-    validation = [page.Series("", "line", quick), page.Series("quick", "mark", quick)]
-    validation.append(page.Series("final, long context", "ring", points(found["base"], "eval", "val_bpb")))
-    rewards = [page.Series("smoothed", "line", smoothed(reward)), page.Series("each step", "faint", reward)]
-    evals = [event for event in of_kind(rl, "eval") if "pass_at" in event]
-    ks = sorted({k for event in evals for k in event["pass_at"]}, key=int)
+    base, rl, tuned = found["base"], found["rl"], "nats per token trained on"
+    quick, reward = points(base, "eval", "val_bpb_quick"), points(rl, "step", "reward")
+    validation = [Series("", "line", quick), Series("quick", "mark", quick)]
+    validation.append(Series("final, long context", "ring", points(base, "eval", "val_bpb")))
+    rewards = [Series("smoothed", "line", smoothed(reward)), Series("each step", "faint", reward)]
+    evals = [(event["step"], event["pass_at"]) for event in of_kind(rl, "eval") if "pass_at" in event]
+    ks = sorted({k for _, pass_at in evals for k in pass_at}, key=int)
     for k in dict.fromkeys([*ks[:1], *ks[-1:]]):
-        at = [(event["step"], event["pass_at"][k]["value"]) for event in evals if k in event["pass_at"]]
-        rewards.append(page.Series(f"pass@{k}", "mark" if k == ks[0] else "ring", at))
-    rewards.append(page.Series("resumed", "flag", [(step, reward[0][1]) for step in resumes(rl) if reward]))
-    all_curves = [
-        loss_curve(found["base"], "Base: loss", "nats per token"),
-        page.Curve("Base: validation", "bits per byte", validation),
+        at = [(step, pass_at[k]["value"]) for step, pass_at in evals if k in pass_at]
+        rewards.append(Series(f"pass@{k}", "mark" if k == ks[0] else "ring", at))
+    drawn = [
+        loss_curve(base, "Base: loss", "nats per token"),
+        Curve("Base: validation", "bits per byte", validation),
         loss_curve(found["mid"], "Mid: loss", tuned),
         loss_curve(found["sft"], "SFT: loss", tuned),
-        page.Curve("RL: reward", "mean reward, share solved", rewards),
+        Curve("RL: reward", "mean reward, share solved", [*rewards, resumed(rl, reward)]),
     ]
-    return [curve for curve in all_curves if curve.series[0].points]  # a series without points is not drawn
+    drawn = [curve for curve in drawn if curve.series[0].points]
+    return [curve._replace(series=[series for series in curve.series if series.points]) for curve in drawn]
 
 
 def samples(found: dict[str, Events], graded: Grades) -> list[str]:
     """What each stage wrote at its last sampling, and a few graded answers of the last stage that has some."""
-    blocks = []
-    for stage, name in STAGES.items():
-        written = of_kind(found[stage], "sample")
-        final = [event for event in written if event["step"] == written[-1]["step"]]
-        if final:
-            blocks.append(f"### After {name}, {final[0]['step']:,} steps")
-            blocks.append("\n".join(page.sample(e["prompt"], e["text"], stage != "base") for e in final))
-    answers = []
-    for task, events in graded.items():
-        for stage in [stage for stage in events if events[stage].get("samples")][-1:]:
-            for e in events[stage]["samples"][:GRADED]:
-                verdict = f"{task} after {STAGES[stage]}: {'right' if e['correct'] else 'wrong'}"
+    blocks, answers = [], []
+    for stage, events in found.items():
+        if written := of_kind(events, "sample"):
+            done = written[-1]["step"]
+            final = [page.sample(e["prompt"], e["text"], stage != "base") for e in written if e["step"] == done]
+            blocks += [f"### After {STAGES[stage].title}, {done:,} steps", "\n".join(final)]
+    for grade in graded.values():
+        for event in [event for event in grade.values() if event.get("samples")][-1:]:
+            for e in event["samples"][:GRADED]:
+                verdict = f"{event['label']}: {'right' if e['correct'] else 'wrong'}"
                 answers.append(page.sample(e["prompt"], e["answer"], verdict=verdict))
     return [*blocks, "### Graded answers", "\n".join(answers)] if answers else blocks
 
@@ -268,22 +265,20 @@ def training(found: dict[str, Events]) -> list[str]:
         ["resumed at step", *(", ".join(f"{at:,}" for at in resumes(events)) or "-" for events in stages)],
     ]
     facts = []
-    for stage, name in STAGES.items():
-        told = [last(found[stage], "plan", key) for key in ("formula", "batch", "task")]
-        data = of_kind(found[stage], "data")
-        told += dict.fromkeys(f"{e['name']} {e['conversations']:,} conversations" for e in data)
-        told = [text for text in (*told, last(found[stage], "end", "text")) if text]
-        facts += [(name, "; ".join(told))] if told else []
-    return [page.table(["", *STAGES.values()], rows, "lrrrr"), page.facts(facts)]
+    for title, events in zip(TITLES, stages, strict=True):
+        told = [last(events, "plan", key) for key in ("formula", "batch", "task")]
+        told += dict.fromkeys(f"{e['name']} {e['conversations']:,} conversations" for e in of_kind(events, "data"))
+        told.append(last(events, "end", "text"))
+        facts.append((title, "; ".join(filter(None, told))))
+    return [page.table(["", *TITLES], rows, "lrrrr"), page.facts(fact for fact in facts if fact[1])]
 
 
 def text_facts(runs: Sequence[Events], base: Events) -> str:
     """The corpus that base was trained on (or else the newest), and the tokenizer."""
     corpus, tokenizer = newest(runs, "dataset", last(base, "corpus", "name")), newest(runs, "tok_train")
-    totals = last(corpus, "corpus", "totals", {})
     rows = [("corpus", corpus[0]["tag"] if corpus else "-")]
     for role in ("train", "validation"):
-        part = totals.get(role, {})
+        part = last(corpus, "corpus", "totals", {}).get(role, {})
         rows.append((role, f"{number(part.get('documents'))} documents, {number(part.get('text_bytes'))} bytes"))
     rows += [("left out", f"{n:,}: {why}") for why, n in last(corpus, "corpus", "left_out", {}).items()]
     size, ratio = (last(tokenizer, "end", key) for key in ("vocab_size", "bytes_per_token"))
@@ -295,7 +290,7 @@ def runs_table(runs: Sequence[Events]) -> str:
     """Every run: the command that made it, time, memory, where it began and how it ended if not with its end."""
     rows = []
     for run in runs:
-        memory = row([run], "", "end", "peak_memory_bytes", ".2f", 1e-9)[1]
+        _, memory = row([run], "", "end", "peak_memory_bytes", ".2f", 1e-9)
         rows.append([run[0]["stage"], run[0]["tag"], command(run), duration(seconds_of(run)), memory, outcome(run)])
     # Some write their record when the work is done, so a run's start is reckoned from its end.
     span = max(run[-1]["time"] for run in runs) - min(run[-1]["time"] - seconds_of(run) for run in runs)
@@ -305,14 +300,13 @@ def runs_table(runs: Sequence[Events]) -> str:
 
 def machine(runs: Sequence[Events], dollars: float | None) -> str:
     """Where it ran, with what and for how much; several where they differ between runs."""
-    told: dict[str, list[str]] = {}
-    for start in (run[0] for run in runs):
-        versions = ", ".join(f"{name} {version}" for name, version in start["versions"].items())
-        about = {"hardware": hardware(start), "processor": processor(start), "system": start["platform"]}
-        for name, value in {**about, "Python": start["python"], "versions": versions, "commit": start["git"]}.items():
-            told.setdefault(name, []).append(value)
+    starts = [run[0] for run in runs]
+    told = {"hardware": [*map(hardware, starts)], "processor": [*map(processor, starts)]}
     if told["hardware"] == told["processor"]:
         del told["hardware"]
+    told |= {"system": [start["platform"] for start in starts], "Python": [start["python"] for start in starts]}
+    told["versions"] = [", ".join(map(" ".join, start["versions"].items())) for start in starts]
+    told["commit"] = [start["git"] for start in starts]
     spent, how = cost(runs, dollars)
     told["cost"] = [f"{spent}: {how}" if spent != "-" else how]
     return page.facts((name, "; ".join(dict.fromkeys(values))) for name, values in told.items())
@@ -320,11 +314,10 @@ def machine(runs: Sequence[Events], dollars: float | None) -> str:
 
 def all_settings(runs: Sequence[Events]) -> Iterable[str]:
     """The settings of the newest run of each stage and tag, folded."""
-    newest_starts = {(run[0]["stage"], run[0]["tag"]): run[0] for run in runs}
-    for (stage, tag), start in newest_starts.items():
-        words = " ".join(f"{name}={value!r}" for name, value in start["settings"].items())
+    for name, settings in {(run[0]["stage"], run[0]["tag"]): run[0]["settings"] for run in runs}.items():
+        words = " ".join(f"{name}={value!r}" for name, value in settings.items())
         text = textwrap.fill(words, 100, break_long_words=False, break_on_hyphens=False)
-        yield page.folded(f"{stage} {tag}", text or "none")
+        yield page.folded(" ".join(name), text or "none")
 
 
 # -----------------------------------------------------------------------------
@@ -335,14 +328,14 @@ def read_run(path: Path) -> Events:
     """The events of one record, none for an empty one. Raises UserError for a damaged one."""
     try:
         events = read_record(path)
-        if any(not isinstance(event, dict) or not {"event", "time"} <= event.keys() for event in events):
+        if not all(isinstance(event, dict) and {"event", "time"} <= event.keys() for event in events):
             raise ValueError("an event without a name or a time")
         if events and not {"stage", "tag", "settings", "argv"} <= events[0].keys():
             raise ValueError("it does not begin with a start event")
+        return events
     except ValueError as error:
         reason = str(error).removeprefix(f"{path}:")
         raise UserError(f"damaged record {path}: {reason}; to do without it: mv {path} {path}.bad") from None
-    return events
 
 
 def read_runs(records: Path) -> list[Events]:
@@ -387,8 +380,8 @@ def newest(runs: Iterable[Events], stage: str, tag: str | None = None) -> Events
     return merged(chain(runs, stage, tag))
 
 
-def of_kind(events: Events, kind: str) -> Events:
-    return [event for event in events if event["event"] == kind]
+def of_kind(events: Events, *kinds: str) -> Events:
+    return [event for event in events if event["event"] in kinds]
 
 
 def last(events: Events, kind: str, key: str, default: Any = None) -> Any:
@@ -408,40 +401,37 @@ def seconds_of(run: Events) -> float:
 
 
 # -----------------------------------------------------------------------------
-# Scores
+# Scores, cost and words
 
 
-def grades(runs: Iterable[Events]) -> Grades:
-    """{task or mean over tasks: {stage: event}}, each event with the tag of its run, tasks with their samples. The
-    newest one counts; of a stage's chat models only the one that was evaluated last. Models that are not ours
-    (--hf-path) are left out. The name of a mean begins with "partial" where tasks, or problems of them, were not there.
+def grades(runs: Sequence[Events]) -> Grades:
+    """{task or mean over tasks: {stage: event}}, each event with the tag of its run, a label, and whether it is stale:
+    older than its stage's newest training; tasks come first, with their samples. The newest event counts; of a stage's
+    chat models only the one that was evaluated last. Models that are not ours (--hf-path) are left out. The name of a
+    mean begins with "partial" where tasks, or problems of them, were not there.
     """
     tags = {event["source"]: run[0]["tag"] for run in runs for event in of_kind(run, "task")}
+    begun = {stage: last(newest(runs, stage), "start", "time", 0) for stage in STAGES}
     found: Grades = {}
     for run in runs:
         start = run[0]
-        for event in run:
+        for event in of_kind(run, "task", *MEANS):
             stage = event.get("source", start["settings"].get("source", "base"))
             other = start["stage"] == "chat_eval" and start["tag"] != tags.get(stage, start["tag"])
             if other or start["settings"].get("hf_path") or stage not in STAGES:
                 continue
-            if event["event"] in MEANS:
-                name = ("partial " if event.get("partial") else "") + MEANS[event["event"]]
-                found.setdefault(name, {})[stage] = {"stderr": core_error(run), **event, "tag": start["tag"]}
-            elif event["event"] == "task":
-                shown = [e for e in of_kind(run, "sample") if (e["source"], e["task"]) == (stage, event["task"])]
-                found.setdefault(event["task"], {})[stage] = {**event, "tag": start["tag"], "samples": shown}
-    return {name: {stage: events[stage] for stage in STAGES if stage in events} for name, events in found.items()}
+            name = event.get("task") or ("partial " if event.get("partial") else "") + MEANS[event["event"]]
+            about = {"tag": start["tag"], "label": f"{name} after {STAGES[stage].title}"}
+            about["samples"] = [e for e in of_kind(run, "sample") if (e.get("source"), e.get("task")) == (stage, name)]
+            about["stale"] = event["time"] < begun[stage]
+            found.setdefault(name, {})[stage] = {"stderr": core_error(run), **event, **about}
+    by_stage = {name: {stage: events[stage] for stage in STAGES if stage in events} for name, events in found.items()}
+    return dict(sorted(by_stage.items(), key=lambda item: is_mean(item[1])))
 
 
 def is_mean(events: dict[str, Event]) -> bool:
     """Whether these grades are of a mean over tasks and of no task."""
     return any(event["event"] in MEANS for event in events.values())
-
-
-def is_stale(event: Event, training: Events) -> bool:
-    """Whether a score is older than the newest training of its stage."""
-    return bool(event["time"] < last(training, "start", "time", 0))
 
 
 def core_error(run: Events) -> float | None:
@@ -458,40 +448,32 @@ def val_bpb(runs: Sequence[Events], base: Events) -> Event:
     else from the training; {} where there is none.
     """
     loss = newest(runs, "base_loss")
-    scored = [event for event in of_kind(loss, "bpb") if event["split"] == "val"]
-    if scored and not is_stale(loss[0], base):
-        return {**scored[-1], "value": scored[-1]["bpb"]}
-    return next(({**e, "value": e["val_bpb"]} for e in reversed(of_kind(base, "eval")) if "val_bpb" in e), {})
-
-
-# -----------------------------------------------------------------------------
-# Cost
-
-
-def price(start: Event, dollars: float | None) -> float | None:
-    """Dollars that an hour of a run costs: of all its cards. None where no price was given and none is known."""
-    if dollars is not None and dollars < 0:
-        raise UserError(f"--dollars-per-hour={dollars}: expected a price of 0 or more")
-    device, ranks = start.get("device", "cpu"), start.get("ranks", 1)
-    card = find_card(device)
-    each = card.dollars if card and dollars is None else dollars
-    return each if each is None or device == "cpu" else each * ranks
+    scored = [{**event, "value": event["bpb"]} for event in of_kind(loss, "bpb") if event["split"] == "val"]
+    if not scored or loss[0]["time"] < last(base, "start", "time", 0):
+        scored = [{**event, "value": event["val_bpb"]} for event in of_kind(base, "eval") if "val_bpb" in event]
+    return scored[-1] if scored else {}
 
 
 def cost(runs: Sequence[Events], dollars: float | None) -> tuple[str, str]:
-    """What the runs with a price cost together, from their first event to their last, and how that was reckoned."""
-    priced = [(seconds_of(run), each) for run in runs if (each := price(run[0], dollars)) is not None]
+    """What the runs with a price cost together, from their first event to their last, and how that was reckoned. A
+    price is for an hour of a card and counts for each; no price is guessed. Raises UserError for one below 0.
+    """
+    if dollars is not None and dollars < 0:
+        raise UserError(f"--dollars-per-hour={dollars}: expected a price of 0 or more")
+    priced: list[tuple[float, float]] = []
+    for run in runs:
+        device = run[0].get("device", "cpu")
+        card = find_card(device)
+        price = card.dollars if card and dollars is None else dollars
+        if price is not None:
+            priced.append((seconds_of(run), price if device == "cpu" else price * run[0].get("ranks", 1)))
     if not priced:
         return "-", "no price is known for this machine; --dollars-per-hour=PRICE sets one"
-    rates = " or ".join(dict.fromkeys(f"${each:,.2f}" for _, each in priced))
+    rates = " or ".join(dict.fromkeys(f"${price:,.2f}" for _, price in priced))
     how = f"{duration(sum(seconds for seconds, _ in priced))} of runs at {rates} an hour"
     if left_out := len(runs) - len(priced):
         how += f"; {left_out} of the runs {'are' if left_out > 1 else 'is'} without a known card and not in it"
-    return f"${sum(seconds / 3600 * each for seconds, each in priced):,.2f}", how
-
-
-# -----------------------------------------------------------------------------
-# Words
+    return f"${sum(seconds / 3600 * price for seconds, price in priced):,.2f}", how
 
 
 def number(value: Any, form: str = ",") -> str:
@@ -518,7 +500,7 @@ def score(event: Event, scale: int = 1) -> str:
 
 
 def spikes(events: Events) -> str:
-    return number(sum(bool(event.get("spike")) for event in events) or None)
+    return number(sum(event.get("spike", False) for event in events) or None)
 
 
 def counted(event: Event) -> str:

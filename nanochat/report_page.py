@@ -9,10 +9,9 @@ import html
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from markdown_it import MarkdownIt
 
@@ -39,9 +38,8 @@ FORMS = {
 }
 
 
-@dataclass(frozen=True)
-class Series:
-    """(x, y) points of one kind: a line, a faint line, filled or hollow marks, crosses, dots, or upright lines at x."""
+class Series(NamedTuple):
+    """At least one point (x, y): a line, a faint line, filled or hollow marks, crosses, dots, or upright lines at x."""
 
     name: str  # for the legend; "" = not in it
     look: Literal["line", "faint", "mark", "ring", "cross", "flag", "dot"]
@@ -49,9 +47,8 @@ class Series:
     hue: int = 0  # which of the HUES
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A small diagram. The first series has points. As text, every line of a hue of its own is a sparkline."""
+class Curve(NamedTuple):
+    """A small diagram. As text, every line of it is a sparkline."""
 
     title: str
     unit: str  # of the vertical axis
@@ -63,10 +60,6 @@ class Curve:
     def is_comparison(self) -> bool:
         """Whether the lines belong to several runs."""
         return any(series.hue for series in self.series)
-
-
-# -----------------------------------------------------------------------------
-# Markdown
 
 
 def to_markdown(title: str, subtitle: str, sections: Iterable[tuple[str, Iterable[str]]]) -> str:
@@ -81,9 +74,7 @@ def to_markdown(title: str, subtitle: str, sections: Iterable[tuple[str, Iterabl
 
 
 def visible(text: str) -> str:
-    """The text, or the beginning of a long one and its length, with control characters as pictures, and without halves
-    of surrogate pairs, which no file can hold.
-    """
+    """The text, or the beginning of a long one, without halves of surrogate pairs, which no file can hold."""
     text = text if len(text) <= LONGEST else f"{text[:LONGEST]} … [{LONGEST:,} of {len(text):,} characters]"
     return text.replace("\r\n", "\n").encode("utf-8", "replace").decode().translate(VISIBLE)
 
@@ -114,11 +105,8 @@ def fenced(kind: str, text: str) -> str:
 
 def facts(rows: Iterable[Sequence[str]]) -> str:
     """Names and what they are, and perhaps a note beside it."""
-    lines = []
-    for name, text, *notes in rows:
-        beside = "".join(f" *{marked(note)}*" for note in notes if note)
-        lines.append(f"- **{marked(name)}**: {marked(text)}{beside}")
-    return "\n".join(lines)
+    lines = [(f"- **{marked(name)}**: {marked(text)}", *notes) for name, text, *notes in rows]
+    return "\n".join(line + "".join(f" *{marked(note)}*" for note in notes if note) for line, *notes in lines)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], kinds: str) -> str:
@@ -148,10 +136,10 @@ def in_words(curve: Curve) -> str:
     """Where a curve begins and ends, a sparkline for each line, and the marks."""
     lines = [f"{curve.title}, {curve.unit}: {course(curve.series[0])}"]
     for series in curve.series:
-        if series.points and series.look == "line":
+        if series.look == "line":
             lines += [f"{one_line(series.name)}: {course(series)}"] if curve.is_comparison else []
             lines.append(sparkline([y for _, y in series.points]))
-        elif series.points and series.look != "faint" and not curve.is_comparison:
+        elif series.look != "faint" and not curve.is_comparison:
             listed = thinned(series.points, LISTED)
             count = f" ({len(listed)} of {len(series.points)})" if len(listed) < len(series.points) else ""
             lines.append(f"{series.name}{count}: {', '.join(at(curve, series, point) for point in listed)}")
@@ -159,15 +147,12 @@ def in_words(curve: Curve) -> str:
 
 
 def at(curve: Curve, series: Series, point: tuple[float, float]) -> str:
-    """A point in words."""
     where = f"{curve.x} {rounded(point[0], 0 if curve.x == 'step' else 2)}"
     return where if series.look == "flag" else f"{point[1]:.4g} at {where}"
 
 
 def course(series: Series) -> str:
-    """Where a series begins and where it ends."""
-    first, final = series.points[0][1], series.points[-1][1]
-    return f"{first:.4g} → {final:.4g}" if len(series.points) > 1 else f"{first:.4g}"
+    return " → ".join(f"{y:.4g}" for _, y in thinned(series.points, 2))
 
 
 def thinned(values: Sequence[T], limit: int) -> Sequence[T]:
@@ -192,10 +177,6 @@ def rounded(x: float, decimals: int = 0) -> str:
     return f"{x:,.{decimals}f}"
 
 
-# -----------------------------------------------------------------------------
-# HTML
-
-
 def to_html(markdown: str, drawn: Sequence[Curve]) -> str:
     """The report as one page, from its Markdown, with the diagrams in their place."""
 
@@ -212,30 +193,24 @@ def to_html(markdown: str, drawn: Sequence[Curve]) -> str:
     for tag, form in FORMS.items():
         body = body.replace(tag, form)
     title = body.partition("</h1>")[0].removeprefix("<h1>")
-    return Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).substitute(
-        title=title, body=body
-    )
+    frame = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    return Template(frame).substitute(title=title, body=body)
 
 
 def shown(text: str) -> str:
-    """The text as HTML that shows it."""
     return html.escape(visible(text))
 
 
 def figure(curve: Curve) -> str:
-    """A diagram with its title, course and legend."""
-    named = [series for series in curve.series if series.name and series.points]
-    keys = "".join(f"<span>{key(series)} {shown(series.name)}</span>" for series in named)
+    """A diagram with its title, course and legend, where a piece of each line or its mark stands for it."""
+    legend = ""
+    for series in curve.series:
+        line = f'<polyline class="{series.look} hue{series.hue}" points="0,3 28,3"/>'
+        key = f'<svg class="key" viewBox="0 0 28 6" aria-hidden="true">{line}</svg>'
+        key = f"<i>{KEYS[series.look]}</i>" if series.look in KEYS else key
+        legend += f"<span>{key} {shown(series.name)}</span>" if series.name else ""
     ends = "" if curve.is_comparison else f" <span>{course(curve.series[0])}</span>"
-    return f"<figure><figcaption><b>{shown(curve.title)}</b>{ends}</figcaption>{svg(curve)}<p>{keys}</p></figure>"
-
-
-def key(series: Series) -> str:
-    """What stands for a series in the legend: a piece of the line as it is drawn, or its mark."""
-    if series.look in KEYS:
-        return f"<i>{KEYS[series.look]}</i>"
-    line = f'<polyline class="{series.look} hue{series.hue}" points="0,3 28,3"/>'
-    return f'<svg class="key" viewBox="0 0 28 6" aria-hidden="true">{line}</svg>'
+    return f"<figure><figcaption><b>{shown(curve.title)}</b>{ends}</figcaption>{svg(curve)}<p>{legend}</p></figure>"
 
 
 def round_ticks(low: float, high: float, count: int = 5) -> tuple[list[float], int]:
@@ -259,37 +234,38 @@ def log_ticks(low: float, high: float) -> list[float]:
 def svg(curve: Curve) -> str:
     """The diagram: rules at round values, what is counted below, lines, then marks that say their value on hover."""
     xs, ys = zip(*[point for series in curve.series for point in series.points], strict=True)
+    x_ticks, x_decimals = (log_ticks(min(xs), max(xs)), 0) if curve.log else round_ticks(0, max(xs))
     y_ticks, y_decimals = round_ticks(min(ys), max(ys))
-    x_low, x_high, y_low, y_high = (min(xs) if curve.log else 0), max(xs), y_ticks[0], y_ticks[-1]
-    x_ticks, x_decimals = (log_ticks(x_low, x_high), 0) if curve.log else round_ticks(0, x_high)
+    scale = math.log if curve.log else float
+    x_low, x_high, y_low, y_high = (scale(min(xs)) if curve.log else 0), scale(max(xs)), y_ticks[0], y_ticks[-1]
 
-    def place(x: float, y: float) -> tuple[str, str]:
-        share = math.log(x / x_low) / (math.log(x_high / x_low) or 1) if curve.log else x / (x_high or 1)
-        across = LEFT + share * (WIDTH - LEFT - RIGHT)
-        return f"{across:.1f}", f"{TOP + (y_high - y) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM):.1f}"
+    def across(x: float) -> str:
+        return f"{LEFT + (scale(x) - x_low) / ((x_high - x_low) or 1) * (WIDTH - LEFT - RIGHT):.1f}"
+
+    def down(y: float) -> str:
+        return f"{TOP + (y_high - y) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM):.1f}"
 
     parts = [f'<text x="0" y="12">{shown(curve.unit)}</text>']
     for y in y_ticks:
-        down = place(x_high, y)[1]
-        parts.append(f'<path d="M{LEFT} {down}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{down}" dy="4" class="y">{rounded(y, y_decimals)}</text>')
-    for x in x_ticks:
-        if x <= x_high * (1 + 1e-9):
-            across = place(x, y_low)[0]
-            parts.append(f'<text x="{across}" y="{HEIGHT - 24}" class="x">{rounded(x, x_decimals)}</text>')
+        parts.append(f'<path d="M{LEFT} {down(y)}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{down(y)}" dy="4" class="y">{rounded(y, y_decimals)}</text>')
+    for x in [x for x in x_ticks if x <= max(xs) * (1 + 1e-9)]:
+        parts.append(f'<text x="{across(x)}" y="{HEIGHT - 24}" class="x">{rounded(x, x_decimals)}</text>')
     parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" class="y">{shown(curve.x)}</text>')
     for series in sorted(curve.series, key=lambda series: series.look in KEYS):  # marks lie over the lines
         points, look = thinned(series.points, DRAWN), f'class="{series.look} hue{series.hue}"'
-        if series.look not in KEYS and points:
-            parts.append(f'<polyline {look} points="{" ".join(",".join(place(*point)) for point in points)}"/>')
-        for point in points if series.look in KEYS else ():
-            across, down = place(*point)
-            hover = f"<title>{shown(series.name)}: {at(curve, series, point)}</title>"
-            if series.look in ("flag", "cross"):
-                drawn = f"{TOP}V{HEIGHT - BOTTOM}" if series.look == "flag" else f"{down}m-4 -4l8 8m0 -8l-8 8"
-                parts.append(f'<path {look} d="M{across} {drawn}">{hover}</path>')
+        if series.look not in KEYS:
+            line = " ".join(f"{across(x)},{down(y)}" for x, y in points)
+            parts.append(f'<polyline {look} points="{line}"/>')
+            continue
+        for x, y in points:
+            hover = f"<title>{shown(series.name)}: {at(curve, series, (x, y))}</title>"
+            if series.look == "flag":
+                parts.append(f'<path {look} d="M{across(x)} {TOP}V{HEIGHT - BOTTOM}">{hover}</path>')
+            elif series.look == "cross":
+                parts.append(f'<path {look} d="M{across(x)} {down(y)}m-4 -4l8 8m0 -8l-8 8">{hover}</path>')
             else:
                 radius = 2.5 if series.look == "dot" else 4
-                parts.append(f'<circle {look} cx="{across}" cy="{down}" r="{radius}">{hover}</circle>')
+                parts.append(f'<circle {look} cx="{across(x)}" cy="{down(y)}" r="{radius}">{hover}</circle>')
     label = f"{curve.title}, {curve.unit}, {course(curve.series[0])}"
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{shown(label)}">{"".join(parts)}</svg>'
