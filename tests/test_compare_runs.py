@@ -12,10 +12,9 @@ from dev import compare_runs
 from dev.compare_runs import compare, needed
 from nanochat.common import UserError
 from nanochat.report_page import HUES, to_html
-from tests.test_report import HOSTILE, Page, plan, run, write
+from tests.test_report import HOSTILE, Page, plan, run, step, write
 
-FLOPS = 1000  # per token
-TOKENS = 100  # per step
+FLOPS = 1000  # per token; a step has 100
 
 
 def trained(tag, bpbs, *, time=0.0, every=10, cost=1, first=0, ends=True, settings=None, **start):
@@ -24,9 +23,7 @@ def trained(tag, bpbs, *, time=0.0, every=10, cost=1, first=0, ends=True, settin
     events.append(plan(first, flops_per_token=FLOPS * cost, num_steps=every * len(bpbs), parameters=10**6))
     for number, bpb in enumerate(bpbs):
         for at in range(first + number * every, first + (number + 1) * every):
-            events.append(
-                {"event": "step", "step": at, "loss": bpb, "smooth_loss": bpb, "tokens": TOKENS, "seconds": 2.0}
-            )
+            events.append(step(at, bpb, seconds=2.0))
         events.append({"event": "eval", "step": first + (number + 1) * every, "val_bpb_quick": bpb})
     if ends:
         events.append({"event": "eval", "step": first + every * len(bpbs), "val_bpb": bpbs[-1] - 0.1})
@@ -43,7 +40,6 @@ def of(base_dir: Path, *runs, names=None, dollars=None):
 
 
 def cells(text: str, name: str) -> list[str]:
-    """The cells of the row of that name."""
     row = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
     return row.removesuffix(" |").split(" | ")[1:]
 
@@ -97,9 +93,8 @@ def test_only_what_differs_is_listed(base_dir):
     other = trained("b", [2.0], settings={"matrix_lr": 0.04, "new": True}, git="def")
     text = of(base_dir, trained("a", [3.0]), other)[0]
     rows = "| matrix_lr | `0.02` | `0.04` |\n| commit | `abc` | `def` |\n| new | `-` | `True` |\n"
-    assert (
-        f"## Settings that differ\n\n|  | a | b |\n| --- | --- | --- |\n{rows}\n7 others are the same in all.\n" in text
-    )
+    table = f"|  | a | b |\n| --- | --- | --- |\n{rows}"
+    assert f"## Settings that differ\n\n{table}\n7 others are the same in all.\n" in text
 
 
 def test_other_text_makes_bits_per_byte_incomparable(base_dir):
@@ -112,10 +107,8 @@ def test_other_text_makes_bits_per_byte_incomparable(base_dir):
 
 
 def test_a_resumed_run_is_compared_as_one(base_dir):
-    begun = [
-        *trained("b", [3.0, 2.5], ends=False),
-        {"event": "stopped", "time": 60.0, "step": 20, "reason": "a signal"},
-    ]
+    stop = {"event": "stopped", "time": 60.0, "step": 20, "reason": "a signal"}
+    begun = [*trained("b", [3.0, 2.5], ends=False), stop]
     resumed = trained("b", [2.25], first=10, time=100.0)  # from the checkpoint before the last ten steps
     text, _ = of(base_dir, trained("a", [3.0, 2.0]), begun, resumed)
     assert "\nruns a · b; the baseline is a\n" in text
@@ -130,19 +123,15 @@ def test_a_resumed_run_is_compared_as_one(base_dir):
 def test_records_of_the_same_tag_are_told_apart_by_their_files(base_dir):
     old, new = trained("a", [3.0]), trained("a", [2.0], time=100.0)
     names = [str(base_dir / "records" / "base-a-0.jsonl"), "base-a-1.jsonl"]  # as a path, and as a name among them
-    assert (
-        of(base_dir, old, new, names=names)[0].splitlines()[2] == "runs base-a-0 · base-a-1; the baseline is base-a-0"
-    )
+    text = of(base_dir, old, new, names=names)[0]
+    assert text.splitlines()[2] == "runs base-a-0 · base-a-1; the baseline is base-a-0"
 
 
 def test_runs_lie_over_each_other_and_every_line_is_its_own(base_dir):
     text, drawn = of(base_dir, trained("a", [3.0, 2.5]), trained("b", [2.0]))
     assert [curve.x for curve in drawn] == ["tokens", "tokens", "FLOPs", "seconds"]
-    by_flops = [series for series in drawn[2].series if series.look == "line"]
-    assert [(series.name, series.points) for series in by_flops] == [
-        ("a", [(1e6, 3.0), (2e6, 2.5)]),
-        ("b", [(1e6, 2.0)]),
-    ]
+    by_flops = {series.name: series.points for series in drawn[2].series if series.look == "line"}
+    assert by_flops == {"a": [(1e6, 3.0), (2e6, 2.5)], "b": [(1e6, 2.0)]}
     html = to_html(text, drawn)
     assert 'class="line hue1"' in html and ">2 M</text>" in html
     assert "\na: 3 → 2.5\n█▁\nb: 2\n▁\n" in text
@@ -172,14 +161,9 @@ def test_hostile_tags_and_settings_are_shown_and_not_interpreted(base_dir):
     hostile = trained(HOSTILE, [2.0], settings={"note": HOSTILE, HOSTILE: 1}, git=HOSTILE)
     hostile[1]["name"] = HOSTILE
     write(base_dir, "b.jsonl", hostile)
-    parts = of(
-        base_dir,
-        trained("a", [3.0]),
-        names=["a", HOSTILE.encode("utf-8", "surrogatepass").decode("utf-8", "surrogatepass")],
-    )
-    page = Page(to_html(*parts))
-    assert not {name for name, _ in page.tags} & {"script", "img", "a", "link", "iframe"}
-    text = parts[0]
+    text, drawn = of(base_dir, trained("a", [3.0]), names=["a", HOSTILE])
+    tags = {name for name, _ in Page(to_html(text, drawn)).tags}
+    assert not tags & {"script", "img", "a", "link", "iframe"}
     assert "\x1b" not in text and not re.search(r"^# not", text, re.MULTILINE)
 
 
@@ -196,8 +180,7 @@ def test_the_command_writes_both_faces(base_dir, capsys, monkeypatch):
 
 
 def test_the_old_spelling_says_the_new_one():
-    result = subprocess.run(
-        [sys.executable, "-m", "nanochat.report", "compare", "a", "b"], capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "nanochat.report", "compare", "a", "b"]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr == "report: compare is a command of its own: python -m dev.compare_runs TAG TAG\n"

@@ -1,6 +1,5 @@
 """The report reads records and nothing else; what has not run shows as "-"; nothing it shows is interpreted."""
 
-import base64
 import json
 import re
 import shlex
@@ -15,7 +14,7 @@ from nanochat import report, report_page
 from nanochat.common import UserError
 from nanochat.report import build, command, cost, duration, grades, last, newest, read_runs
 from nanochat.report_page import Curve, Series, round_ticks, rounded, sparkline, to_html
-from tests.test_ui import CHROMIUM, Chromium
+from tests.test_ui import CHROMIUM, Chromium, ChromiumPage
 
 START = {"event": "start", "settings": {}, "git": "abc", "python": "3.12", "platform": "Linux", "cpu": "a CPU"}
 START |= {"argv": ["/x/scripts/base_train.py", "--depth=4"], "cpu_count": 2, "versions": {"torch": "2.13"}}
@@ -109,27 +108,21 @@ def test_an_unknown_stage_is_among_the_runs_and_settings_only():
     assert text.count("telemetry") == 2 and "## Training" not in text
 
 
-def test_a_resumed_run_is_one_run():
-    first = run(
-        "base", plan(), step(0, 5.0), step(1, 4.0), {"event": "eval", "step": 2, "val_bpb_quick": 3.0}, step(2, 3.0)
-    )
+@pytest.mark.parametrize("ended", [[], [{"event": "end", "tokens_per_second": 1}]])
+def test_a_resumed_run_is_one_run_without_the_figures_of_an_earlier_end(ended):
+    evaluated = {"event": "eval", "step": 2, "val_bpb_quick": 3.0}
+    first = run("base", plan(), step(0, 5.0), step(1, 4.0), evaluated, step(2, 3.0), *ended)
     second = run("base", plan(first_step=2), step(2, 3.5), step(3, 2.5), time=100.0)
-    other = run("base", plan(), step(0, 9.0), tag="d6", time=50.0)
-    events = newest([first, other, second], "base")
+    events = newest([first, run("base", plan(), step(0, 9.0), tag="d6", time=50.0), second], "base")
     steps = [(event["step"], event["smooth_loss"]) for event in events if event["event"] == "step"]
     assert steps == [(0, 5.0), (1, 4.0), (2, 3.5), (3, 2.5)]
     assert [event["step"] for event in events if event["event"] == "eval"] == [2]
+    assert last(events, "end", "tokens_per_second") is None
 
 
 def test_a_fresh_run_forgets_the_earlier_one():
     runs = [run("base", plan(), step(0, 5.0)), run("base", plan(), step(0, 6.0))]
     assert [event["smooth_loss"] for event in newest(runs, "base") if event["event"] == "step"] == [6.0]
-
-
-def test_figures_of_an_ended_run_are_not_those_of_the_run_that_continues_it():
-    ended = run("base", plan(), step(0, 5.0), {"event": "end", "tokens_per_second": 1})
-    going_on = run("base", plan(first_step=1), step(1, 4.0), time=9.0)
-    assert last(newest([ended, going_on], "base"), "end", "tokens_per_second") is None
 
 
 def test_the_newest_grade_counts_and_others_are_named():
@@ -164,8 +157,6 @@ def test_the_corpus_shown_is_the_one_trained_on():
 class Page(HTMLParser):
     """Tags with their attributes, the texts of the innermost elements, and whether every element is closed in turn."""
 
-    VOID = {"meta"}
-
     def __init__(self, text):
         super().__init__()
         self.tags, self.open, self.texts = [], [], []
@@ -174,12 +165,9 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
+        if tag != "meta":
             self.open.append(tag)
             self.texts.append("")
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -224,6 +212,7 @@ def test_hostile_text_is_shown_and_not_interpreted():
     pieces = Page(to_html(text, curves)).texts
     assert pieces.count(shown) >= 6 and sum(" ".join(shown.split()) in piece for piece in pieces) >= 6
     assert "\x1b" not in text and "\x00" not in text
+    assert report_page.visible("a\u202eb\u2066c\u2028d") == "a<U+202E>b<U+2066>c<U+2028>d"
 
 
 MARKUP = st.text("ab1 _*`~|\\<>[]()#&;!-+=.:\n\t\r\0'\"{}$\u202e\u2028\x85", max_size=30)
@@ -286,27 +275,21 @@ def test_the_report_draws_what_was_recorded():
     assert marks == [("pass@1", [(2, 0.3125)]), ("pass@8", [(2, 0.625)])]
 
 
-def test_sparkline_goes_from_the_lowest_to_the_highest():
-    assert sparkline([3.0, 2.0, 1.0]) == "█▅▁"
-    assert sparkline([1.0] * 500) == "▁" * 72
-    line = sparkline([float(i) for i in range(500)])
-    assert len(line) == 72 and line[0] == "▁" and line[-1] == "█"
-
-
-def test_times_and_sizes_read_well():
+def test_figures_read_well():
     said = ", ".join(map(duration, (8.24, 59.6, 312, 3599.7, 13860, None)))
     assert said == "8.2 s, 1 min 0 s, 5 min 12 s, 1 h 0 min, 3 h 51 min, -"
     assert ", ".join(map(rounded, (4096, 3342336, 561e6, 1879e6, 1.19e14))) == "4,096, 3.34 M, 561 M, 1.88 B, 1.19e14"
+    assert sparkline([3.0, 2.0, 1.0]) == "█▅▁" and sparkline([1.0] * 500) == "▁" * 72
+    line = sparkline([float(i) for i in range(500)])
+    assert len(line) == 72 and line[0] == "▁" and line[-1] == "█"
 
 
 def test_a_card_costs_what_is_known_or_given_and_nothing_is_guessed():
     hour = [{"event": "end", "seconds_in_all": 3600}]
     h100 = run("base", plan(), *hour, device="NVIDIA H100 80GB HBM3", ranks=8)
     other, cpu = run("base", plan(), *hour, device="Radeon X", ranks=2), run("dataset", *hour)
-    assert cost([h100, cpu], None) == (
-        "$24.00",
-        "1 h 0 min of runs at $24.00 an hour; 1 of the runs is without a known card and not in it",
-    )
+    how = "1 h 0 min of runs at $24.00 an hour; 1 of the runs is without a known card and not in it"
+    assert cost([h100, cpu], None) == ("$24.00", how)
     assert cost([h100, other], 1.5) == ("$15.00", "2 h 0 min of runs at $12.00 or $3.00 an hour")
     assert cost([cpu], 0.25)[0] == "$0.25" and cost([other, cpu], None)[0] == "-"
     assert "no price is known for this machine; --dollars-per-hour=PRICE sets one" in build([cpu])[0]
@@ -325,11 +308,12 @@ def core(tag="base-d4-000002", settings=None, **values):
     return run("base_eval", *tasks, mean, time=30.0, tag=tag, settings=settings or {})
 
 
-def test_core_stands_with_its_standard_error_and_its_tasks():
-    text = build([run("base", plan()), core(value=0.5, partial=False)])[0]
-    assert "- **CORE after base**: 0.500" in text
+def test_core_stands_with_its_standard_error_and_its_tasks_and_a_part_of_it_is_not_called_core():
+    text, part = (build([run("base", plan()), core(value=0.5, partial=partial)])[0] for partial in (False, True))
+    assert "- **CORE after base**: 0.500" in text and "CORE after base" not in part
     # 0.03 of a task without guessing, 0.02 of one with half: sqrt(0.03^2 + 0.04^2) / 2
     assert "| CORE | 0.5000 ± 0.0250 | - | - | - | - | 2 tasks |" in text
+    assert "| partial CORE | 0.5000 ± 0.0250 |" in part
     assert "## CORE, task by task" in text and "| piqa | 75.0 ± 2.0 | 0.5000 | 200 |" in text
 
 
@@ -344,11 +328,6 @@ def test_core_of_another_stage_or_of_another_model_is_not_that_of_base():
     text = build(runs)[0]
     assert "| CORE | - | - | 0.2500 ± 0.0250 | - | - | 2 tasks of 50 items at most |" in text
     assert "not the newest or not trained here: gpt2." in text and "| CORE | 0.5" not in text
-
-
-def test_a_part_of_core_is_not_called_core():
-    text = build([run("base", plan()), core(value=0.5, partial=True)])[0]
-    assert "CORE after base" not in text and "| partial CORE | 0.5000 ± 0.0250 |" in text
 
 
 def test_means_of_part_of_the_problems_are_called_partial_and_their_counts_say_of_how_many():
@@ -391,10 +370,6 @@ def test_commands_can_be_pasted_into_a_shell():
     assert shlex.split(command([{"argv": words}])) == ["python", "-m", "scripts.chat_cli", *words[1:]]
 
 
-def test_marks_that_turn_text_around_show_as_numbers():
-    assert report_page.visible("a\u202eb\u2066c\u2028d") == "a<U+202E>b<U+2066>c<U+2028>d"
-
-
 def test_of_a_long_answer_the_beginning_is_shown_and_its_length_said():
     long = run("sft", plan(), {"event": "sample", "step": 1, "prompt": "x", "text": "A" * 10_000_000})
     html, text = to_html(*build([long])), build([long])[0]
@@ -407,37 +382,23 @@ def test_in_a_browser_nothing_runs_and_nothing_is_wider_than_the_window(tmp_path
     """Leaves screenshots in tmp_path."""
     long = {"event": "sample", "step": 1, "prompt": HOSTILE, "text": "A" * 20_000 + "\n" * 999 + "שלום" + HOSTILE}
     (tmp_path / "report.html").write_text(to_html(*build([*full_set(), *hostile_set(), run("rl", plan(), long)])))
+    url, last = f"file://{tmp_path}/report.html", "document.querySelector('main > details:last-child')"
     browser = Chromium(tmp_path / "profile")
     try:
-        target = browser.call("Target.createTarget", url="about:blank")["targetId"]
-        tab = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Log", "Network"):
-            browser.call(f"{domain}.enable", tab)
-        browser.call("Page.navigate", tab, url=f"file://{tmp_path}/report.html")
-        wait = "new Promise(done => { const look = () => document.querySelector('main > details:last-child') "
-        wait += "&& document.readyState === 'complete' ? done(1) : setTimeout(look, 20); look(); })"
-        browser.call("Runtime.evaluate", tab, expression=wait, awaitPromise=True)
+        tab = ChromiumPage(browser, url, ready=last)
         for width, scheme in ((360, "dark"), (1200, "light")):
-            size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-            browser.call("Emulation.setDeviceMetricsOverride", tab, **size)
-            features = [{"name": "prefers-color-scheme", "value": scheme}]
-            browser.call("Emulation.setEmulatedMedia", tab, features=features)
-            wide = "document.documentElement.scrollWidth"
-            found = browser.call("Runtime.evaluate", tab, expression=wide)["result"]["value"]
-            assert found <= width
-            picture = browser.call("Page.captureScreenshot", tab, format="png", captureBeyondViewport=True)["data"]
-            (tmp_path / f"report-{width}-{scheme}.png").write_bytes(base64.b64decode(picture))
+            tab.resize(width, 900, scheme)
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width
+            tab.picture(tmp_path / f"report-{width}-{scheme}.png", whole=True)
         asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
-        assert asked == [f"file://{tmp_path}/report.html"]
-        assert not [event for event in browser.events if event["method"] == "Log.entryAdded"]
+        assert asked == [url] and tab.complaints() == []
     finally:
         browser.close()
 
 
 def write(base_dir, name, runs):
     (base_dir / "records").mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(event) + "\n" for event in runs)
-    (base_dir / "records" / name).write_text(text, encoding="utf-8")
+    (base_dir / "records" / name).write_text("".join(json.dumps(event) + "\n" for event in runs), encoding="utf-8")
 
 
 def test_generate_writes_both_faces_and_reset_puts_the_records_aside(base_dir, capsys, monkeypatch):

@@ -185,16 +185,16 @@ class Chromium:
 
 
 class ChromiumPage:
-    """The page in a tab of its own."""
+    """The page in a tab of its own, once it has what `ready` finds."""
 
-    def __init__(self, browser: Chromium, url: str):
+    def __init__(self, browser: Chromium, url: str, ready: str = "document.getElementById('box')"):
         self.browser = browser
         self.target = browser.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = browser.call("Target.attachToTarget", targetId=self.target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log"):
+        for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
         self.call("Page.navigate", url=url)
-        until(self, "document.readyState === 'complete' && !!document.getElementById('box')")
+        until(self, f"document.readyState === 'complete' && !!{ready}")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         return self.browser.call(method, self.session, **params)
@@ -207,6 +207,15 @@ class ChromiumPage:
     def press(self, key: str, code: int, text: str = "") -> None:
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, text=text)
+
+    def resize(self, width: int, height: int, scheme: str) -> None:
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def picture(self, path: Path, whole: bool = False) -> None:
+        shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]
+        path.write_bytes(base64.b64decode(shot))
 
     def complaints(self) -> list[Any]:
         """Exceptions and console entries so far: a refused script or style is among them."""
@@ -263,7 +272,7 @@ def until(page: Page, expression: str) -> None:
         if page.evaluate(expression):
             return
         threading.Event().wait(0.01)
-    shown = page.evaluate("document.getElementById('log').textContent")
+    shown = page.evaluate("document.getElementById('log')?.textContent")
     raise AssertionError(f"never true: {expression}; the log says {shown!r}")
 
 
@@ -512,8 +521,7 @@ def test_nothing_is_wider_than_the_window(
     """Leaves a screenshot in tmp_path."""
     call = ("<|python_start|>", "'strawberry'.count('r')", "<|python_end|>", "<|output_start|>", "3", "<|output_end|>")
     engine.tokens = tokens_of("Let me count: ", *call, f". So three. {'x' * 200} ", "Words. " * 60, "<|assistant_end|>")
-    tab.call("Emulation.setDeviceMetricsOverride", width=width, height=760, deviceScaleFactor=1, mobile=width < 500)
-    tab.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    tab.resize(width, 760, scheme)
     answer(tab, engine, "How many r are in strawberry? " + "y" * 120)
     engine.error = ValueError("told by a test")
     engine.tokens = tokens_of("And then")
@@ -522,9 +530,8 @@ def test_nothing_is_wider_than_the_window(
     assert tab.evaluate("main.scrollHeight - main.scrollTop - main.clientHeight") < 2  # it followed the text
     assert tab.evaluate("log.getBoundingClientRect().width") <= 46 * 16
     assert tab.evaluate("document.getElementById('composer').getBoundingClientRect().bottom") <= 760
-    picture = base64.b64decode(tab.call("Page.captureScreenshot", format="png")["data"])
-    (tmp_path / f"chat-{width}-{scheme}.png").write_bytes(picture)
-    assert picture.startswith(b"\x89PNG")
+    tab.picture(tmp_path / f"chat-{width}-{scheme}.png")
+    assert (tmp_path / f"chat-{width}-{scheme}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_log_follows_only_a_reader_who_is_at_its_end(tab: ChromiumPage, engine: FakeEngine) -> None:
