@@ -4,9 +4,8 @@
     torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20 --target-param-data-ratio=20
 
 One dial: --depth decides width, heads and parameters. The run is a function of its settings, the corpus and the
-tokenizer: any number of ranks sees the same rows in the same order, and a run that was stopped continues with --resume
-as if it had not been (bit for bit on CPU). Ends with exit code 130 or 143 when Ctrl-C or SIGTERM stopped it, after
-saving; with 3 when a loss or gradient is not finite, without having updated anything with it.
+tokenizer, and a run that was stopped continues with --resume as if it had not been (bit for bit on CPU). Exit codes:
+130, 143 after a signal, with everything saved; 3 for a loss or gradient that is not finite, with nothing updated.
 """
 
 from typing import Literal
