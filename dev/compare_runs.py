@@ -39,6 +39,8 @@ WANTED = "tags of base runs, or record files, the baseline first"
 
 
 class Compared(NamedTuple):
+    """A run with what it had spent after each of its steps."""
+
     name: str
     records: list[Events]  # more than one where it was resumed
     events: Events  # of all of them
@@ -46,7 +48,6 @@ class Compared(NamedTuple):
 
     @property
     def ends(self) -> tuple[float, float, float]:
-        """All that it spent."""
         return self.spent[max(self.spent)]
 
     def curve(self, kind: str, key: str, axis: int) -> list[tuple[float, float]]:
@@ -55,7 +56,6 @@ class Compared(NamedTuple):
         return [(self.spent[int(step)][axis], value) for step, value in at if self.spent[int(step)][axis] > 0]
 
     def quick(self, axis: int) -> list[tuple[float, float]]:
-        """Its quick validations."""
         return self.curve("eval", "val_bpb_quick", axis)
 
 
@@ -73,9 +73,9 @@ def compare(names: Sequence[str], records: Path, dollars: float | None = None) -
         allowed = f"expected 2 to {page.HUES} {WANTED}"
         raise UserError(f"{len(names)} given to compare: {allowed}: python -m dev.compare_runs TAG TAG")
     chains = [find(name, records) for name in names]
-    tags, found = [found[-1][0]["tag"] for found in chains], []
-    for name, tag, records_of_run in zip(names, tags, chains, strict=True):
-        found.append(measured(tag if tags.count(tag) == 1 else Path(name).name.removesuffix(".jsonl"), records_of_run))
+    tags, found = [chain[-1][0]["tag"] for chain in chains], []
+    for name, tag, chain in zip(names, tags, chains, strict=True):
+        found.append(measured(tag if tags.count(tag) == 1 else Path(name).name.removesuffix(".jsonl"), chain))
     drawn = curves(found)
     sections = [
         ("", [summary(found)]),
@@ -112,13 +112,11 @@ def find(name: str, records: Path) -> list[Events]:
 
 
 def measured(name: str, records: list[Events]) -> Compared:
-    """A run with what it had spent after each of its steps. Raises UserError where its beginning is missing."""
+    """Raises UserError where the beginning of the run is missing."""
     events = report.merged(records)
     if first := max(report.resumes(records[0]), default=0):
-        raise UserError(
-            f"{name} begins at step {first:,}: the records of its earlier steps are not beside it; "
-            "`reset` moves records to records/before-<time>/: move them back"
-        )
+        missing = f"{name} begins at step {first:,}: the records of its earlier steps are not beside it"
+        raise UserError(f"{missing}; `reset` moves records to records/before-<time>/: move them back")
     flops = last(events, "plan", "flops_per_token", 0)
     spent, tokens, seconds = {}, 0, 0.0
     for event in report.of_kind(events, "step"):

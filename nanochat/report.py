@@ -181,43 +181,39 @@ def smoothed(values: Sequence[tuple[float, float]], beta: float = 0.9) -> list[t
     return result
 
 
+def learning(events: Events, title: str, unit: str, key: str, marks: Sequence[Series]) -> Curve:
+    """A figure of every step, as it was and smoothed; marks; where the run was resumed."""
+    each = points(events, "step", key)
+    smooth = points(events, "step", "smooth_loss") if key == "loss" else smoothed(each)
+    flags = [(step, smooth[0][1]) for step in resumes(events) if smooth]
+    lines = [Series("smoothed", "line", smooth), Series("each step", "faint", each)]
+    return Curve(title, unit, [*lines, *marks, Series("resumed", "flag", flags)])
+
+
 def loss_curve(events: Events, title: str, unit: str) -> Curve:
-    """Loss of every step, validation where it is in the same unit, spikes and resumptions."""
-    smooth = points(events, "step", "smooth_loss")
-    series = [
-        Series("smoothed", "line", smooth),
-        Series("each step", "faint", points(events, "step", "loss")),
-        Series("validation", "mark", points(events, "eval", "val_loss")),
-        Series("spike", "cross", points([event for event in events if event.get("spike")], "step", "loss")),
-    ]
-    return Curve(title, unit, [*series, resumed(events, smooth)])
-
-
-def resumed(events: Events, at: Sequence[tuple[float, float]]) -> Series:
-    """Where the curve of these points was resumed."""
-    return Series("resumed", "flag", [(step, at[0][1]) for step in resumes(events) if at])
+    """With validation where it is in the same unit, and spikes."""
+    spiked = points([event for event in events if event.get("spike")], "step", "loss")
+    marks = [Series("validation", "mark", points(events, "eval", "val_loss")), Series("spike", "cross", spiked)]
+    return learning(events, title, unit, "loss", marks)
 
 
 def curves(found: dict[str, Events]) -> list[Curve]:
     """Loss of base, mid and SFT, bits per byte of base, reward of RL with the smallest and the largest k of its
     evaluations: those that have points.
     """
-    base, rl, tuned = found["base"], found["rl"], "nats per token trained on"
-    quick, reward = points(base, "eval", "val_bpb_quick"), points(rl, "step", "reward")
+    quick, final = (points(found["base"], "eval", key) for key in ("val_bpb_quick", "val_bpb"))
     validation = [Series("", "line", quick), Series("quick", "mark", quick)]
-    validation.append(Series("final, long context", "ring", points(base, "eval", "val_bpb")))
-    rewards = [Series("smoothed", "line", smoothed(reward)), Series("each step", "faint", reward)]
-    evals = [(event["step"], event["pass_at"]) for event in of_kind(rl, "eval") if "pass_at" in event]
-    ks = sorted({k for _, pass_at in evals for k in pass_at}, key=int)
+    evals = [(event["step"], event["pass_at"]) for event in of_kind(found["rl"], "eval") if "pass_at" in event]
+    ks, solved = sorted({k for _, pass_at in evals for k in pass_at}, key=int), []
     for k in dict.fromkeys([*ks[:1], *ks[-1:]]):
         at = [(step, pass_at[k]["value"]) for step, pass_at in evals if k in pass_at]
-        rewards.append(Series(f"pass@{k}", "mark" if k == ks[0] else "ring", at))
+        solved.append(Series(f"pass@{k}", "mark" if k == ks[0] else "ring", at))
     drawn = [
-        loss_curve(base, "Base: loss", "nats per token"),
-        Curve("Base: validation", "bits per byte", validation),
-        loss_curve(found["mid"], "Mid: loss", tuned),
-        loss_curve(found["sft"], "SFT: loss", tuned),
-        Curve("RL: reward", "mean reward, share solved", [*rewards, resumed(rl, reward)]),
+        loss_curve(found["base"], "Base: loss", "nats per token"),
+        Curve("Base: validation", "bits per byte", [*validation, Series("final, long context", "ring", final)]),
+        loss_curve(found["mid"], "Mid: loss", "nats per token trained on"),
+        loss_curve(found["sft"], "SFT: loss", "nats per token trained on"),
+        learning(found["rl"], "RL: reward", "mean reward, share solved", "reward", solved),
     ]
     drawn = [curve for curve in drawn if curve.series[0].points]
     return [curve._replace(series=[series for series in curve.series if series.points]) for curve in drawn]
@@ -268,8 +264,7 @@ def training(found: dict[str, Events]) -> list[str]:
     for title, events in zip(TITLES, stages, strict=True):
         told = [last(events, "plan", key) for key in ("formula", "batch", "task")]
         told += dict.fromkeys(f"{e['name']} {e['conversations']:,} conversations" for e in of_kind(events, "data"))
-        told.append(last(events, "end", "text"))
-        facts.append((title, "; ".join(filter(None, told))))
+        facts.append((title, "; ".join(filter(None, [*told, last(events, "end", "text")]))))
     return [page.table(["", *TITLES], rows, "lrrrr"), page.facts(fact for fact in facts if fact[1])]
 
 

@@ -14,13 +14,11 @@ from nanochat.common import UserError
 from nanochat.report_page import HUES, to_html
 from tests.test_report import HOSTILE, Page, plan, run, step, write
 
-FLOPS = 1000  # per token; a step has 100
-
 
 def trained(tag, bpbs, *, time=0.0, every=10, cost=1, first=0, ends=True, settings=None, **start):
-    """A run with quick validations of these values, one after each `every` steps, on tokens that cost `cost` times."""
+    """A run with quick validations of these values, one after each `every` steps of 100 tokens of cost * 1000 FLOPs."""
     events = [{"event": "corpus", "name": "docs", "fingerprint": "a" * 64}]
-    events.append(plan(first, flops_per_token=FLOPS * cost, num_steps=every * len(bpbs), parameters=10**6))
+    events.append(plan(first, flops_per_token=1000 * cost, num_steps=every * len(bpbs), parameters=10**6))
     for number, bpb in enumerate(bpbs):
         for at in range(first + number * every, first + (number + 1) * every):
             events.append(step(at, bpb, seconds=2.0))

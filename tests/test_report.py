@@ -238,15 +238,10 @@ def test_any_text_is_shown_as_it_is(one, two, three):
     assert [text for text in texts if text] == [text for text in wanted if text]
 
 
-def curve_of(values, **more):
-    marks = Series("validation", "mark", [(10, 2.0), (20, 1.5)])
-    return Curve("Loss", "nats", [Series("smoothed", "line", list(enumerate(values, 1))), marks])
-
-
 @pytest.mark.parametrize(("count", "drawn"), [(1, 1), (7, 7), (400, 400), (5000, 400)])
 def test_a_curve_has_as_many_points_as_are_drawn(count, drawn):
-    values = [8.0 / i for i in range(1, count + 1)]
-    svg = report_page.svg(curve_of(values))
+    line = Series("smoothed", "line", [(i, 8.0 / i) for i in range(1, count + 1)])
+    svg = report_page.svg(Curve("Loss", "nats", [line, Series("validation", "mark", [(10, 2.0), (20, 1.5)])]))
     points = re.search('<polyline class="line hue0" points="([^"]*)"', svg)[1].split()
     assert len(points) == drawn and svg.count("<circle") == 2
     xs, ys = zip(*(map(float, point.split(",")) for point in points), strict=True)
