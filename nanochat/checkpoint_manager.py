@@ -127,8 +127,7 @@ def find_tag(source: str, model_tag: str | None) -> str:
     if model_tag is None:
         return max(tags, key=lambda tag: max(path.stat().st_mtime for path in tag.glob("step_*/meta.json"))).name
     if not saved_steps(checkpoints_dir(source, model_tag)):
-        there = ", ".join(path.name for path in tags)
-        raise UserError(f"no {source} checkpoint {model_tag} in {root}; there is {there}")
+        raise UserError(f"no {source} checkpoint {model_tag} in {root}; there is {', '.join(tag.name for tag in tags)}")
     return model_tag
 
 
@@ -165,35 +164,32 @@ def damaged(file: Path, why: str) -> UserError:
 
 
 def find_resume(
-    source: str,
-    model_tag: str,
-    identity: dict[str, Any],
-    resume: bool,
-    resume_from_step: int | None,
-    fresh: bool,
-    compute: Compute,
+    source: str, model_tag: str, settings: dict[str, Any], identity: dict[str, Any], compute: Compute
 ) -> Checkpoint | None:
-    """The checkpoint that a run asked to continue, all of it verified, or None for a run from the start. Without a step
-    it is the newest one that is whole; damaged ones after it are named and moved aside. Takes the tag for this process.
+    """The checkpoint that `settings` (resume, resume_from_step, fresh) ask to continue, all of it verified, or None for
+    a run from the start. Without a step it is the newest one that is whole; damaged ones after it are named and moved
+    aside. Takes the tag for this process. Collective: rank 0 looks, the others take its word.
 
     Raises UserError where the checkpoint differs in anything of `identity`, where no step is whole, where another
     process is writing under the tag, and for a run from the start over existing checkpoints without `fresh`, which sets
-    them aside. Collective: rank 0 looks, the others take its word.
+    them aside.
     """
+    step, fresh = settings["resume_from_step"], settings["fresh"]
+    resume = settings["resume"] or step is not None
 
     def look() -> Checkpoint | None:
-        if fresh and (resume or resume_from_step is not None):
+        if fresh and resume:
             raise UserError("--fresh and --resume exclude each other; drop one")
         directory = checkpoints_dir(source, model_tag)
         take_directory(directory)
         steps = saved_steps(directory)
-        if not resume and resume_from_step is None:
+        if not resume:
             if steps and not fresh:
                 ways = "continue with --resume, start over with --fresh, or choose another --model-tag"
                 raise UserError(f"{directory} already has step {steps[-1]}: {ways}")
             set_aside(directory, steps)
             return None
-        checkpoint = newest_whole(find_steps(source, model_tag, resume_from_step))
+        checkpoint = newest_whole(find_steps(source, model_tag, step))
         for name, value in identity.items():
             if (saved := checkpoint.meta.get(name)) != value:
                 difference = f"{checkpoint.path} was made with {name} = {saved}, this run has {value}"
@@ -234,8 +230,8 @@ TAKEN: dict[Path, int] = {}  # directories this process has a lock on; the end o
 
 
 def take_directory(directory: Path) -> None:
-    """Make this process the only one that writes there, and sweep up what killed ones have left. Raises UserError where
-    another one lives. File systems without locks get a warning.
+    """Make this process the only one that writes there, as far as the file system has locks, and sweep up what killed
+    ones have left. Raises UserError where another one lives.
     """
     directory.mkdir(parents=True, exist_ok=True)
     if directory not in TAKEN:
@@ -259,8 +255,7 @@ def set_aside(directory: Path, steps: list[int]) -> None:
         aside.mkdir(exist_ok=True)
         for step in steps:
             os.replace(step_dir(directory, step), step_dir(aside, step))
-        numbers = ", ".join(map(str, steps))
-        print0(f"set aside: checkpoint{'s' * (len(steps) > 1)} {numbers} of {directory.name} moved to {aside}")
+        print0(f"set aside: steps {steps} of {directory.name} moved to {aside}")
 
 
 # -----------------------------------------------------------------------------
@@ -326,10 +321,9 @@ def write_step(path: Path, tensors: dict[str, dict[str, Tensor]], tokenizer: Tok
                 os.replace(path, path.with_name(f"{path.name}-damaged-{time.strftime('%Y%m%d-%H%M%S')}"))
     except (OSError, SafetensorError) as error:
         why, free = getattr(error, "strerror", None) or one_line(error), shutil.disk_usage(path.parent).free
-        raise UserError(
-            f"step {path.name[5:]} could not be saved ({why}): a checkpoint needs {need:,} bytes and {path.parent} has "
-            f"{free:,} free; make room (--keep-last=2 keeps it), then go on with --resume"
-        ) from None
+        failed = f"step {path.name[5:]} could not be saved ({why})"
+        needs = f"a checkpoint needs {need:,} bytes and {path.parent} has {free:,} free"
+        raise UserError(f"{failed}: {needs}; make room (--keep-last=2 keeps it), then go on with --resume") from None
     return size
 
 
@@ -364,9 +358,7 @@ def read_best(directory: Path) -> tuple[int, float]:
 
 
 def rng_state() -> dict[str, str]:
-    """torch's default generators. No stage draws from them (all randomness comes from the seed and a step's number),
-    but an experiment that adds dropout does. The same on every rank, so rank 0's stand for all.
-    """
+    """torch's default generators, alike on every rank. No stage draws from them, an experiment with dropout does."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -398,9 +390,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
 
 
 def restore_model(model: GPT, checkpoint: Checkpoint) -> None:
-    """Load weights in place. Raises UserError naming the first tensor that is missing, not the model's, or of another
-    shape or dtype; those before it are loaded then.
-    """
+    """Load weights in place. UserError names the first tensor that is not the model's; those before it are in then."""
     path, weights = checkpoint.file("model.safetensors"), dict(model.named_parameters())
     with open_tensors(path) as file, torch.no_grad():
         stored = set(file.keys())
@@ -427,8 +417,7 @@ def restore_optimizers(optimizers: Sequence[AdamW | Muon], checkpoint: Checkpoin
 
         def read(name: str) -> Tensor:
             if name not in names:
-                without = "mid_train and chat_sft begin without with --warm-start=false"
-                raise UserError(f"{path} has no tensor {name}; {without}")
+                raise UserError(f"{path} has no tensor {name}; mid_train and chat_sft do without: --warm-start=false")
             return file.get_tensor(name)
 
         for optimizer in optimizers:

@@ -3,10 +3,10 @@
 Covered, on Linux (x86_64, aarch64) with Landlock and seccomp: a program gets the standard library, an empty directory
 of its own for a few small files, an empty stdin, none of the caller's environment, and limits on time, memory, files
 and output. It reaches no other file, no network and no other process, and starts none, nor a thread. For root it runs
-as nobody and without capabilities. It is killed at the end, and the caller keeps at most MAX_OUTPUT bytes of each
-stream, whatever it writes. `check_program` runs the tests in a second jail, which hands it arguments and gets values
-back as text: nothing that a program does to itself (patched builtins, objects that equal everything, sys.exit) reaches
-the verdict. `active_layers` says what this machine gives. Works in any thread.
+as nobody and without capabilities. It is killed at the end, and at most MAX_OUTPUT bytes of each stream are kept.
+`check_program` runs the tests in a second jail, which hands it arguments and gets values back as text: nothing that a
+program does to itself (patched builtins, objects that equal everything, sys.exit) reaches the verdict. Works in any
+thread.
 
 Without seccomp it refuses, unless told `unsafe`. Without Landlock (Linux before 5.13, some containers) the filter
 refuses all writing to files, but what this user may read can be read, such as the tests if they lie on the disk.
@@ -16,7 +16,6 @@ files outside (stat). `execute_code` has no tests: a program that looks for the 
 reached its end. Who runs programs of strangers adds a virtual machine. docs/explanation/sandbox.md says why it is so.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -27,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import IO
 
@@ -64,8 +64,7 @@ class Jail:
         return max(map(len, self.outputs)) > MAX_OUTPUT or len(os.listdir(self.folder)) > MAX_FILES
 
     def report(self) -> list[bytes]:
-        """The lines of the report that are whole."""
-        return bytes(self.outputs[2]).split(b"\n")[:-1]
+        return bytes(self.outputs[2]).split(b"\n")[:-1]  # whole lines
 
 
 def execute_code(
@@ -74,8 +73,8 @@ def execute_code(
     """Run `code` for at most `timeout` seconds of wall clock and with at most `memory_bytes` of address space.
     UserError where the machine gives too little to lock it in and `unsafe` does not say that this is all right.
     """
-    with contextlib.ExitStack() as stack:
-        return follow([start(stack, code, "program.py", resource_limits(timeout, memory_bytes), unsafe)], timeout)
+    with ExitStack() as stack:
+        return follow([start(stack, code, "program.py", resource_limits(timeout, memory_bytes), unsafe, {})], timeout)
 
 
 def check_program(
@@ -92,8 +91,8 @@ def check_program(
     is not seen by the tests, and of an exception they see the type, if it is a built-in one. Integers: 4,300 digits at
     most.
     """
-    with contextlib.ExitStack() as stack:
-        with contextlib.ExitStack() as ends:  # closed here once both have theirs: each sees when the other is gone
+    with ExitStack() as stack:
+        with ExitStack() as ends:  # closed here once both have theirs: each sees when the other is gone
             (call_reader, call_writer), (answer_reader, answer_writer) = open_pipe(ends), open_pipe(ends)
             limits = resource_limits(timeout, memory_bytes)
             asking = {"call": (entry_point, call_writer, answer_reader)}
@@ -105,39 +104,37 @@ def check_program(
 
 def active_layers(unsafe: bool = False) -> list[str]:
     """What keeps programs in on this machine, in words. UserError where that is too little."""
-    with contextlib.ExitStack() as stack:
-        jail = start(stack, "", "program.py", resource_limits(5.0, 512 << 20), unsafe)
+    with ExitStack() as stack:
+        jail = start(stack, "", "program.py", resource_limits(5.0, 512 << 20), unsafe, {})
         follow([jail], 5.0)
         layers: list[str] = json.loads(jail.report()[0])[0]
         return layers
 
 
 def start(
-    stack: contextlib.ExitStack,
-    code: str,
-    name: str,
-    limits: dict[str, int],
-    unsafe: bool,
-    link: dict[str, tuple[str, int, int]] | None = None,
+    stack: ExitStack, code: str, name: str, limits: dict[str, int], unsafe: bool, link: dict[str, tuple[str, int, int]]
 ) -> Jail:
     """A jail in which `code` runs; it ends with the stack, and so does its directory. `link`: see jail_stub."""
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nanochat-", ignore_cleanup_errors=True))
     report, report_writer = os.pipe()
     report_stream = stack.enter_context(os.fdopen(report, "rb", 0))
+    environment = {"HOME": folder, "TMPDIR": folder, "PYTHONHASHSEED": "0"}
+    if library_path := os.environ.get("LD_LIBRARY_PATH"):  # some installations of Python do not start without
+        environment["LD_LIBRARY_PATH"] = library_path
     with os.fdopen(report_writer, "wb", 0), tempfile.TemporaryFile() as job:
         settings = {"code": code, "name": name, "limits": limits, "unsafe": unsafe, "report": report_writer}
-        job.write(json.dumps(settings | (link or {})).encode())
+        job.write(json.dumps(settings | link).encode())
         job.seek(0)
         process = subprocess.Popen(
-            # what -I does, but with the environment below: with hashes that are the same in every run, so are verdicts;
+            # what -I does, but with the environment above: with hashes that are the same in every run, so are verdicts;
             # -u: what a program wrote before it is killed is not lost
             [sys.executable, "-s", "-P", "-S", "-B", "-u", "-X", "utf8", jail_stub.__file__],
             cwd=folder,
-            env=environment(folder),
+            env=environment,
             stdin=job,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            pass_fds=[report_writer, *(fd for _, *pair in (link or {}).values() for fd in pair)],
+            pass_fds=[report_writer, *(fd for _, *pair in link.values() for fd in pair)],
             start_new_session=True,
         )
     stack.callback(end, process)
@@ -145,12 +142,12 @@ def start(
     return Jail(process, folder, (process.stdout, process.stderr, report_stream))
 
 
-def open_pipe(stack: contextlib.ExitStack) -> tuple[int, int]:
+def open_pipe(stack: ExitStack) -> tuple[int, int]:
     """(reading end, writing end) of a pipe, closed with the stack."""
-    reader, writer = os.pipe()
-    stack.callback(os.close, reader)
-    stack.callback(os.close, writer)
-    return reader, writer
+    ends = os.pipe()
+    for fd in ends:
+        stack.callback(os.close, fd)
+    return ends
 
 
 def resource_limits(timeout: float, memory_bytes: int) -> dict[str, int]:
@@ -163,12 +160,6 @@ def resource_limits(timeout: float, memory_bytes: int) -> dict[str, int]:
         "RLIMIT_NPROC": 0,
         "RLIMIT_CORE": 0,
     }
-
-
-def environment(folder: str) -> dict[str, str]:
-    """All that the program sees of an environment; some installations of Python do not start without the last one."""
-    ours = {"HOME": folder, "TMPDIR": folder, "PYTHONHASHSEED": "0"}
-    return ours | {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
 
 
 def follow(jails: Sequence[Jail], timeout: float) -> ExecutionResult:
@@ -192,7 +183,7 @@ def follow(jails: Sequence[Jail], timeout: float) -> ExecutionResult:
                 ready, deadline = True, time.monotonic() + timeout
     if not ready and not exceeded:
         raise RuntimeError(f"the jail for programs did not start: {runner.outputs[1].decode('utf-8', 'replace')}")
-    with contextlib.suppress(subprocess.TimeoutExpired):
+    with suppress(subprocess.TimeoutExpired):
         judge.process.wait(0 if exceeded else max(0, deadline - time.monotonic()))
     stdout, stderr = runner.outputs[0][:MAX_OUTPUT], runner.outputs[1][:MAX_OUTPUT]
     if judge is not runner:
@@ -220,16 +211,13 @@ def read_some(selector: selectors.BaseSelector, seconds: float) -> bool:
 def require_locked_in(jails: Sequence[Jail]) -> None:
     """UserError where a stub refused to run its program."""
     for jail in jails:
-        missing = json.loads(jail.report()[0])[1]
-        if missing:
-            raise UserError(
-                f"this machine cannot lock in the programs that a model writes ({missing}); --unsafe-exec runs them "
-                "with all the rights of this user"
-            )
+        if missing := json.loads(jail.report()[0])[1]:
+            what = f"this machine cannot lock in the programs that a model writes ({missing})"
+            raise UserError(f"{what}; --unsafe-exec runs them with all the rights of this user")
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """Kill a program and whatever is left of its group."""
-    with process, contextlib.suppress(ProcessLookupError, PermissionError):  # macOS refuses where only a zombie is left
+    with process, suppress(ProcessLookupError, PermissionError):  # macOS refuses where only a zombie is left
         process.kill()
         os.killpg(process.pid, signal.SIGKILL)

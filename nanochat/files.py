@@ -1,5 +1,6 @@
 """Files and folders that exist whole or not at all, and JSON files that know when a bit of them has changed."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -51,11 +52,7 @@ def write_atomic(path: Path | str, data: bytes | str) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time work in a folder, which is created; the others wait. The lock ends with the process,
-    however that ends. Not reentrant.
-    """
-    import fcntl
-
+    """Let one process at a time work in a folder, which is created; the others wait. Not reentrant."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         try:
@@ -79,9 +76,7 @@ def seal(text: str) -> str:
 
 
 def read_sealed(path: Path | str) -> dict[str, Any]:
-    """The object in a JSON file that seal() made, without the seal. Raises ValueError when a single bit is not as it
-    was written, OSError where the file can't be read.
-    """
+    """The object in a file that seal() made. Raises ValueError when a bit is not as it was written, and OSError."""
     data = Path(path).read_bytes()
     body, _, seal_of_file = data.rpartition(b',\n"sha256":"')
     if seal_of_file != f'{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode():
@@ -95,9 +90,7 @@ def read_sealed(path: Path | str) -> dict[str, Any]:
 
 
 def one_line(error: BaseException, length: int = 200) -> str:
-    """Why a foreign library failed, as a message can hold it: on one line, printable, of at most `length`
-    characters.
-    """
+    """Why a foreign library failed, as a message can hold it: on one line, printable, cut to `length` characters."""
     words = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     text = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in words)
     return text if len(text) <= length else f"{text[: length - 3]}..."

@@ -1,13 +1,12 @@
 """What runs inside the jail: it locks itself in, then runs a program.
 
 nanochat/execution.py starts this file in a fresh interpreter with a job as JSON on stdin. The restrictions are applied
-here, after the interpreter has started and before the program's first line, because the interpreter itself needs some
-of what they take away, and because code between fork and exec is not safe in a parent with threads. The first line on
-the report pipe says which of them the machine gave; without seccomp the program runs only if the job says `unsafe`.
+here, before the program's first line, because the interpreter needs some of what they take away to start, and because
+code between fork and exec is not safe in a parent with threads. The first line on the report pipe says which of them
+the machine gave; without seccomp the program runs only if the job says `unsafe`.
 
 A job may connect its program to another one: `serve` answers calls of a function that the program defines, `call` puts
-a function into it whose calls are answered elsewhere. Only numbers, strings, bytes, bools, None and lists, tuples, sets
-and dicts of them cross, as text, and are made anew on the other side.
+a function into it whose calls are answered elsewhere. Values cross as text and are made anew on the other side.
 
 System call numbers: Linux, asm/unistd_64.h for x86_64 and asm-generic/unistd.h for aarch64; structures:
 linux/landlock.h, linux/seccomp.h, linux/filter.h, linux/capability.h.
@@ -109,9 +108,9 @@ def run_program(job: dict[str, Any]) -> None:
 
 
 def remote(calls: int, answers: int) -> Callable[..., Any]:
-    """A function that is computed by the process at the other end. It raises what that says was raised, if it is a
-    built-in exception, else RuntimeError; StopIteration counts as none, because a loop would take it for its end. An
-    answer that is no answer ends this process at once: the tests cannot catch that.
+    """A function that the process at the other end computes. It raises what that says was raised, if it is a built-in
+    exception, else RuntimeError; StopIteration counts as none, because a loop would take it for its end. An answer that
+    is no answer ends this process at once: the tests cannot catch that.
     """
     reader = os.fdopen(answers, "rb")
 
@@ -127,10 +126,8 @@ def remote(calls: int, answers: int) -> Callable[..., Any]:
             os._exit(1)
         if raised is None:
             return value
-        is_exception = isinstance(kind, type) and issubclass(kind, Exception)
-        raise (kind if is_exception and not issubclass(kind, StopIteration | StopAsyncIteration) else RuntimeError)(
-            value
-        )
+        known = isinstance(kind, type) and issubclass(kind, Exception)
+        raise (kind if known and not issubclass(kind, StopIteration | StopAsyncIteration) else RuntimeError)(value)
 
     return function
 
@@ -164,7 +161,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(data: Any) -> Any:
-    """The value that encode made this of, of built-in types alone. Raises errors of all kinds for other data."""
+    """The value, of built-in types alone, that encode made this of. Raises errors of all kinds for other data."""
     if not isinstance(data, list):
         return data
     name, items = data
@@ -178,9 +175,7 @@ def decode(data: Any) -> Any:
 
 
 def lock_in(limits: dict[str, int]) -> tuple[list[str], str | None]:
-    """Give up what can be given up here. Returns (what that was, why it is not enough, None if it is): without seccomp
-    nothing keeps a program from the network.
-    """
+    """Give up what can be given up. Returns (what that was, why that is too little or None): no seccomp, no jail."""
     layers = ["own session"]
     for name, value in limits.items():
         layers += set_limit(name, value)
@@ -201,7 +196,6 @@ def lock_in(limits: dict[str, int]) -> tuple[list[str], str | None]:
 
 
 def set_limit(name: str, value: int) -> list[str]:
-    """Lower a resource limit; its name, if this system has it."""
     kind = getattr(resource, name, None)
     if kind is None:
         return []
@@ -227,8 +221,7 @@ def landlock_rules() -> tuple[int, int]:
     ruleset = check(libc.syscall(LANDLOCK_CREATE, attributes, ctypes.c_long(size), 0))
     library = os.path.dirname(os.path.dirname(os.__file__))  # /usr/lib of /usr/lib/python3.11/os.py
     readable = [library, "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/dev/urandom"]
-    rules = [(path, READ_FILE | READ_DIR) for path in readable]
-    rules += [("/dev/null", READ_FILE | WRITE_FILE | TRUNCATE)]
+    rules = [(path, READ_FILE | READ_DIR) for path in readable] + [("/dev/null", READ_FILE | WRITE_FILE | TRUNCATE)]
     rules += [(".", READ_FILE | READ_DIR | WRITE_FILE | TRUNCATE | MAKE_REG | REMOVE_FILE)]
     for path, rights in rules:
         try:
@@ -267,7 +260,6 @@ def set_capabilities(effective: int, permitted: int) -> bool:
 
 
 def check(result: int) -> int:
-    """The result of a system call; OSError if it failed."""
     if result < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
@@ -278,7 +270,6 @@ def check(result: int) -> int:
 
 
 def program_filter(architecture: int, column: int, landlock: bool) -> bytes:
-    """The filter for model-written programs; without Landlock it refuses all writing to files as well."""
     words = REFUSED if landlock else REFUSED + "," + REFUSED_WITHOUT_LANDLOCK
     arguments = REFUSED_ARGUMENTS if landlock else REFUSED_ARGUMENTS + REFUSED_ARGUMENTS_WITHOUT_LANDLOCK
     refused = [(number, None) for entry in words.split(",") if (number := call_number(entry, column)) is not None]

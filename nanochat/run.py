@@ -53,8 +53,7 @@ def open_run(stage: str, tag: str, settings: dict[str, Any], identity: dict[str,
     """
     run = Run(stage, tag, settings, identity, compute)
     if not run.dry:
-        asked = {name: settings[name] for name in ("resume", "resume_from_step", "fresh")}
-        run.checkpoint = find_resume(stage, tag, identity, **asked, compute=compute)
+        run.checkpoint = find_resume(stage, tag, settings, identity, compute)
         run.position = run.checkpoint.meta["position"] if run.checkpoint else {}
     return run
 

@@ -1,8 +1,7 @@
 """The tokenizer: text <-> token ids, trained and run by `rustbpe`, kept in one sealed JSON file.
 
 Promises: decode(encode(text)) == text; ordinary text never becomes a special token, whatever it says; equal tokenizers
-make equal files; a file in which a bit has changed is refused. Special tokens have the last ids. Does not: render
-chats, normalise text, or read pickles.
+make equal files; a file in which a bit has changed is refused. Does not: render chats, normalise text, or read pickles.
 """
 
 import hashlib
@@ -36,10 +35,8 @@ BATCH_CHARS = 1 << 22  # plain strings are handed to Rust in lots of this size
 
 
 class Tokenizer:
-    """Byte-pair encoding with special tokens.
-
-    Ids: 0 to 255 the bytes, then one per merge, then the special tokens. `token_bytes` is an int32 array with each id's
-    length in bytes (0 for special tokens), `fingerprint` the sha256 of the file's content.
+    """Byte-pair encoding. Ids: 0 to 255 the bytes, then one per merge, then the special tokens. `token_bytes` is an
+    int32 array with each id's length in bytes (0 for special tokens).
     """
 
     def __init__(self, merges: np.ndarray, special_tokens: Sequence[str] = SPECIAL_TOKENS, pattern: str = "nanochat"):
@@ -50,8 +47,7 @@ class Tokenizer:
         self._encoder = rustbpe.Encoder(tokens, pattern, len(tokens) + len(special_tokens))
         self._special_ids = {name: len(tokens) + i for i, name in enumerate(special_tokens)}
         self._bytes = tokens + [name.encode() for name in special_tokens]
-        lengths = [len(token) for token in tokens] + [0] * len(special_tokens)
-        self.token_bytes = np.array(lengths, dtype=np.int32)
+        self.token_bytes = np.array([len(token) for token in tokens] + [0] * len(special_tokens), dtype=np.int32)
 
     @staticmethod
     def train(
@@ -61,7 +57,7 @@ class Tokenizer:
         progress: Callable[[str, int], None] | None = None,
         num_threads: int | None = None,
     ) -> "Tokenizer":
-        """Learn `vocab_size` tokens (the 256 bytes and the special tokens among them) from an iterable of texts.
+        """Learn `vocab_size` tokens (the 256 bytes and the special tokens among them) from texts.
 
         A text is a str; an Arrow array of strings counts as many, and is not copied. `progress` is called with
         ("bytes", so far) while texts are read and ("merges", so far) after that. The same texts give the same tokenizer
@@ -69,8 +65,7 @@ class Tokenizer:
         """
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
-            parts = f"the 256 bytes and {len(SPECIAL_TOKENS)} special tokens"
-            raise UserError(f"vocab_size {vocab_size}: {parts} need --vocab-size={smallest} or more")
+            raise UserError(f"vocab_size {vocab_size}: bytes and special tokens need --vocab-size={smallest} or more")
         if vocab_size > MAX_VOCAB_SIZE:
             raise UserError(f"vocab_size {vocab_size}: at most --vocab-size={MAX_VOCAB_SIZE}")
         trainer = rustbpe.Trainer(pattern, num_threads)
@@ -81,15 +76,10 @@ class Tokenizer:
                 fed += batch.nbytes if hasattr(batch, "nbytes") else sum(map(len, batch))
                 progress("bytes", fed)
         merges = trainer.train(vocab_size - smallest, partial(progress, "merges") if progress else None)
-        if len(merges) < vocab_size - smallest:
-            most = smallest + len(merges)
-            raise UserError(
-                f"vocab_size {vocab_size}: this text gives {len(merges)} merges, so at most --vocab-size={most}"
-            )
+        if (most := smallest + len(merges)) < vocab_size:
+            gives = f"this text gives {len(merges)} merges"
+            raise UserError(f"vocab_size {vocab_size}: {gives}, so at most --vocab-size={most}")
         return Tokenizer(merges, pattern=pattern)
-
-    # -------------------------------------------------------------------------
-    # The file
 
     def to_json(self) -> str:
         """The file's content: one line per key, the same for equal tokenizers."""
@@ -100,12 +90,12 @@ class Tokenizer:
             "special_tokens": list(self._special_ids),
             "token_bytes": self.token_bytes.tolist(),
         }
-        lines = [f"{json.dumps(key)}:{json.dumps(value, separators=(',', ':'))}" for key, value in content.items()]
+        lines = [f'"{key}":{json.dumps(value, separators=(",", ":"))}' for key, value in content.items()]
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) of what makes it this tokenizer."""
+        """sha256 (hex) of the file's content without its seal."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def save(self, directory: Path | str) -> None:
@@ -122,15 +112,12 @@ class Tokenizer:
             if content.get("version") != VERSION:
                 raise ValueError(f"version {content.get('version')!r} of the format; this program reads {VERSION}")
         except OSError as error:
-            why = f"no tokenizer at {path} ({error.strerror})"
-            raise UserError(f"{why}; train one with: python -m scripts.tok_train") from None
+            train = "train one with: python -m scripts.tok_train"
+            raise UserError(f"no tokenizer at {path} ({error.strerror}); {train}") from None
         except ValueError as error:
             raise UserError(f"{path}: {error}; make it again with: python -m scripts.tok_train") from None
         merges = np.array(content["merges"], dtype=np.uint32).reshape(-1, 2)
         return Tokenizer(merges, content["special_tokens"], content["pattern"])
-
-    # -------------------------------------------------------------------------
-    # Text <-> ids
 
     def encode(
         self,
@@ -148,16 +135,13 @@ class Tokenizer:
             rows = self._encoder.encode_lists([text] if isinstance(text, str) else text, num_threads)
         except ValueError as error:
             raise UserError(f"cannot encode: {error}") from None
-        if before or after:
-            rows = [before + row + after for row in rows]
+        rows = [before + row + after for row in rows] if before or after else rows
         return rows[0] if isinstance(text, str) else rows
 
     def encode_arrow(self, texts: Any, num_threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of an Arrow string array (chunked or not, or a list of str), without copying the text.
-
-        Returns (ids, offsets): document i is ids[offsets[i]:offsets[i + 1]]. ids are uint16 when the vocabulary has at
-        most 65,536 tokens, else uint32; offsets are int64. Raises UserError with the row for nulls and for text that is
-        not UTF-8.
+        """Ids of an Arrow string array (chunked or not, or a list of str), without copying the text, as (ids, offsets):
+        document i is ids[offsets[i]:offsets[i + 1]]. ids are uint16 when the vocabulary has at most 65,536 tokens, else
+        uint32; offsets are int64. Raises UserError with the row for nulls and for text that is not UTF-8.
         """
         try:
             return self._encoder.encode_batch(texts, num_threads)
@@ -182,7 +166,6 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def id_to_token(self, token: int) -> str:
-        """One token as text, for people to read."""
         return self.decode([token])
 
     def get_vocab_size(self) -> int:

@@ -157,9 +157,9 @@ def test_a_verified_checkpoint_is_not_written_again(saved, tmp_path):
     manager.open_checkpoint(path).verify()
 
 
-def find_resume(**options):
-    options = {"resume": False, "resume_from_step": None, "fresh": False, **options}
-    return manager.find_resume("base", "t", {"seed": 1}, compute=CPU, **options)
+def find_resume(seed=1, **options):
+    settings = {"resume": False, "resume_from_step": None, "fresh": False, **options}
+    return manager.find_resume("base", "t", settings, {"seed": seed}, CPU)
 
 
 def test_a_start_over_existing_work_needs_a_word(saved, tmp_path):
@@ -184,7 +184,7 @@ def test_going_back_sets_later_steps_aside(saved, tmp_path):
 
 def test_another_setting_is_refused_by_name(saved):
     with pytest.raises(UserError, match="seed = 1, this run has 2"):
-        manager.find_resume("base", "t", {"seed": 2}, True, None, False, CPU)
+        find_resume(seed=2, resume=True)
 
 
 @pytest.mark.parametrize(
