@@ -38,7 +38,7 @@ def exact(expression: str) -> Fraction:
     return {"+": left + right, "-": left - right, "*": left * right, "/": left / right}[match[2]]
 
 
-def test_there_are_templates_of_every_length_and_with_every_operation() -> None:
+def test_there_are_templates_of_every_length_and_with_every_operation():
     counts = Counter(len(parts) - 1 for parts in TEMPLATES)
     assert counts[1] >= 18 and counts[2] >= 18 and counts[3] >= 14 and counts[4] >= 14 and set(counts) == {1, 2, 3, 4}
     assert len({parts[0] for parts in TEMPLATES}) == len(TEMPLATES) >= 64
@@ -48,7 +48,7 @@ def test_there_are_templates_of_every_length_and_with_every_operation() -> None:
         assert min(operators.values()) * 8 >= sum(operators.values())
 
 
-def test_words_are_plain_and_listed_once() -> None:
+def test_words_are_plain_and_listed_once():
     assert not set(GIRLS) & set(BOYS)
     for kind, words in WORDS.items():
         assert len(set(words)) == len(words) >= 4, kind
@@ -56,7 +56,7 @@ def test_words_are_plain_and_listed_once() -> None:
 
 
 @pytest.mark.parametrize("number", ALL)
-def test_every_template_is_right_in_200_drawings(number: int) -> None:
+def test_every_template_is_right_in_200_drawings(number):
     rng = Random(number)
     for _ in range(200):
         conversation = make(number, rng)
@@ -71,7 +71,7 @@ def test_every_template_is_right_in_200_drawings(number: int) -> None:
 
 
 @pytest.mark.parametrize("number", ALL)
-def test_a_question_names_all_numbers_that_are_used_and_no_other(number: int) -> None:
+def test_a_question_names_all_numbers_that_are_used_and_no_other(number):
     rng = Random(number)
     for _ in range(20):
         conversation = make(number, rng)
@@ -87,7 +87,7 @@ def test_a_question_names_all_numbers_that_are_used_and_no_other(number: int) ->
         assert min(map(int, named)) >= 2 and max(map(int, named)) <= 200
 
 
-def test_every_number_and_every_result_is_needed() -> None:
+def test_every_number_and_every_result_is_needed():
     for number in ALL:
         template = parse_template(number)
         used = {name for step in template.steps for name in (step.left, step.right)}
@@ -98,7 +98,7 @@ def test_every_number_and_every_result_is_needed() -> None:
             assert not later & {step.left, step.right}, template.story
 
 
-def test_questions_are_short_sentences() -> None:
+def test_questions_are_short_sentences():
     rng = Random(0)
     for number in ALL:
         for _ in range(20):
@@ -112,7 +112,7 @@ def test_questions_are_short_sentences() -> None:
             assert len(question) + len(answer) <= 75 * conversation["steps"] + 75, question
 
 
-def test_people_are_different_and_keep_their_pronoun() -> None:
+def test_people_are_different_and_keep_their_pronoun():
     rng = Random(0)
     for number in ALL:
         for _ in range(20):
@@ -122,7 +122,7 @@ def test_people_are_different_and_keep_their_pronoun() -> None:
             assert not people or (words["he"], words["He"]) == (("she", "She") if people[0] in GIRLS else ("he", "He"))
 
 
-def test_the_first_template_reads_as_written() -> None:
+def test_the_first_template_reads_as_written():
     values = {"a": 12, "b": 7, "r1": 19}
     words = {"name": "Tom", "things": "pens", "he": "he", "He": "He"}
     question = TEMPLATES[0][0].format_map(values | words)
@@ -145,7 +145,7 @@ def test_the_first_template_reads_as_written() -> None:
     }
 
 
-def test_splits_share_no_question() -> None:
+def test_splits_share_no_question():
     sizes: dict[Split, int] = {"train": 20000, "dev": 2000, "test": 4000}
     questions = {
         split: {item["messages"][0]["content"] for item in Arithmetic(split, size=size)}
@@ -157,7 +157,7 @@ def test_splits_share_no_question() -> None:
 
 
 @pytest.mark.parametrize("steps", [(1,), (2,), (3,), (4,), (1, 2), (3, 4)])
-def test_items_have_the_steps_that_were_asked_for(steps: tuple[int, ...]) -> None:
+def test_items_have_the_steps_that_were_asked_for(steps):
     items = list(Arithmetic("train", steps=steps, size=1000))
     assert {item["steps"] for item in items} == set(steps)
     assert {item["template"] for item in items} == {k for k in ALL if len(TEMPLATES[k]) - 1 in steps}
@@ -165,7 +165,7 @@ def test_items_have_the_steps_that_were_asked_for(steps: tuple[int, ...]) -> Non
         assert all(len(texts(item, "python")) == 4 for item in items)
 
 
-def test_an_item_is_the_same_every_time_and_in_every_part() -> None:
+def test_an_item_is_the_same_every_time_and_in_every_part():
     task = Arithmetic("test", steps=(3, 4), size=100)
     assert list(task) == list(Arithmetic("test", steps=[4, 3], size=200, stop=100))
     assert task[70] == Arithmetic("test", steps=(3, 4), size=100, start=70)[0]
@@ -173,7 +173,7 @@ def test_an_item_is_the_same_every_time_and_in_every_part() -> None:
     assert task[0] != Arithmetic("dev", steps=(3, 4))[0] != Arithmetic("dev", steps=(3,))[0]
 
 
-def test_only_the_right_number_scores() -> None:
+def test_only_the_right_number_scores():
     task = Arithmetic("test", steps=(1, 2, 3, 4), size=300)
     for item in task:
         answer = message_text(item["messages"][-1])
@@ -183,7 +183,7 @@ def test_only_the_right_number_scores() -> None:
         assert not task.evaluate(item, item["answer"])  # the form belongs to the answer
 
 
-def test_dollar_signs_and_full_stops_do_not_make_an_answer_wrong() -> None:
+def test_dollar_signs_and_full_stops_do_not_make_an_answer_wrong():
     task, item = Arithmetic("test"), {"answer": "840"}
     for answer in ("#### 840", "####840.", "#### $840", "#### 840.00", "#### 5\n#### 840 dollars"):
         assert task.evaluate(item, answer), answer
@@ -191,7 +191,7 @@ def test_dollar_signs_and_full_stops_do_not_make_an_answer_wrong() -> None:
         assert not task.evaluate(item, answer), answer
 
 
-def test_mistakes_are_told_in_one_line() -> None:
+def test_mistakes_are_told_in_one_line():
     with pytest.raises(UserError, match=r"^Arithmetic: steps=\(5,\): expected some of 1, 2, 3, 4"):
         Arithmetic("train", steps=(5,))
     with pytest.raises(UserError, match="steps"):

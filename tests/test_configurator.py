@@ -77,7 +77,7 @@ def run(script: Path, *argv: str, rank: str = "0") -> subprocess.CompletedProces
     return subprocess.run([sys.executable, str(script), *argv], capture_output=True, text=True, env=environment)
 
 
-def test_block_is_what_stands_above_configure(script: Path) -> None:
+def test_block_is_what_stands_above_configure(script):
     settings = read_block(script).settings
     assert list(settings) == (
         "depth model_tag source head_dim rows num_files matrix_lr minutes tokens prompt compile quiet".split()
@@ -130,7 +130,7 @@ def test_block_is_what_stands_above_configure(script: Path) -> None:
         ([], {}),
     ],
 )
-def test_accepted_forms(script: Path, argv: list[str], expected: dict[str, object]) -> None:
+def test_accepted_forms(script, argv, expected):
     given = values(script, *argv)
     assert given == expected
     assert [type(value) for value in given.values()] == [type(value) for value in expected.values()]
@@ -177,11 +177,11 @@ def test_accepted_forms(script: Path, argv: list[str], expected: dict[str, objec
         (["/"], "cannot read settings file '/' (Is a directory)"),
     ],
 )
-def test_refused_forms(script: Path, argv: list[str], message: str) -> None:
+def test_refused_forms(script, argv, message):
     assert refusal(script, *argv).startswith(message)
 
 
-def test_settings_files_and_flags_apply_in_the_order_given(script: Path, tmp_path: Path) -> None:
+def test_settings_files_and_flags_apply_in_the_order_given(script, tmp_path):
     one, two = tmp_path / "one.py", tmp_path / "two.py"
     one.write_text(
         '"""Why."""\n# Model\ndepth: int = 2 * 3 - 1  # why\nmatrix_lr = 1\nmodel_tag = None\nquiet = True\n'
@@ -220,9 +220,7 @@ def test_settings_files_and_flags_apply_in_the_order_given(script: Path, tmp_pat
         ("\0", ": source code string cannot contain null bytes"),
     ],
 )
-def test_mistakes_in_a_settings_file_name_their_line(
-    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
-) -> None:
+def test_mistakes_in_a_settings_file_name_their_line(script, tmp_path, monkeypatch, text, message):
     monkeypatch.chdir(tmp_path)
     Path("my.py").write_text(text, encoding="utf-8")
     found = refusal(script, "my.py")
@@ -230,7 +228,7 @@ def test_mistakes_in_a_settings_file_name_their_line(
     assert not Path("ran").exists()
 
 
-def test_bare_words_can_be_a_setting(script: Path, tmp_path: Path) -> None:
+def test_bare_words_can_be_a_setting(script, tmp_path):
     """python -m nanochat.report reset"""
     script.write_text(SCRIPT.replace('"i": "source"', '"": "source"'), encoding="utf-8")
     (tmp_path / "my.py").write_text("depth = 3\n")
@@ -241,7 +239,7 @@ def test_bare_words_can_be_a_setting(script: Path, tmp_path: Path) -> None:
     assert values(script, "a b") == {"prompt": "a b"} and values(script, "a", "b c") == {"prompt": "a 'b c'"}
 
 
-def test_binary_as_settings_file(script: Path, tmp_path: Path) -> None:
+def test_binary_as_settings_file(script, tmp_path):
     (tmp_path / "model.bin").write_bytes(b"\xff\xfe\x00")
     assert "not a settings file" in refusal(script, str(tmp_path / "model.bin"))
 
@@ -268,7 +266,7 @@ def test_binary_as_settings_file(script: Path, tmp_path: Path) -> None:
         ("SHORT = dict(a='a')\na = 1  # x\n", ":2: SHORT maps single letters"),
     ],
 )
-def test_badly_written_block(tmp_path: Path, block: str, message: str) -> None:
+def test_badly_written_block(tmp_path, block, message):
     path = tmp_path / "stage.py"
     path.write_text(f"from nanochat.configurator import configure\n{block}settings = configure(__name__)\n")
     with pytest.raises(UserError) as error:
@@ -276,14 +274,14 @@ def test_badly_written_block(tmp_path: Path, block: str, message: str) -> None:
     assert f"{path}{message}" in str(error.value)
 
 
-def test_badly_written_block_is_one_line_for_whoever_runs_it(tmp_path: Path) -> None:
+def test_badly_written_block_is_one_line_for_whoever_runs_it(tmp_path):
     path = tmp_path / "stage.py"
     path.write_text("from nanochat.configurator import configure\ndepth = 20\nsettings = configure(__name__)\n")
     result = run(path)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
 
 
-def test_help_says_everything_the_block_says(script: Path) -> None:
+def test_help_says_everything_the_block_says(script):
     text = help_text(read_block(script))
     assert text.startswith("A stage.\n")
     for part in ["\nModel\n", "\nHorizon: one of these\n", "--model-tag", "-p, --prompt", "base, mid", "'mid'"]:
@@ -292,7 +290,7 @@ def test_help_says_everything_the_block_says(script: Path) -> None:
         assert setting.help in text and setting.type_name in text and repr(setting.default) in text
 
 
-def test_run_assigns_returns_and_reports(script: Path, tmp_path: Path) -> None:
+def test_run_assigns_returns_and_reports(script, tmp_path):
     (tmp_path / "my.py").write_text("source = 'base'\n")
     result = run(script, "--depth=4", str(tmp_path / "my.py"), "-p", "x=y")
     assert (result.returncode, result.stderr) == (0, "")
@@ -305,7 +303,7 @@ def test_run_assigns_returns_and_reports(script: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_a_mistake_is_one_line_and_exit_2_and_only_rank_0_speaks(script: Path) -> None:
+def test_a_mistake_is_one_line_and_exit_2_and_only_rank_0_speaks(script):
     result = run(script, "--dept=4")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "stage: no setting named dept (--dept=4). Did you mean depth? --help lists them all.\n"
@@ -314,16 +312,14 @@ def test_a_mistake_is_one_line_and_exit_2_and_only_rank_0_speaks(script: Path) -
     assert run(script, "--depth=4", rank="1").stdout.splitlines() == ["True", "depth=4 source='mid' prompt=''"]
 
 
-def test_help_exits_0_also_beside_mistakes(script: Path) -> None:
+def test_help_exits_0_also_beside_mistakes(script):
     for argv in (["--help"], ["-h"], ["--zzz", "--help"]):
         result = run(script, *argv)
         assert (result.returncode, result.stderr) == (0, "") and "number of layers" in result.stdout
     assert run(script, "--help", rank="1").stdout == ""
 
 
-def test_imported_script_keeps_its_defaults(
-    script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_imported_script_keeps_its_defaults(script, monkeypatch, capsys):
     """Tests import scripts: pytest's own arguments must not reach them."""
     monkeypatch.syspath_prepend(str(script.parent))
     monkeypatch.setattr(sys, "argv", ["pytest", "--zzz", "--help"])
@@ -334,7 +330,7 @@ def test_imported_script_keeps_its_defaults(
     assert capsys.readouterr() == ("", "")
 
 
-def test_former_names_point_at_settings_that_exist() -> None:
+def test_former_names_point_at_settings_that_exist():
     blocks = [read_block(path) for path in (ROOT / "scripts").glob("*.py")]
     known = {name for block in blocks for name in block.settings}
     assert set(FORMER_NAMES.values()) <= known

@@ -55,7 +55,7 @@ def corpus(base_dir: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_names_come_with_the_first_sentence_of_what_is_said_about_them(corpus: Path) -> None:
+def test_names_come_with_the_first_sentence_of_what_is_said_about_them(corpus):
     items = {name: (kind, sentence) for kind, name, sentence in read_items(corpus)}
     assert items["shop"] == ("module", "Everything for a shop.")
     assert items["shop.Shop"] == ("class", "A place that sells things.")
@@ -63,7 +63,7 @@ def test_names_come_with_the_first_sentence_of_what_is_said_about_them(corpus: P
     assert items["shop.buys_books"] == ("function", "Buys all the books in the basket.")
 
 
-def test_private_odd_and_ambiguous_names_are_left_out(corpus: Path) -> None:
+def test_private_odd_and_ambiguous_names_are_left_out(corpus):
     names = {name for _, name, _ in read_items(corpus)}
     assert not names & {"shop._private", "Shop.__enter__", "shop.unfinished", "shop.example", "shop.Twice"}
     assert "Twice.same" in names
@@ -85,11 +85,11 @@ def test_private_odd_and_ambiguous_names_are_left_out(corpus: Path) -> None:
         ("See https://example.org for more of it.", ""),
     ],
 )
-def test_only_a_plain_first_sentence_is_taken(paragraph: str, sentence: str) -> None:
+def test_only_a_plain_first_sentence_is_taken(paragraph, sentence):
     assert first_sentence(paragraph) == sentence
 
 
-def test_splits_share_no_name_and_no_sentence_and_lose_none(corpus: Path) -> None:
+def test_splits_share_no_name_and_no_sentence_and_lose_none(corpus):
     items = {split: DocsQA(split).items for split in SPLITS}
     for field in (1, 2):
         found = [{item[field] for item in items[split]} for split in SPLITS]
@@ -97,7 +97,7 @@ def test_splits_share_no_name_and_no_sentence_and_lose_none(corpus: Path) -> Non
     assert sorted(sum(items.values(), [])) == sorted(read_items(corpus))
 
 
-def test_an_open_answer_is_the_sentence_and_is_never_judged(corpus: Path) -> None:
+def test_an_open_answer_is_the_sentence_and_is_never_judged(corpus):
     task = DocsQA("train", "open")
     assert (task.eval_type, task.baseline) == ("generative", 0.0)
     for (_, name, sentence), conversation in zip(task.items, task, strict=True):
@@ -109,7 +109,7 @@ def test_an_open_answer_is_the_sentence_and_is_never_judged(corpus: Path) -> Non
         task.evaluate(task[0], task.items[0][2])
 
 
-def test_exactly_one_letter_of_four_different_sentences_is_right(corpus: Path) -> None:
+def test_exactly_one_letter_of_four_different_sentences_is_right(corpus):
     for split in SPLITS:
         task = DocsQA(split, "choice")
         assert (task.eval_type, task.baseline) == ("categorical", 0.25)
@@ -124,13 +124,13 @@ def test_exactly_one_letter_of_four_different_sentences_is_right(corpus: Path) -
             assert set(choices) <= {item[2] for item in task.items}
 
 
-def test_the_right_letter_is_anywhere(corpus: Path) -> None:
+def test_the_right_letter_is_anywhere(corpus):
     letters = Counter(message_text(conversation["messages"][-1]) for conversation in DocsQA("train"))
     assert letters.keys() == set(LETTERS)
     assert max(letters.values()) < 0.4 * letters.total()
 
 
-def test_items_are_the_same_every_time_and_a_part_is_a_part(corpus: Path) -> None:
+def test_items_are_the_same_every_time_and_a_part_is_a_part(corpus):
     whole = list(DocsQA("train"))
     read_items.cache_clear()
     assert list(DocsQA("train")) == whole
@@ -138,7 +138,7 @@ def test_items_are_the_same_every_time_and_a_part_is_a_part(corpus: Path) -> Non
     assert DocsQA("train")[5] == whole[5]  # also when asked alone
 
 
-def test_a_missing_or_other_corpus_names_the_command_that_makes_it(base_dir: Path) -> None:
+def test_a_missing_or_other_corpus_names_the_command_that_makes_it(base_dir):
     with pytest.raises(UserError, match="python -m nanochat.dataset --source=docs"):
         DocsQA("test")
     folder = base_dir / "data" / "stories"
@@ -148,7 +148,7 @@ def test_a_missing_or_other_corpus_names_the_command_that_makes_it(base_dir: Pat
         DocsQA("test", corpus="stories")
 
 
-def test_a_damaged_shard_and_a_wrong_form_are_said(corpus: Path) -> None:
+def test_a_damaged_shard_and_a_wrong_form_are_said(corpus):
     with pytest.raises(UserError, match="form=closed: expected open or choice"):
         DocsQA("test", "closed")  # type: ignore[arg-type]
     (corpus / "shard_00001.parquet").write_bytes(b"PAR1 not really")

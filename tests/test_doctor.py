@@ -45,7 +45,7 @@ def patch(folder: Path, program: str) -> dict[str, str]:
 
 
 @pytest.mark.soak
-def test_a_machine_that_is_well_ends_with_0(tmp_path: Path) -> None:
+def test_a_machine_that_is_well_ends_with_0(tmp_path):
     code, lines = run_doctor(NANOCHAT_BASE_DIR=tmp_path / "base")
     assert code == 0, lines
     for what in ("in float32: 4 ways", "in bfloat16: 4 ways", "torch.compile works", "add up with gloo", "packages"):
@@ -53,7 +53,7 @@ def test_a_machine_that_is_well_ends_with_0(tmp_path: Path) -> None:
     assert not (tmp_path / "base").exists()  # looking leaves nothing behind
 
 
-def test_a_sick_machine_ends_with_1_and_names_what_mends_it(tmp_path: Path) -> None:
+def test_a_sick_machine_ends_with_1_and_names_what_mends_it(tmp_path):
     """A torch that cannot be imported, a base directory below a file."""
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object')")
@@ -65,7 +65,7 @@ def test_a_sick_machine_ends_with_1_and_names_what_mends_it(tmp_path: Path) -> N
 
 
 @pytest.mark.soak
-def test_a_torch_and_a_compiler_that_do_not_fit_the_machine(tmp_path: Path) -> None:
+def test_a_torch_and_a_compiler_that_do_not_fit_the_machine(tmp_path):
     """A torch for CPUs beside a GPU whose driver knows CUDA 12, a compiler that fails."""
     fake(tmp_path / "bin", "nvidia-smi", "| NVIDIA-SMI 550.54  Driver Version: 550.54  CUDA Version: 12.4 |")
     fake(tmp_path / "bin", "g++", "error: out of order", code=1)
@@ -76,7 +76,7 @@ def test_a_torch_and_a_compiler_that_do_not_fit_the_machine(tmp_path: Path) -> N
         assert any("this machine has an NVIDIA GPU -> TORCH_BUILD=cu126 bash dev/setup.sh" in line for line in lines)
 
 
-def test_without_a_compiler_it_says_what_to_install(tmp_path: Path) -> None:
+def test_without_a_compiler_it_says_what_to_install(tmp_path):
     ((what, level, _, mend),) = run_probe("compile", PATH=str(tmp_path), CXX="no-such-compiler")
     assert (what, level, mend) == ("compile", "MEND", "apt-get install g++")
 
@@ -89,21 +89,19 @@ def test_without_a_compiler_it_says_what_to_install(tmp_path: Path) -> None:
         ("import os; os._exit(5)", 30, "exit code 5"),
     ],
 )
-def test_a_probe_that_crashes_or_hangs_ends_the_probe_alone(
-    program: str, seconds: float, why: str, tmp_path: Path
-) -> None:
+def test_a_probe_that_crashes_or_hangs_ends_the_probe_alone(program, seconds, why, tmp_path):
     say = """print('["x", "ok", "fine", ""]', flush=True)\n"""
     kept, (what, level, text, _) = run_probe("cpu", seconds, **patch(tmp_path, say + program))
     assert kept == FINE
     assert (what, level) == ("cpu", "MEND") and text.startswith(why)
 
 
-def test_a_check_that_fails_in_its_own_way_is_a_finding(tmp_path: Path) -> None:
+def test_a_check_that_fails_in_its_own_way_is_a_finding(tmp_path):
     ((what, level, text, _),) = run_probe("cpu", **patch(tmp_path, "import os; os.sched_getaffinity = None"))
     assert (what, level) == ("cpu", "MEND") and "could not be examined: TypeError" in text
 
 
-def test_ranks_that_hang_are_named_as_such_and_do_not_live_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_hang_are_named_as_such_and_do_not_live_on(tmp_path, monkeypatch):
     """A probe that waits for them longer than it may live is killed without them, and cannot say what hung."""
     mark = f"open(r'{tmp_path}/' + str(os.getpid()), 'w').close()"
     hang = f"import os, time\nif 'RANK' in os.environ:\n    {mark}\n    time.sleep(300)\n"
@@ -130,15 +128,13 @@ def test_ranks_that_hang_are_named_as_such_and_do_not_live_on(tmp_path: Path, mo
         ("nvidia-smi", "NVIDIA-SMI has failed", 9, ("", 0, 0)),
     ],
 )
-def test_drivers_by_their_programs(
-    program: str, text: str, code: int, found: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_drivers_by_their_programs(program, text, code, found, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", fake(tmp_path, program, text, code))
     assert doctor.find_driver(tmp_path) == found
 
 
 @pytest.mark.parametrize(("node", "vendor"), [("nvidia0", "NVIDIA"), ("kfd", "AMD"), ("null", "")])
-def test_drivers_by_their_device_nodes(node: str, vendor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drivers_by_their_device_nodes(node, vendor, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     (tmp_path / node).write_text("")
     assert doctor.find_driver(tmp_path) == (vendor, 0, 0)
@@ -162,16 +158,14 @@ def test_drivers_by_their_device_nodes(node: str, vendor: str, tmp_path: Path, m
         (("", 0, 0), "13.0", None, 0, "ok", ""),
     ],
 )
-def test_the_torch_build_against_the_machine(
-    driver: tuple, cuda: str | None, hip: str | None, seen: int, level: str, mend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_torch_build_against_the_machine(driver, cuda, hip, seen, level, mend, monkeypatch):
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     found = check_torch_build(driver, cuda, hip, seen, ROOT / "no-kfd")
     assert (found.level, found.mend) == (level, mend)
 
 
-def test_hidden_and_forbidden_gpus_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hidden_and_forbidden_gpus_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("HIP_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may open everything
@@ -181,7 +175,7 @@ def test_hidden_and_forbidden_gpus_are_told_apart(tmp_path: Path, monkeypatch: p
     assert check_torch_build(("AMD", 6, 0), None, "7.2", 0).mend == "unset HIP_VISIBLE_DEVICES"
 
 
-def test_wrong_attention_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_attention_is_found(monkeypatch):
     import torch
 
     from nanochat import attention
@@ -199,7 +193,7 @@ def test_wrong_attention_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 # Machine
 
 
-def test_more_threads_than_a_container_may_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_threads_than_a_container_may_run(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8), raising=False)
     for text, allowed in (("150000 100000\n", 1), ("400000 100000\n", 4), ("max 100000\n", 8)):
         (tmp_path / "cpu.max").write_text(text)
@@ -210,7 +204,7 @@ def test_more_threads_than_a_container_may_run(tmp_path: Path, monkeypatch: pyte
     assert "8 of them at a time" in doctor.check_cpu(tmp_path / "absent").text
 
 
-def test_a_package_that_the_project_names_and_nobody_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_the_project_names_and_nobody_installed(monkeypatch):
     names = ["markdown-it-py", "numpy>=2", "no-such-one", 'mypy; extra == "dev"']
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: names)
     found = doctor.check_python()
@@ -218,9 +212,7 @@ def test_a_package_that_the_project_names_and_nobody_installed(monkeypatch: pyte
 
 
 @pytest.mark.parametrize(("kind", "why"), [("nfs4", "prefetch from one machine"), ("tmpfs", "gone after a restart")])
-def test_a_disk_that_is_slow_or_does_not_stay(
-    kind: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_is_slow_or_does_not_stay(kind, why, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", fake(tmp_path / "bin", "df", f"Type\n{kind}"))
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     found = doctor.check_disk()
@@ -228,7 +220,7 @@ def test_a_disk_that_is_slow_or_does_not_stay(
     assert found.mend.startswith("export NANOCHAT_BASE_DIR")
 
 
-def test_a_base_dir_that_no_disk_can_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_dir_that_no_disk_can_name(tmp_path, monkeypatch):
     """Looking for it fails, not only writing; that was a finding about the installation."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / ("x" * 300)))
     found = doctor.check_disk()

@@ -27,7 +27,7 @@ from tests import hostile
 LIMIT = 0.6  # seconds for the programs that use all they get
 
 
-def test_a_program_that_reaches_its_end_succeeds() -> None:
+def test_a_program_that_reaches_its_end_succeeds():
     result = execute_code("import sys\nassert 1 + 1 == 2\nprint('out')\nprint('err', file=sys.stderr)")
     assert (result.success, result.stdout, result.stderr) == (True, "out\n", "err\n")
     assert not result.timed_out and not result.output_exceeded
@@ -46,7 +46,7 @@ HONEST = {
 
 
 @pytest.mark.parametrize("code", HONEST.values(), ids=HONEST)
-def test_honest_programs_pass(code: str) -> None:
+def test_honest_programs_pass(code):
     result = execute_code(code)
     assert result.success, result.stderr
 
@@ -71,7 +71,7 @@ FAILING = {
 
 
 @pytest.mark.parametrize("code", FAILING.values(), ids=FAILING)
-def test_programs_that_do_not_reach_their_end_fail(code: str) -> None:
+def test_programs_that_do_not_reach_their_end_fail(code):
     result = execute_code(code)
     assert not result.success
     assert not result.timed_out
@@ -86,37 +86,37 @@ def test_programs_that_do_not_reach_their_end_fail(code: str) -> None:
         "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(60)",
     ],
 )
-def test_time_runs_out(code: str) -> None:
+def test_time_runs_out(code):
     result = execute_code(code, timeout=LIMIT)
     assert (result.success, result.timed_out) == (False, True)
 
 
-def test_work_that_ends_after_its_success_is_still_cut_off() -> None:
+def test_work_that_ends_after_its_success_is_still_cut_off():
     """A thread that never ends keeps the interpreter from ending; where threads are not allowed it fails at once."""
     code = "import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()"
     assert not execute_code(code, timeout=LIMIT).success
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_endless_output_ends_the_program_and_is_not_kept(stream: str) -> None:
+def test_endless_output_ends_the_program_and_is_not_kept(stream):
     result = execute_code(f"import sys\nwhile True: sys.{stream}.write('x' * 10000)")
     assert (result.success, result.timed_out, result.output_exceeded) == (False, False, True)
     assert len(getattr(result, stream)) == MAX_OUTPUT
 
 
-def test_memory_is_limited() -> None:
+def test_memory_is_limited():
     result = execute_code("x = bytearray(300 << 20)", memory_bytes=200 << 20)
     assert "MemoryError" in result.stderr
     assert execute_code("x = bytearray(1 << 20)", memory_bytes=200 << 20).success
 
 
-def test_no_process_and_no_thread_is_started() -> None:
+def test_no_process_and_no_thread_is_started():
     for code in ("os.fork()", "os.posix_spawn('/bin/true', ['true'], {})", "os.execv('/bin/true', ['true'])"):
         assert "PermissionError" in execute_code(f"import os\n{code}").stderr
     assert "can't start new thread" in execute_code("import threading\nthreading.Thread(target=print).start()").stderr
 
 
-def test_nothing_of_the_callers_environment_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_of_the_callers_environment_is_seen(monkeypatch):
     monkeypatch.setenv("SECRET_KEY", "x")
     monkeypatch.setenv("PYTHONPATH", "/nowhere")
     monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
@@ -126,18 +126,18 @@ def test_nothing_of_the_callers_environment_is_seen(monkeypatch: pytest.MonkeyPa
     assert rest == "[] ['program.py'] False"
 
 
-def test_the_temporary_directory_goes() -> None:
+def test_the_temporary_directory_goes():
     assert not Path(execute_code("import os\nprint(os.getcwd())").stdout.strip()).exists()
 
 
-def test_no_pipe_is_left_open() -> None:
+def test_no_pipe_is_left_open():
     count = len(os.listdir("/dev/fd"))
     for code in ("pass", "1 / 0", "while True: print('x' * 10000)"):
         execute_code(code)
     assert len(os.listdir("/dev/fd")) == count
 
 
-def test_works_in_threads() -> None:
+def test_works_in_threads():
     before = threading.active_count()
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda i: execute_code(f"print({i})\nassert {i} % 2 == 0"), range(12)))
@@ -154,7 +154,7 @@ def passes(program: str, tests: str, **options: Any) -> bool:
     return check_program(program, tests, "f", **options).success
 
 
-def test_the_tests_decide() -> None:
+def test_the_tests_decide():
     right, wrong = "def f(x): return x + 1", "def f(x): return x"
     assert passes(right, "assert f(1) == 2") and not passes(wrong, "assert f(1) == 2")
     result = check_program(wrong, "assert f(1) == 2, 'not two'", "f")
@@ -166,7 +166,7 @@ VALUES = """None, True, 0, -1, 10**100, 1.5, 1e-300, 1e300 * 1e10, 1j, 'é', '\\
     [1, (2, {3: [4]})], {(1, 2): {3}, None: frozenset([4])}, ((),), [[[]]], 'a' * 1000"""
 
 
-def test_values_arrive_as_they_were() -> None:
+def test_values_arrive_as_they_were():
     tests = f"for value in ({VALUES}):\n    other = f(value, key=value)[1]\n    assert other == value, value\n"
     tests += "    assert type(other) is type(value)\nassert str(f(float('nan'))[0]) == 'nan'"
     result = check_program("def f(*args, key=None): return [args[0], key]", tests, "f")
@@ -181,25 +181,25 @@ def test_values_arrive_as_they_were() -> None:
         ("__import__('enum').IntEnum('E', 'a').a", "1"),
     ],
 )
-def test_subclasses_arrive_as_what_they_are_made_of(returned: str, expected: str) -> None:
+def test_subclasses_arrive_as_what_they_are_made_of(returned, expected):
     assert passes(f"def f(): return {returned}", f"assert f() == {expected} and type(f()) is type({expected})")
 
 
-def test_exceptions_arrive_by_name() -> None:
+def test_exceptions_arrive_by_name():
     tests = "try: f('x')\nexcept ValueError as error: assert 'invalid literal' in str(error)\nelse: assert False"
     assert passes("def f(x): return int(x)", tests)
     tests = "try: f(0)\nexcept RuntimeError: pass\nelse: assert False"
     assert passes("class Mine(Exception): pass\ndef f(x): raise Mine", tests)
 
 
-def test_a_raised_stop_iteration_is_no_end_of_a_loop() -> None:
+def test_a_raised_stop_iteration_is_no_end_of_a_loop():
     """It would end the test's map() early, and all() of nothing is true."""
     tests = "assert all(map(f, [1, 2]))"
     assert passes("def f(x): return True", tests)
     assert not passes("def f(x): raise StopIteration", tests)
 
 
-def test_tests_cannot_catch_the_end_of_the_program() -> None:
+def test_tests_cannot_catch_the_end_of_the_program():
     tests = "try: f(1)\nexcept BaseException: pass"
     assert passes("def f(x): 1 / 0", tests)
     for program in ("import os\ndef f(x): os._exit(0)", "def f(x): raise SystemExit", "g = 1", "def f(x"):
@@ -219,7 +219,7 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="Landlock and seccomp
     [(0, "x86_64-linux-gnu/asm/unistd_64.h"), (1, "asm-generic/unistd.h")],
     ids=["x86_64", "aarch64"],
 )
-def test_call_numbers_are_the_headers(column: int, header: str) -> None:
+def test_call_numbers_are_the_headers(column, header):
     path = Path("/usr/include", header)
     if not path.exists():
         pytest.skip(f"no {path}")
@@ -250,7 +250,7 @@ def forbid(*refused):
 
 
 @LINUX
-def test_without_landlock_nothing_is_written(tmp_path: Path) -> None:
+def test_without_landlock_nothing_is_written(tmp_path):
     code = f"""{FORBID}
 forbid((444, None))
 print(active_layers())
@@ -266,7 +266,7 @@ for line in ("open('a', 'w')", "open('{tmp_path}/a', 'a')", "import os; os.unlin
 
 
 @LINUX
-def test_without_seccomp_it_refuses() -> None:
+def test_without_seccomp_it_refuses():
     code = f"""{FORBID}
 column = machine[1]
 forbid((jail_stub.call_number("prctl 157 167", column), [0, 0xFFFFFFFF, "==", jail_stub.PR_SET_SECCOMP]))
@@ -306,7 +306,7 @@ print(execute_code("import os; os.kill(os.getppid(), 9)").stderr.count("Permissi
     ],
     ids=["root", "root without capabilities", "somebody", "nobody"],
 )
-def test_the_jail_holds_for_root_and_for_others(before: list[str]) -> None:
+def test_the_jail_holds_for_root_and_for_others(before):
     """With the system's Python, because ours may lie where only root may go."""
     python = "/usr/bin/python3"
     known = Path(python).exists() and subprocess.run([python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"])
@@ -320,7 +320,7 @@ def test_the_jail_holds_for_root_and_for_others(before: list[str]) -> None:
 
 
 @LINUX
-def test_root_becomes_nobody_and_its_python_can_still_be_read() -> None:
+def test_root_becomes_nobody_and_its_python_can_still_be_read():
     if os.geteuid() != 0:
         pytest.skip("this is not root")
     code = "import os, decimal, wave, ctypes\nprint(os.getresuid(), os.getgroups())\nassert ctypes.CDLL(None).setuid(0)"
@@ -423,7 +423,7 @@ def attack(outside: Outside, programs: list[tuple[str, str]]) -> None:
 
 
 @LINUX
-def test_harm_would_be_seen(outside: Outside) -> None:
+def test_harm_would_be_seen(outside):
     """Done here by the test itself."""
     nothing = ExecutionResult(False, "", "", False, False)
     outside.check(nothing)
@@ -444,7 +444,7 @@ def test_harm_would_be_seen(outside: Outside) -> None:
 
 
 @LINUX
-def test_hostile_programs_do_no_harm_and_are_not_right(outside: Outside) -> None:
+def test_hostile_programs_do_no_harm_and_are_not_right(outside):
     """About 60, of every family; the soak runs all."""
     programs = hostile.programs()
     attack(outside, [program for i, program in enumerate(programs) if i % 9 == 0 or program[0].endswith("-0")])
@@ -452,7 +452,7 @@ def test_hostile_programs_do_no_harm_and_are_not_right(outside: Outside) -> None
 
 @LINUX
 @pytest.mark.soak
-def test_all_hostile_programs_do_no_harm_and_are_not_right(outside: Outside) -> None:
+def test_all_hostile_programs_do_no_harm_and_are_not_right(outside):
     programs = hostile.programs()
     assert len(programs) >= 300 and len(dict(programs)) == len(programs)
     attack(outside, programs)
@@ -463,7 +463,7 @@ def test_all_hostile_programs_do_no_harm_and_are_not_right(outside: Outside) -> 
 
 
 @pytest.mark.parametrize("step", [16, pytest.param(1, marks=pytest.mark.soak)])
-def test_humanevals_own_solutions_pass(shared_data: Path, step: int) -> None:
+def test_humanevals_own_solutions_pass(shared_data, step):
     with gzip.open(shared_data / "humaneval" / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as file:
         items = [json.loads(line) for line in file]
     assert len(items) == 164
@@ -474,7 +474,7 @@ def test_humanevals_own_solutions_pass(shared_data: Path, step: int) -> None:
 
 
 @pytest.mark.soak
-def test_what_a_jail_costs() -> None:
+def test_what_a_jail_costs():
     """Medians, in ms; printed, because other work on the machine would fail any bound worth having."""
     ways = {
         "python -I -c pass": lambda: subprocess.run([sys.executable, "-I", "-c", "pass"], check=True),

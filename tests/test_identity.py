@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -23,7 +22,7 @@ def questions(rows: list[dict[str, str]]) -> set[str]:
     }
 
 
-def test_questions_of_test_are_not_in_train_or_dev_behind_openers_or_in_other_case() -> None:
+def test_questions_of_test_are_not_in_train_or_dev_behind_openers_or_in_other_case():
     train, dev, test = (
         questions(train_rows(6000, 0.3, seed=1)),
         questions(plain_rows("dev")),
@@ -37,7 +36,7 @@ def test_questions_of_test_are_not_in_train_or_dev_behind_openers_or_in_other_ca
     assert train <= written
 
 
-def test_openers_case_and_marks_do_not_make_another_question() -> None:
+def test_openers_case_and_marks_do_not_make_another_question():
     plain = core("Who are you?")
     assert plain == "who are you"
     for question in (
@@ -50,7 +49,7 @@ def test_openers_case_and_marks_do_not_make_another_question() -> None:
     assert core("And who are you?") != plain
 
 
-def test_fifty_test_questions_cover_every_intent() -> None:
+def test_fifty_test_questions_cover_every_intent():
     counts = Counter(row["intent"] for row in plain_rows("test"))
     assert counts.total() == 50
     assert counts.keys() == INTENTS.keys()
@@ -59,7 +58,7 @@ def test_fifty_test_questions_cover_every_intent() -> None:
     assert len(plain_rows("dev")) == 30
 
 
-def test_every_intent_has_enough_wordings_and_short_answers() -> None:
+def test_every_intent_has_enough_wordings_and_short_answers():
     for name, intent in INTENTS.items():
         assert len(intent.wordings("train")) >= 25, name
         assert 3 <= len(ANSWERS[name]) <= 5, name
@@ -67,13 +66,13 @@ def test_every_intent_has_enough_wordings_and_short_answers() -> None:
     assert "Who are you?" in INTENTS["who"].wordings("train")
 
 
-def test_every_answer_says_what_its_intent_expects() -> None:
+def test_every_answer_says_what_its_intent_expects():
     for name, intent in INTENTS.items():
         for answer in ANSWERS[name]:
             assert says(answer, intent.expect), (name, answer)
 
 
-def test_answers_to_other_questions_are_mostly_wrong() -> None:
+def test_answers_to_other_questions_are_mostly_wrong():
     general = {"name", "who", "what"}  # nearly every answer says nanochat, many that it is a language model
     for name in INTENTS.keys() - general:
         others = [answer for other in INTENTS if other != name for answer in ANSWERS[other]]
@@ -83,26 +82,26 @@ def test_answers_to_other_questions_are_mostly_wrong() -> None:
 
 
 @pytest.mark.parametrize("answer", ["I don't know.", "", "You can't.", "nanochats"])
-def test_a_word_is_not_found_inside_another(answer: str) -> None:
+def test_a_word_is_not_found_inside_another(answer):
     assert not says(answer, [["no", "can", "nanochat"]])
 
 
 @pytest.mark.parametrize("answer", ["No.", "NO, I am not", "no\nway", "(no)", "nanochat's", "Yes I can!"])
-def test_a_word_is_found_in_any_case_and_before_any_mark(answer: str) -> None:
+def test_a_word_is_found_in_any_case_and_before_any_mark(answer):
     assert says(answer, [["no", "can", "nanochat"]])
 
 
-def test_every_group_must_be_met_and_curly_apostrophes_count() -> None:
+def test_every_group_must_be_met_and_curly_apostrophes_count():
     assert not says("No.", [["no"], ["nanochat"]])
     assert says("I don\u2019t. I am nanochat.", [["don't"], ["nanochat"]])
 
 
-def test_the_same_seed_gives_the_same_conversations() -> None:
+def test_the_same_seed_gives_the_same_conversations():
     assert train_rows(700, 0.25, seed=5) == train_rows(700, 0.25, seed=5)
     assert train_rows(700, 0.25, seed=5) != train_rows(700, 0.25, seed=6)
 
 
-def test_a_greeting_or_another_intent_comes_before_a_second_question() -> None:
+def test_a_greeting_or_another_intent_comes_before_a_second_question():
     rows = train_rows(4000, 0.25, seed=42)
     assert len(rows) == 4000
     assert {row["intent"] for row in rows} == INTENTS.keys()
@@ -118,9 +117,7 @@ def test_a_greeting_or_another_intent_comes_before_a_second_question() -> None:
     assert 0.2 < longer / len(rows) < 0.3
 
 
-def test_the_files_give_the_task_and_its_references_are_right(
-    base_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_files_give_the_task_and_its_references_are_right(base_dir, capsys):
     gen_identity.main()
     lengths = {split: len(Identity(split)) for split in SPLITS}
     assert lengths == {"train": 8000, "dev": 30, "test": 50}
@@ -134,13 +131,13 @@ def test_the_files_give_the_task_and_its_references_are_right(
     assert "8,000 conversations" in capsys.readouterr().out
 
 
-def test_missing_rows_name_the_command_that_makes_them(base_dir: Path) -> None:
+def test_missing_rows_name_the_command_that_makes_them(base_dir):
     with pytest.raises(UserError, match=r"python -m dev\.gen_identity"):
         Identity("test")
 
 
 @pytest.mark.parametrize(("name", "value"), [("num_train", 0), ("two_turns", 1.5)])
-def test_impossible_amounts_are_refused(name: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impossible_amounts_are_refused(name, value, monkeypatch):
     monkeypatch.setattr(gen_identity, name, value)
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')}={value}"):
         gen_identity.main()

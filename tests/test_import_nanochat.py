@@ -84,7 +84,7 @@ def refusal() -> str:
 # The model
 
 
-def test_logits_are_those_of_the_original(foreign: Path) -> None:
+def test_logits_are_those_of_the_original(foreign):
     import_nanochat.main()
     model, _, meta = load_model("sft", torch.device("cpu"), model_tag="d2")
     weights = torch.load(foreign / "model_000700.pt", weights_only=True)
@@ -98,7 +98,7 @@ def test_logits_are_those_of_the_original(foreign: Path) -> None:
     assert sum(p.numel() for p in model.parameters()) == sum(tensor.numel() for tensor in weights.values())
 
 
-def test_keys_of_a_compiled_model_and_the_last_step_are_taken(foreign: Path) -> None:
+def test_keys_of_a_compiled_model_and_the_last_step_are_taken(foreign):
     weights = nanochat_model.random_weights(CONFIG, torch.Generator().manual_seed(2))
     save(foreign, {f"_orig_mod.{name}": tensor for name, tensor in weights.items()}, step=1200)
     import_nanochat.main()
@@ -108,15 +108,13 @@ def test_keys_of_a_compiled_model_and_the_last_step_are_taken(foreign: Path) -> 
     assert torch.equal(model.wte.weight, weights["transformer.wte.weight"].float())
 
 
-def test_a_later_nanochat_is_refused_by_the_names_of_its_tensors(foreign: Path) -> None:
+def test_a_later_nanochat_is_refused_by_the_names_of_its_tensors(foreign):
     weights = nanochat_model.random_weights(CONFIG, torch.Generator().manual_seed(0))
     save(foreign, weights | {"resid_lambdas": torch.ones(2), "value_embeds.1.weight": torch.ones(320, 16)})
     assert "our model has no place for its trained tensors resid_lambdas, value_embeds.1.weight" in refusal()
 
 
-def test_rows_of_padding_are_left_out_and_that_is_said(
-    foreign: Path, trained: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_of_padding_are_left_out_and_that_is_said(foreign, trained, monkeypatch, capsys):
     smaller = Tokenizer(trained.merges[:-10])
     (foreign / "tokenizer.pkl").write_bytes(pickle.dumps(encoding(smaller)))
     weights = nanochat_model.random_weights(CONFIG, torch.Generator().manual_seed(0))  # 320 rows, a multiple of 64
@@ -139,12 +137,12 @@ def test_rows_of_padding_are_left_out_and_that_is_said(
         ({"frozen_embd": True}, "frozen_embd=True"),
     ],
 )
-def test_a_config_that_is_not_the_models_is_refused(foreign: Path, config: dict[str, Any], words: str) -> None:
+def test_a_config_that_is_not_the_models_is_refused(foreign, config, words):
     save(foreign, nanochat_model.random_weights(CONFIG, torch.Generator().manual_seed(0)), **config)
     assert words in refusal()
 
 
-def test_an_existing_tag_is_not_touched(foreign: Path) -> None:
+def test_an_existing_tag_is_not_touched(foreign):
     import_nanochat.main()
     with pytest.raises(UserError, match="already has that with step 700; choose another"):
         import_nanochat.main()
@@ -154,7 +152,7 @@ def test_an_existing_tag_is_not_touched(foreign: Path) -> None:
 # Foreign files
 
 
-def test_a_malicious_model_runs_nothing(foreign: Path, tmp_path: Path) -> None:
+def test_a_malicious_model_runs_nothing(foreign, tmp_path):
     path = foreign / "model_000700.pt"
     torch.save({"lm_head.weight": Attack(tmp_path / "harm")}, path)
     assert "holds more than tensors (names posix.system); nothing in it was executed" in refusal()
@@ -164,7 +162,7 @@ def test_a_malicious_model_runs_nothing(foreign: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_a_malicious_tokenizer_runs_nothing(foreign: Path, tmp_path: Path, protocol: int) -> None:
+def test_a_malicious_tokenizer_runs_nothing(foreign, tmp_path, protocol):
     path = foreign / "tokenizer.pkl"
     path.write_bytes(pickle.dumps(Attack(tmp_path / "harm"), protocol))
     assert "it names 'posix.system', which no tokenizer needs; nothing in it was executed" in refusal()
@@ -173,9 +171,7 @@ def test_a_malicious_tokenizer_runs_nothing(foreign: Path, tmp_path: Path, proto
     assert (tmp_path / "harm").exists()  # it would have: the test above is about something
 
 
-def test_a_pickle_that_only_begins_like_a_tokenizer_runs_nothing(
-    foreign: Path, tmp_path: Path, trained: Tokenizer
-) -> None:
+def test_a_pickle_that_only_begins_like_a_tokenizer_runs_nothing(foreign, tmp_path, trained):
     class Named:
         def __reduce__(self) -> Any:
             return tiktoken.Encoding, ("x", Attack(tmp_path / "harm"))
@@ -191,18 +187,18 @@ def test_a_pickle_that_only_begins_like_a_tokenizer_runs_nothing(
     "content",
     [b"", b"\x80\x04.", b"\x80\x04N.", b"\x80\x04\x8e" + b"\xff" * 8, b"r\xff\xff\xff\xff.", b"b" * 50, b"u."],
 )
-def test_a_broken_pickle_is_refused(foreign: Path, content: bytes) -> None:
+def test_a_broken_pickle_is_refused(foreign, content):
     (foreign / "tokenizer.pkl").write_bytes(content)
     assert "is no tokenizer of nanochat" in refusal()
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x02}q\x00.", b"\x00" * 5000])
-def test_a_broken_model_file_is_refused(foreign: Path, content: bytes) -> None:
+def test_a_broken_model_file_is_refused(foreign, content):
     (foreign / "model_000700.pt").write_bytes(content)
     assert "model_000700.pt" in refusal()
 
 
-def test_a_cut_model_file_is_refused(foreign: Path) -> None:
+def test_a_cut_model_file_is_refused(foreign):
     path = foreign / "model_000700.pt"
     whole = path.read_bytes()
     for end in range(100, len(whole), len(whole) // 7):
@@ -211,7 +207,7 @@ def test_a_cut_model_file_is_refused(foreign: Path) -> None:
 
 
 @pytest.mark.parametrize("weights", [[1, 2], {"lm_head.weight": 3}, {"lm_head.weight": torch.ones(2).long()}])
-def test_what_is_no_dict_of_tensors_is_refused(foreign: Path, weights: Any) -> None:
+def test_what_is_no_dict_of_tensors_is_refused(foreign, weights):
     save(foreign, weights)
     assert "is not a dict of floating-point tensors" in refusal()
 
@@ -220,12 +216,12 @@ def test_what_is_no_dict_of_tensors_is_refused(foreign: Path, weights: Any) -> N
 # The tokenizer
 
 
-def test_the_merges_are_recovered_from_the_ranks(foreign: Path, trained: Tokenizer) -> None:
+def test_the_merges_are_recovered_from_the_ranks(foreign, trained):
     imported = import_nanochat.import_tokenizer(foreign / "tokenizer.pkl")
     assert imported.fingerprint == trained.fingerprint
 
 
-def test_the_published_merges_of_gpt2_are_recovered_from_its_ranks(shared_data: Path) -> None:
+def test_the_published_merges_of_gpt2_are_recovered_from_its_ranks(shared_data):
     """Both are published, so here the right answer is known."""
     folder = shared_data / "gpt2_bpe"
     byte_of = gpt2_bytes_by_character()
@@ -238,14 +234,14 @@ def test_the_published_merges_of_gpt2_are_recovered_from_its_ranks(shared_data: 
 
 
 @pytest.mark.parametrize("protocol", [3, 4, 5])
-def test_every_protocol_with_bytes_is_read(foreign: Path, trained: Tokenizer, protocol: int) -> None:
+def test_every_protocol_with_bytes_is_read(foreign, trained, protocol):
     (foreign / "tokenizer.pkl").write_bytes(pickle.dumps(encoding(trained), protocol))
     assert len(import_nanochat.read_ranks(foreign / "tokenizer.pkl")) == 311
 
 
 @settings(deadline=None)
 @given(text=st.text())
-def test_ids_are_those_of_the_original(trained: Tokenizer, text: str) -> None:
+def test_ids_are_those_of_the_original(trained, text):
     original = encoding(trained)
     tokens = [token for token, _ in sorted(original._mergeable_ranks.items(), key=lambda item: item[1])]
     ranks = {token: rank for rank, token in enumerate(tokens)}
@@ -253,7 +249,7 @@ def test_ids_are_those_of_the_original(trained: Tokenizer, text: str) -> None:
     assert Tokenizer(merges).encode(text) == original.encode_ordinary(text)
 
 
-def test_another_kind_of_tokenizer_is_refused_by_what_differs(foreign: Path, trained: Tokenizer) -> None:
+def test_another_kind_of_tokenizer_is_refused_by_what_differs(foreign, trained):
     tokens = expand_merges(trained.merges)
     ranks = {token: rank for rank, token in enumerate(tokens)}
     reversed_bytes = {bytes([255 - value]): value for value in range(256)}

@@ -59,7 +59,7 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_everything_is_shown(saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_everything_is_shown(saved, monkeypatch, capsys):
     shown = inspect(monkeypatch, capsys, values=True)
     assert not shown.error
     for words in (
@@ -77,25 +77,19 @@ def test_everything_is_shown(saved: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert shown.out.count("as written") == 3
 
 
-def test_the_tensor_list_can_be_hidden(
-    saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_tensor_list_can_be_hidden(saved, monkeypatch, capsys):
     shown = inspect(monkeypatch, capsys, keys=False)
     assert "8 tensors" in shown.out and "c_fc" not in shown.out
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optim.safetensors", "tokenizer.json", "meta.json"])
-def test_one_wrong_bit_anywhere_is_named(
-    saved: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_wrong_bit_anywhere_is_named(saved, name, monkeypatch, capsys):
     flip(saved / "step_000010" / name)
     assert f"step_000010/{name} is damaged" in inspect(monkeypatch, capsys).error
     assert not inspect(monkeypatch, capsys, step=5).error
 
 
-def test_all_steps_are_listed_with_their_state(
-    saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_steps_are_listed_with_their_state(saved, monkeypatch, capsys):
     shown = inspect(monkeypatch, capsys, all_steps=True)
     first, second = shown.out.splitlines()[-2:]
     assert first.split()[0] == "5" and first.endswith("  whole, best")
@@ -107,7 +101,7 @@ def test_all_steps_are_listed_with_their_state(
     assert "sizes as written, best" in inspect(monkeypatch, capsys, verify=False).out
 
 
-def test_the_command_ends_with_2_and_one_line(saved: Path, base_dir: Path) -> None:
+def test_the_command_ends_with_2_and_one_line(saved, base_dir):
     flip(saved / "step_000005" / "tokenizer.json")
     result = run(base_dir, "scripts.inspect_checkpoint", "-i", "base", "--step=5", "--no-keys", check=False)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1

@@ -178,7 +178,7 @@ def shown() -> list[tuple[str, dict[str, str]]]:
     return found
 
 
-def test_values_are_found_where_they_are_shown() -> None:
+def test_values_are_found_where_they_are_shown():
     """Guards the test below: it would pass if the search found nothing."""
     assert ("speedrun.sh", {"NPROC": "4", "DEVICE_BATCH_SIZE": "auto"}) in shown()
     assert {"launch_6x_amd_xtx.sh", "dev/slurm/job.slurm", "dev/miniseries.sh"} <= {launcher for launcher, _ in shown()}
@@ -186,8 +186,8 @@ def test_values_are_found_where_they_are_shown() -> None:
 
 @pytest.mark.parametrize(("launcher", "variables"), [*((name, VALUES) for name in LAUNCHERS), *shown()])
 def test_no_value_that_we_show_trains_for_hours_and_then_ends_in_the_next_script(
-    checkout: Checkout, launcher: str, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    checkout, launcher, variables, monkeypatch
+):
     """DEVICE_BATCH_SIZE=auto was right for base_train and wrong for base_loss."""
     run = checkout.job if "slurm" in launcher else partial(checkout.run, launcher)
     for _ in range(2):  # the second time all that train are given --resume
@@ -213,9 +213,7 @@ def parse_calls(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> list[str
         ({"DOLLARS_PER_HOUR": "$2", "STAGES": "report"}, "report: --dollars-per-hour=$2: expected float or None"),
     ],
 )
-def test_a_wrong_value_of_the_last_stage_is_refused_before_the_first(
-    checkout: Checkout, settings: dict[str, str], said: str
-) -> None:
+def test_a_wrong_value_of_the_last_stage_is_refused_before_the_first(checkout, settings, said):
     refused(checkout.run("speedrun.sh", REAL="check_settings", **settings), said)
     assert not checkout.modules()
 
@@ -224,7 +222,7 @@ def test_a_wrong_value_of_the_last_stage_is_refused_before_the_first(
 # Stages
 
 
-def test_speedrun_runs_every_stage_in_order(checkout: Checkout, speedrun: Callable) -> None:
+def test_speedrun_runs_every_stage_in_order(checkout, speedrun):
     """Also with WANDB_RUN=dummy, which turns logging off and nothing else."""
     result = speedrun(WANDB_RUN="dummy")
     assert result.returncode == 0, result.stderr
@@ -236,14 +234,14 @@ def test_speedrun_runs_every_stage_in_order(checkout: Checkout, speedrun: Callab
     assert checkout.environment()["VIRTUAL_ENV"] == str(checkout.path / ".venv")
 
 
-def test_dry_run_shows_what_would_run_and_runs_nothing(checkout: Checkout, speedrun: Callable) -> None:
+def test_dry_run_shows_what_would_run_and_runs_nothing(checkout, speedrun):
     result = speedrun(DRY_RUN=1)
     assert result.returncode == 0
     assert re.findall(r"would run .*-m \w+\.(\w+)", result.stdout) == STEPS
     assert not checkout.calls()
 
 
-def test_finished_stages_are_skipped_until_one_has_other_settings(checkout: Checkout, speedrun: Callable) -> None:
+def test_finished_stages_are_skipped_until_one_has_other_settings(checkout, speedrun):
     speedrun(STAGES="tok base mid")
     ran = len(checkout.modules())
     result = speedrun(STAGES="tok base mid", NPROC=3, WANDB_RUN="other")  # neither changes a result
@@ -255,7 +253,7 @@ def test_finished_stages_are_skipped_until_one_has_other_settings(checkout: Chec
     assert (checkout.base / "logs/base_train.log").read_text().count("min left") == 2  # the log goes on
 
 
-def test_first_failure_stops_with_its_exit_code_and_the_log_names_it(checkout: Checkout, speedrun: Callable) -> None:
+def test_first_failure_stops_with_its_exit_code_and_the_log_names_it(checkout, speedrun):
     result = speedrun(FAIL="scripts.tok_eval", CODE=7)
     assert result.returncode == 7
     assert checkout.modules()[-1] == "tok_eval"
@@ -268,7 +266,7 @@ def test_first_failure_stops_with_its_exit_code_and_the_log_names_it(checkout: C
     assert checkout.modules().count("tok_train") == 1
 
 
-def test_switches_choose_stages(checkout: Checkout, speedrun: Callable) -> None:
+def test_switches_choose_stages(checkout, speedrun):
     speedrun(STAGES="tok")
     assert checkout.modules() == ["dataset", "tok_train", "tok_eval"]
     speedrun(STAGES="base,eval")
@@ -276,7 +274,7 @@ def test_switches_choose_stages(checkout: Checkout, speedrun: Callable) -> None:
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_no_stage_enabled_is_an_error(checkout: Checkout, launcher: str) -> None:
+def test_no_stage_enabled_is_an_error(checkout, launcher):
     for stages in ("", " ", ","):
         said = "there is nothing to run; name some of: tok base mid sft rl eval report\n"
         result = checkout.run(launcher, STAGES=stages)
@@ -285,21 +283,21 @@ def test_no_stage_enabled_is_an_error(checkout: Checkout, launcher: str) -> None
     assert not checkout.calls()
 
 
-def test_unknown_stages_and_missing_checkpoints_are_named(checkout: Checkout, speedrun: Callable) -> None:
+def test_unknown_stages_and_missing_checkpoints_are_named(checkout, speedrun):
     refused(speedrun(STAGES="base,midd"), 'STAGES="base midd": there is no midd, only: tok base')
     missing = f"a checkpoint in {checkout.base}/base_checkpoints/d20, which mid starts from; add base"
     refused(speedrun(STAGES="mid,sft"), missing)
     assert not checkout.calls()
 
 
-def test_checkpoints_lie_where_the_library_puts_them(checkout: Checkout) -> None:
+def test_checkpoints_lie_where_the_library_puts_them(checkout):
     names = f'TAG=d20; source {ROOT}/dev/stages.sh; for stage in {" ".join(STAGES)}; do checkpoints "$stage"; done'
     environment = {"PATH": "/usr/bin:/bin", "NANOCHAT_BASE_DIR": str(checkout.base)}
     said = subprocess.run(["bash", "-c", names], env=environment, capture_output=True, text=True).stdout
     assert said.split() == [f"{checkout.base}/{folder}/d20" for folder, *_ in STAGES.values()]
 
 
-def test_a_signal_to_all_waits_for_the_stage_to_save_and_ends_with_its_code(checkout: Checkout) -> None:
+def test_a_signal_to_all_waits_for_the_stage_to_save_and_ends_with_its_code(checkout):
     saving = "trap 'sleep 0.3; echo saved; exit 143' TERM\necho training\nwhile :; do sleep 0.05; done\n"
     program(checkout.bin / "torchrun", f"#!/bin/bash\n{saving}")
     process = subprocess.Popen(**checkout.start("speedrun.sh"), stdout=subprocess.PIPE, start_new_session=True)
@@ -317,13 +315,13 @@ def test_a_signal_to_all_waits_for_the_stage_to_save_and_ends_with_its_code(chec
 
 
 @pytest.mark.parametrize("launcher", [*PIPELINES, "dev/miniseries.sh"])
-def test_wandb_run_is_respected(checkout: Checkout, launcher: str) -> None:
+def test_wandb_run_is_respected(checkout, launcher):
     """A launcher in use set it to empty."""
     checkout.run(launcher, WANDB_RUN="mine", STAGES="base" if "mini" in launcher else "tok base")
     assert flag(checkout.calls("base_train")[0], "run") == "mine"
 
 
-def test_run1000_is_d32_with_eight_rows_and_800_shards(checkout: Checkout) -> None:
+def test_run1000_is_d32_with_eight_rows_and_800_shards(checkout):
     assert checkout.run("run1000.sh").returncode == 0
     call = checkout.calls("base_train")[0]
     assert [flag(call, name) for name in ("depth", "device-batch-size", "model-tag")] == ["32", "8", "d32"]
@@ -342,7 +340,7 @@ def test_run1000_is_d32_with_eight_rows_and_800_shards(checkout: Checkout) -> No
         ({"TORCH": "2.13.0 7.2 0 0"}, 6),
     ],
 )
-def test_amd_cards_are_ranks_and_take_the_rows_that_fit(checkout: Checkout, settings: dict, ranks: int) -> None:
+def test_amd_cards_are_ranks_and_take_the_rows_that_fit(checkout, settings, ranks):
     assert checkout.run("launch_6x_amd_xtx.sh", STAGES="tok base", **settings).returncode == 0
     call = checkout.calls("base_train")[0]
     assert f"--nproc_per_node={ranks}" in call
@@ -353,9 +351,7 @@ def test_amd_cards_are_ranks_and_take_the_rows_that_fit(checkout: Checkout, sett
     ("cards", "most", "rows", "micro_batches", "tokens"),
     [(6, 6, 6, 5, 368640), (5, 6, 6, 6, 368640), (1, 5, 5, 36, 368640), (7, 7, 5, 5, 358400), (6, 18, 15, 2, 368640)],
 )
-def test_six_cards_take_five_micro_batches_and_others_come_near(
-    cards: int, most: int, rows: int, micro_batches: int, tokens: int
-) -> None:
+def test_six_cards_take_five_micro_batches_and_others_come_near(cards, most, rows, micro_batches, tokens):
     """`most` is the plan's for a d20 in 24 GB and, the last, 48 GB."""
     plan = choose_batch(368640, most, 2048, cards)
     assert (plan.device_batch_size, plan.grad_accum_steps, plan.tokens) == (rows, micro_batches, tokens)
@@ -370,19 +366,19 @@ def test_six_cards_take_five_micro_batches_and_others_come_near(
         ({"DEPTH": "32", "REAL": "scripts.plan"}, "a smaller --depth"),
     ],
 )
-def test_amd_launcher_refuses_what_cannot_work(checkout: Checkout, settings: dict[str, str], said: str) -> None:
+def test_amd_launcher_refuses_what_cannot_work(checkout, settings, said):
     refused(checkout.run("launch_6x_amd_xtx.sh", **settings), said)
     assert not checkout.modules()
 
 
-def test_a_model_that_does_not_fit_is_sharded_in_every_stage_that_can(checkout: Checkout) -> None:
+def test_a_model_that_does_not_fit_is_sharded_in_every_stage_that_can(checkout):
     settings = {"DEPTH": "32", "MEMORY_ARGS": "--shard --recompute"}
     assert checkout.run("launch_6x_amd_xtx.sh", STAGES="tok base mid sft", **settings).returncode == 0
     for stage in ("base_train", "mid_train", "chat_sft"):
         assert {"--shard", "--recompute"} <= set(checkout.calls(stage)[0])
 
 
-def test_amd_environment_has_levels_that_rccl_knows_and_hides_no_card(checkout: Checkout) -> None:
+def test_amd_environment_has_levels_that_rccl_knows_and_hides_no_card(checkout):
     """A launcher in use said NCCL_DEBUG=ON, and six visible devices whatever was there."""
     checkout.run("launch_6x_amd_xtx.sh", STAGES="tok base", NCCL_P2P_LEVEL="SYS")
     seen = checkout.environment()
@@ -394,7 +390,7 @@ def test_amd_environment_has_levels_that_rccl_knows_and_hides_no_card(checkout: 
 
 
 @pytest.mark.parametrize(("launcher", "rows"), SERIES.items())
-def test_grids_show_their_rows_and_skip_the_finished_ones(checkout: Checkout, launcher: str, rows: int) -> None:
+def test_grids_show_their_rows_and_skip_the_finished_ones(checkout, launcher, rows):
     assert checkout.run(launcher, DRY_RUN=1).stdout.count("scripts.base_train") == rows
     failed = checkout.run(launcher, FAIL="--depth=12", CODE=3)
     assert failed.returncode == 3
@@ -405,9 +401,7 @@ def test_grids_show_their_rows_and_skip_the_finished_ones(checkout: Checkout, la
     assert len({flag(call, "model-tag") for call in checkout.calls("base_train")}) == rows
 
 
-def test_series_table_has_a_row_for_each_run_and_dashes_for_what_is_not_known(
-    base_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_series_table_has_a_row_for_each_run_and_dashes_for_what_is_not_known(base_dir, capsys, monkeypatch):
     """A table in use was cut out of logs with grep, and empty when the wording changed."""
     from dev import series_table
 
@@ -439,14 +433,14 @@ def test_series_table_has_a_row_for_each_run_and_dashes_for_what_is_not_known(
 # Slurm
 
 
-def test_slurm_makes_the_output_file_and_signals_the_ranks() -> None:
+def test_slurm_makes_the_output_file_and_signals_the_ranks():
     """Slurm makes no directory, and a job without its output file does not start."""
     directives = re.findall(r"^#SBATCH (.*)", (ROOT / "dev/slurm/job.slurm").read_text(), re.MULTILINE)
     assert [line for line in directives if line.startswith("--output=")] == ["--output=%x-%j.out"]
     assert "--signal=TERM@300" in directives and "--requeue" in directives
 
 
-def test_every_sbatch_line_that_we_show_ends_with_the_script() -> None:
+def test_every_sbatch_line_that_we_show_ends_with_the_script():
     """One in use had a comment inside a continued command: sbatch got no script, and it ran on the login node."""
     files = [*ROOT.glob("docs/**/*.md"), *ROOT.glob("dev/slurm/*")]
     shown = [line for file in files for line in re.findall(r"\bsbatch [^`\n]*?\S(?=  |`|$|\")", file.read_text(), re.M)]
@@ -456,7 +450,7 @@ def test_every_sbatch_line_that_we_show_ends_with_the_script() -> None:
         assert command.split()[-1] == "dev/slurm/job.slurm", command
 
 
-def test_job_on_an_empty_folder_names_all_that_is_missing_and_ends_at_once(checkout: Checkout) -> None:
+def test_job_on_an_empty_folder_names_all_that_is_missing_and_ends_at_once(checkout):
     began = time.monotonic()
     result = checkout.job(STAGES="mid,sft,eval", MISSING="task_data/gsm8k/main/train.parquet")
     assert time.monotonic() - began < 5
@@ -469,7 +463,7 @@ def test_job_on_an_empty_folder_names_all_that_is_missing_and_ends_at_once(check
     assert "bash dev/slurm/setup_hpc.sh" in checkout.job(PATH="/usr/bin:/bin").stderr
 
 
-def test_the_real_list_of_an_empty_folder(base_dir: Path) -> None:
+def test_the_real_list_of_an_empty_folder(base_dir):
     if not (ROOT / ".venv/bin/python").exists():
         pytest.skip("no .venv in the checkout")
     environment = {"PATH": "/usr/bin:/bin", "NANOCHAT_BASE_DIR": str(base_dir), "SLURM_SUBMIT_DIR": str(ROOT)}
@@ -481,7 +475,7 @@ def test_the_real_list_of_an_empty_folder(base_dir: Path) -> None:
     assert "eval_bundle/manifest.json" in missing
 
 
-def test_job_runs_the_pipeline_offline_with_a_rank_for_each_task(checkout: Checkout) -> None:
+def test_job_runs_the_pipeline_offline_with_a_rank_for_each_task(checkout):
     result = checkout.job()
     assert result.returncode == 0, result.stderr
     assert checkout.modules()[-1] == "report"
@@ -495,14 +489,14 @@ def test_job_runs_the_pipeline_offline_with_a_rank_for_each_task(checkout: Check
     assert {call[0] for call in checkout.calls("scripts.base_train")} == {"srun", "python"}
 
 
-def test_a_failing_stage_ends_the_job_with_its_exit_code(checkout: Checkout) -> None:
+def test_a_failing_stage_ends_the_job_with_its_exit_code(checkout):
     """In a job in use the last command was a cp, whose status was the job's."""
     result = checkout.job(FAIL="scripts.mid_train", CODE=3)
     assert result.returncode == 3
     assert not checkout.calls("chat_sft") and not checkout.calls("requeue")
 
 
-def test_a_job_stopped_by_sigterm_is_queued_again_and_goes_on(checkout: Checkout) -> None:
+def test_a_job_stopped_by_sigterm_is_queued_again_and_goes_on(checkout):
     result = checkout.job(FAIL="scripts.mid_train", CODE=143)
     assert result.returncode == 143
     assert checkout.calls()[-1] == ["scontrol", "requeue", "4711"]
@@ -511,7 +505,7 @@ def test_a_job_stopped_by_sigterm_is_queued_again_and_goes_on(checkout: Checkout
     assert len(checkout.calls(f"{srun} -m scripts.base_train")) == 1
 
 
-def test_a_job_keeps_the_code_that_it_began_with(checkout: Checkout) -> None:
+def test_a_job_keeps_the_code_that_it_began_with(checkout):
     checkout.job(FAIL="scripts.tok_eval", CODE=143)
     (checkout.path / "speedrun.sh").write_text("exit 99\n")
     assert checkout.job(SLURM_RESTART_COUNT=1).returncode == 0
@@ -519,20 +513,20 @@ def test_a_job_keeps_the_code_that_it_began_with(checkout: Checkout) -> None:
     assert checkout.job(SLURM_JOB_ID=4712).returncode == 99
 
 
-def test_job_runs_another_pipeline(checkout: Checkout) -> None:
+def test_job_runs_another_pipeline(checkout):
     assert checkout.job(PIPELINE="run1000.sh", DEPTH=32, SHARDS=800).returncode == 0
     assert flag(checkout.calls("base_train")[0], "depth") == "32"
     assert checkout.calls("--prefetch=list --source=climbmix -n 800")
 
 
 @pytest.mark.parametrize("script", ["setup_hpc.sh", "prefetch.sh", "job.slurm"])
-def test_slurm_scripts_want_a_base_directory_outside_the_checkout(checkout: Checkout, script: str) -> None:
+def test_slurm_scripts_want_a_base_directory_outside_the_checkout(checkout, script):
     for place in ("", checkout.path / "out"):
         settings = {"NANOCHAT_BASE_DIR": place, "SLURM_SUBMIT_DIR": checkout.path}
         refused(checkout.run(f"dev/slurm/{script}", **settings), "NANOCHAT_BASE_DIR")
 
 
-def test_setup_hpc_loads_modules_and_writes_below_one_root(checkout: Checkout) -> None:
+def test_setup_hpc_loads_modules_and_writes_below_one_root(checkout):
     before = set(checkout.path.rglob("*"))
     refused(checkout.run("dev/slurm/setup_hpc.sh", MODULES="cuda"), "unset MODULES")  # no module command here
     program(checkout.path.parent / "module.sh", 'module() { echo "module $*" >>"$CALLS"; }')
@@ -544,9 +538,7 @@ def test_setup_hpc_loads_modules_and_writes_below_one_root(checkout: Checkout) -
     assert (checkout.base / "cache").is_dir()
 
 
-def test_prefetch_fetches_and_ends_with_the_check_of_the_job(
-    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prefetch_fetches_and_ends_with_the_check_of_the_job(checkout, monkeypatch):
     assert checkout.run("dev/slurm/prefetch.sh", PREFETCH_TOKENIZER=1).returncode == 0
     assert [call[3] for call in checkout.calls("--prefetch")] == ["--prefetch=all", "--prefetch=list"]
     assert "tok_train" in parse_calls(checkout, monkeypatch)
@@ -557,13 +549,13 @@ def test_prefetch_fetches_and_ends_with_the_check_of_the_job(
 # All of them
 
 
-def test_shell_scripts_are_well_formed() -> None:
+def test_shell_scripts_are_well_formed():
     assert len(SCRIPTS) >= 12
     for script in SCRIPTS:
         subprocess.run(["bash", "-n", script], check=True)
 
 
-def test_containers_run_as_a_user_without_rights_and_copy_no_environment() -> None:
+def test_containers_run_as_a_user_without_rights_and_copy_no_environment():
     for file in ROOT.glob("docker/*.Dockerfile"):
         lines = file.read_text().splitlines()
         assert "USER 1000" in lines[lines.index("WORKDIR /nanochat") :], file
@@ -578,7 +570,7 @@ def test_containers_run_as_a_user_without_rights_and_copy_no_environment() -> No
         ("hadolint", [*ROOT.glob("docker/*.Dockerfile")]),
     ],
 )
-def test_linters_have_nothing_to_say(tool: str, files: list[Path]) -> None:
+def test_linters_have_nothing_to_say(tool, files):
     if not shutil.which(tool.split()[0]):
         pytest.skip(f"{tool} is not here")
     result = subprocess.run([*tool.split(), *files], cwd=ROOT, capture_output=True, text=True)
@@ -644,7 +636,7 @@ def cluster(base_dir: Path, tmp_path: Path) -> tuple[list[str], dict[str, str]]:
 
 
 @pytest.mark.soak
-def test_a_whole_job_on_two_ranks_without_a_network(base_dir: Path, cluster: tuple[list[str], dict[str, str]]) -> None:
+def test_a_whole_job_on_two_ranks_without_a_network(base_dir, cluster):
     command, environment = cluster
     chats = f"--mixture={base_dir}/identity_conversations.jsonl --num-iterations=2 --total-batch-size=1024 --no-compile"
     environment |= {"CORE_ARGS": "--max-per-task=2", "MID_ARGS": chats, "SFT_ARGS": chats}
@@ -662,9 +654,7 @@ def test_a_whole_job_on_two_ranks_without_a_network(base_dir: Path, cluster: tup
 
 
 @pytest.mark.soak
-def test_a_preempted_job_saves_is_queued_again_and_finishes(
-    base_dir: Path, tmp_path: Path, cluster: tuple[list[str], dict[str, str]]
-) -> None:
+def test_a_preempted_job_saves_is_queued_again_and_finishes(base_dir, tmp_path, cluster):
     command, environment = cluster
     environment |= {"STAGES": "tok base", "HORIZON": "--num-iterations=300"}
     job = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
@@ -681,7 +671,7 @@ def test_a_preempted_job_saves_is_queued_again_and_finishes(
 
 
 @pytest.mark.soak
-def test_two_nodes_as_documented_train_one_model(base_dir: Path) -> None:
+def test_two_nodes_as_documented_train_one_model(base_dir):
     base_dir.mkdir()
     tiny.prepare(base_dir)
     text = (ROOT / "docs/how-to/several-nodes.md").read_text()

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -114,7 +113,7 @@ def test_a_missing_lm_eval_names_the_command(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_lm_eval_finds_the_accuracy_that_chat_eval_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lm_eval_finds_the_accuracy_that_chat_eval_finds(tmp_path, monkeypatch):
     """A task of lm-eval's own kind, made of the same questions, through all of its machinery."""
     pytest.importorskip("lm_eval", reason="pip install -e '.[eval]' first", exc_type=ImportError)
     from lm_eval import simple_evaluate

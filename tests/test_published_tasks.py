@@ -69,7 +69,7 @@ PUBLISHED: dict[str, tuple[Callable[[], Task], int]] = {
 
 
 @pytest.mark.parametrize(("make", "count"), PUBLISHED.values(), ids=PUBLISHED)
-def test_reference_answers_are_right_and_others_are_not(published: None, make: Callable[[], Task], count: int) -> None:
+def test_reference_answers_are_right_and_others_are_not(published, make, count):
     task = make()
     assert len(task) == count
     for conversation in task:
@@ -79,7 +79,7 @@ def test_reference_answers_are_right_and_others_are_not(published: None, make: C
     assert task[0] == make()[0] and task[count - 1] == conversation
 
 
-def test_humaneval_reference_answers_are_right_and_others_are_not(published: None) -> None:
+def test_humaneval_reference_answers_are_right_and_others_are_not(published):
     """The four items with a helper in the prompt, and the six that stand first."""
     task = HumanEval()
     assert len(task) == 164
@@ -93,13 +93,13 @@ def test_humaneval_reference_answers_are_right_and_others_are_not(published: Non
         assert not task.evaluate(items[0], wrong)
 
 
-def test_a_program_that_exits_before_the_tests_is_wrong(published: None) -> None:
+def test_a_program_that_exits_before_the_tests_is_wrong(published):
     task = HumanEval(stop=1)
     for code in ("import sys\nsys.exit(0)", "import os\nos._exit(0)", "raise SystemExit"):
         assert not task.evaluate(task[0], f"```python\n{code}\n{task[0]['prompt']}    return True\n```")
 
 
-def test_arc_letters_are_those_of_the_item(published: None) -> None:
+def test_arc_letters_are_those_of_the_item(published):
     numbers = {0: 0, 3: 0, 4: 0, 5: 0}
     for conversation in ARC("ARC-Easy", "test"):
         question, letters = conversation["messages"][0]["content"], conversation["letters"]
@@ -110,19 +110,19 @@ def test_arc_letters_are_those_of_the_item(published: None) -> None:
     assert numbers == {0: 0, 3: 7, 4: 2365, 5: 4}
 
 
-def test_mmlu_has_the_published_number_of_questions_per_subject(published: None) -> None:
+def test_mmlu_has_the_published_number_of_questions_per_subject(published):
     subjects = [row["subject"] for row in MMLU("test")]
     assert len(set(subjects)) == 29
     assert (subjects.count("professional_law"), subjects.count("abstract_algebra")) == (1534, 100)
 
 
-def test_mmlu_says_that_few_shot_rows_are_not_its_dev_split(published: None) -> None:
+def test_mmlu_says_that_few_shot_rows_are_not_its_dev_split(published):
     with pytest.raises(UserError, match=r"few-shot rows that are here .* are another split"):
         MMLU("dev")
 
 
 @pytest.mark.parametrize("split", ["train", "dev", "test"])
-def test_every_gsm8k_annotation_is_a_call_that_the_calculator_answers(published: None, split: str) -> None:
+def test_every_gsm8k_annotation_is_a_call_that_the_calculator_answers(published, split):
     for conversation, row in zip(GSM8K(split), published_answers(split), strict=True):
         parts = conversation["messages"][-1]["content"]
         assert message_text(conversation["messages"][-1]) == re.sub("<<[^>]*>>", "", row)
@@ -165,7 +165,7 @@ def published_answers(split: str) -> Iterator[str]:
         ("#### 1\n#### $2.50 #### 3,000", "3000"),
     ],
 )
-def test_the_number_after_the_last_mark_is_the_answer(text: str, number: str) -> None:
+def test_the_number_after_the_last_mark_is_the_answer(text, number):
     assert extract_answer(text) == Decimal(number)
 
 
@@ -173,11 +173,11 @@ def test_the_number_after_the_last_mark_is_the_answer(text: str, number: str) ->
     "text",
     ["", "72", "####", "#### ", "#### x", "#### 3/4", "#### 1/2", "#### 1e5", "#### 1.2.3", "#### --5", "#### 1 ####"],
 )
-def test_what_is_no_number_is_no_answer(text: str) -> None:
+def test_what_is_no_number_is_no_answer(text):
     assert extract_answer(text) is None
 
 
-def test_annotations_become_calls_of_the_calculator() -> None:
+def test_annotations_become_calls_of_the_calculator():
     assert answer_parts("Half is $<<.5*3=1.50>>1.50 < 2.\n#### 1.5") == [
         {"type": "text", "text": "Half is $"},
         {"type": "python", "text": ".5*3"},
@@ -189,7 +189,7 @@ def test_annotations_become_calls_of_the_calculator() -> None:
     assert answer_parts("1 << 2 >> 3") == [{"type": "text", "text": "1 << 2 >> 3"}]
 
 
-def test_gsm8k_dev_is_the_end_of_the_training_rows(base_dir: Path) -> None:
+def test_gsm8k_dev_is_the_end_of_the_training_rows(base_dir):
     rows = [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(510)]
     write_rows("openai/gsm8k", "main", "train", rows, "test")
     train, dev = GSM8K("train"), GSM8K("dev", start=1, stop=500, step=2)
@@ -201,7 +201,7 @@ def test_gsm8k_dev_is_the_end_of_the_training_rows(base_dir: Path) -> None:
 # The other tasks
 
 
-def test_mmlu_train_reads_the_rows_that_the_hub_wraps(base_dir: Path) -> None:
+def test_mmlu_train_reads_the_rows_that_the_hub_wraps(base_dir):
     row = {"question": "Which?", "subject": "", "choices": ["a", "b", "c", "d"], "answer": 2}
     write_rows("cais/mmlu", "auxiliary_train", "train", [{"train": row}], "test")
     wrapped = MMLU("train")[0]
@@ -211,7 +211,7 @@ def test_mmlu_train_reads_the_rows_that_the_hub_wraps(base_dir: Path) -> None:
     assert "- c=C\n" in wrapped["messages"][0]["content"]
 
 
-def test_smoltalk_dev_is_the_published_test_split(base_dir: Path) -> None:
+def test_smoltalk_dev_is_the_published_test_split(base_dir):
     chat = [{"content": "Be brief.", "role": "system"}, {"content": "Hi", "role": "user"}]
     chat += [{"content": "Hello", "role": "assistant"}]
     write_rows("HuggingFaceTB/smol-smoltalk", "default", "test", [{"messages": chat, "source": "x"}], "test")
@@ -232,7 +232,7 @@ def test_smoltalk_dev_is_the_published_test_split(base_dir: Path) -> None:
         (lambda: SmolTalk("test"), "SmolTalk: split=test: expected train or dev"),
     ],
 )
-def test_wrong_splits_are_one_line(base_dir: Path, make: Callable[[], Task], message: str) -> None:
+def test_wrong_splits_are_one_line(base_dir, make, message):
     with pytest.raises(UserError, match=re.escape(message)):
         make()
 
@@ -248,11 +248,11 @@ def test_wrong_splits_are_one_line(base_dir: Path, make: Callable[[], Task], mes
         ("Use `x`.", "Use `x`."),
     ],
 )
-def test_the_last_code_block_is_the_program(answer: str, code: str) -> None:
+def test_the_last_code_block_is_the_program(answer, code):
     assert extract_code(answer) == code
 
 
-def test_imports_and_helpers_of_the_prompt_are_there() -> None:
+def test_imports_and_helpers_of_the_prompt_are_there():
     prompt = "import math\n\ndef helper():\n    return 1\n\ndef f(x):\n    '''Doc'''\n"
     item = {"prompt": prompt, "entry_point": "f", "test": "def check(f): pass"}
     head = "import math\n\ndef helper():\n    return 1\n\n"
@@ -269,7 +269,7 @@ def test_imports_and_helpers_of_the_prompt_are_there() -> None:
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 
 
-def test_custom_conversations_are_read_line_by_line(tmp_path: Path) -> None:
+def test_custom_conversations_are_read_line_by_line(tmp_path):
     file = tmp_path / "mine.jsonl"
     system = {"role": "system", "content": "Be kind."}
     chats = [[USER, ASSISTANT], [system, USER, ASSISTANT, USER]]
@@ -299,7 +299,7 @@ def test_custom_conversations_are_read_line_by_line(tmp_path: Path) -> None:
         (json.dumps([USER, {"role": "assistant", "content": "\ud800"}]), "message 2 holds half a character"),
     ],
 )
-def test_a_custom_line_that_is_no_conversation_is_named(tmp_path: Path, line: str | bytes, message: str) -> None:
+def test_a_custom_line_that_is_no_conversation_is_named(tmp_path, line, message):
     file = tmp_path / "mine.jsonl"
     file.write_bytes(
         json.dumps([USER, ASSISTANT]).encode() + b"\n" + (line if isinstance(line, bytes) else line.encode())
@@ -309,7 +309,7 @@ def test_a_custom_line_that_is_no_conversation_is_named(tmp_path: Path, line: st
     assert "\n" not in str(error.value)
 
 
-def test_custom_files_that_are_absent_or_empty_are_mistakes(tmp_path: Path) -> None:
+def test_custom_files_that_are_absent_or_empty_are_mistakes(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         CustomJSON(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n\n")
@@ -318,6 +318,6 @@ def test_custom_files_that_are_absent_or_empty_are_mistakes(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["identity/identity_conversations.jsonl", "chat/sgd_train.jsonl"])
-def test_known_conversation_files_are_read(shared_data: Path, name: str) -> None:
+def test_known_conversation_files_are_read(shared_data, name):
     lines = (shared_data / name).read_text(encoding="utf-8").splitlines()
     assert len(CustomJSON(shared_data / name)) == len(lines) > 500

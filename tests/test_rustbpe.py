@@ -71,13 +71,13 @@ def with_tiktoken(tokens: list[bytes], pattern: str) -> tiktoken.Encoding:
 
 @pytest.mark.parametrize("corpus", ["english", "ties", "repeats"])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_merges_are_those_of_the_definition(corpus: str, threads: int) -> None:
+def test_merges_are_those_of_the_definition(corpus, threads):
     texts = [CORPORA[corpus][:400], CORPORA[corpus][400:900]]
     expected = bpe.train(bpe.pretokens(texts, rustbpe.PATTERNS["nanochat"]), 120)
     assert train(texts, 120, threads=threads).tolist() == [list(pair) for pair in expected]
 
 
-def test_merges_are_those_of_pypi_rustbpe() -> None:
+def test_merges_are_those_of_pypi_rustbpe():
     """Ties, overlaps and stale heap entries are where trainers differ: 1,500 merges of each corpus meet many."""
     folder = Path(os.environ.get("RUSTBPE_ORACLE") or ROOT / ".venv" / "oracle")
     if not (folder / "rustbpe").is_dir():
@@ -102,7 +102,7 @@ def test_merges_are_those_of_pypi_rustbpe() -> None:
         assert [token.hex() for token in expand_merges(train([CORPORA[name]], 1500))] == tokens, name
 
 
-def test_merges_do_not_depend_on_batches_threads_or_arrow_layout() -> None:
+def test_merges_do_not_depend_on_batches_threads_or_arrow_layout():
     texts = [ENGLISH, "", SCRIPTS, SOURCE[:50_000]]
     expected = train(texts, 300, threads=1).tolist()
     once = rustbpe.Trainer(threads=2)
@@ -114,7 +114,7 @@ def test_merges_do_not_depend_on_batches_threads_or_arrow_layout() -> None:
     assert train(pa.array([*texts, "cut off"], pa.large_string())[:4], 300).tolist() == expected
 
 
-def test_a_row_longer_than_a_work_unit_is_cut_without_a_trace() -> None:
+def test_a_row_longer_than_a_work_unit_is_cut_without_a_trace():
     """Long rows are shared between threads; a cut inside a pretoken would show as other merges."""
     long = (ENGLISH + SCRIPTS) * 1000
     assert len(long.encode()) > 2 << 18
@@ -126,11 +126,11 @@ def test_a_row_longer_than_a_work_unit_is_cut_without_a_trace() -> None:
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["a"], ["a b c"]])
-def test_text_without_pairs_gives_no_merges(texts: list[str]) -> None:
+def test_text_without_pairs_gives_no_merges(texts):
     assert train(texts, 5, "gpt4").tolist() == ([[32, 98], [32, 99]] if texts == ["a b c"] else [])
 
 
-def test_an_interrupted_training_ends_and_says_so() -> None:
+def test_an_interrupted_training_ends_and_says_so():
     def interrupt(count: int) -> None:
         raise KeyboardInterrupt
 
@@ -140,7 +140,7 @@ def test_an_interrupted_training_ends_and_says_so() -> None:
         trainer.train(100_000, progress=interrupt)
 
 
-def test_an_interrupted_call_keeps_its_memory_until_it_has_ended(vocabulary: list[bytes]) -> None:
+def test_an_interrupted_call_keeps_its_memory_until_it_has_ended(vocabulary):
     """An interrupted Thread.join takes the running thread for ended, so buffers were freed under Rust's hands
     (SIGSEGV).
 
@@ -171,17 +171,13 @@ def test_an_interrupted_call_keeps_its_memory_until_it_has_ended(vocabulary: lis
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("joiner", ["", "a", "7", " ", " a", "\n ", "'"])
-def test_every_code_point_between_its_neighbours(pattern: str, joiner: str) -> None:
+def test_every_code_point_between_its_neighbours(pattern, joiner):
     """The vocabulary has all pairs of bytes, so a boundary that has moved changes the ids."""
     tokens = [bytes([a]) for a in range(256)] + [bytes([a, b]) for a in range(256) for b in range(256)]
     ours, theirs = rustbpe.Encoder(tokens, pattern), with_tiktoken(tokens, pattern)
     # The planes that are left out have no letters, numbers or spaces.
     step = 1 if joiner == "" else 7  # all code points once; then every seventh, with a neighbour of each class
-    codes = [
-        *range(0, 0xD800, step),
-        *range(0xE000, 0x34000, step),
-        *range(0xE0000, 0xE0200, step),
-    ]
+    codes = [*range(0, 0xD800, step), *range(0xE000, 0x34000, step), *range(0xE0000, 0xE0200, step)]
     text = joiner.join(map(chr, codes))
     assert ours.encode(text).tolist() == theirs.encode_ordinary(text)
 
@@ -197,7 +193,7 @@ fuzz = st.one_of(st.lists(st.sampled_from(CHARACTERS), max_size=40).map("".join)
 
 @settings(max_examples=700, deadline=None, derandomize=True, database=None)
 @given(text=fuzz)
-def test_ids_are_those_of_tiktoken(pairs: dict[str, tuple[rustbpe.Encoder, tiktoken.Encoding]], text: str) -> None:
+def test_ids_are_those_of_tiktoken(pairs, text):
     for name, (ours, theirs) in pairs.items():
         ids = ours.encode(text).tolist()
         assert ids == theirs.encode_ordinary(text), name
@@ -206,7 +202,7 @@ def test_ids_are_those_of_tiktoken(pairs: dict[str, tuple[rustbpe.Encoder, tikto
 
 
 @pytest.mark.soak
-def test_a_million_random_strings(pairs: dict[str, tuple[rustbpe.Encoder, tiktoken.Encoding]]) -> None:
+def test_a_million_random_strings(pairs):
     """What the fuzz above looks for, where it is rare."""
     random = Random(1)
     for _ in range(100):
@@ -219,15 +215,13 @@ def test_a_million_random_strings(pairs: dict[str, tuple[rustbpe.Encoder, tiktok
 @pytest.mark.parametrize(
     "text", [*CORPORA.values(), "a" * 200_000, "ab" * 500, " " * 5000 + "x", "\n" * 999, "é" * 400]
 )
-def test_long_pieces_are_those_of_tiktoken(
-    pairs: dict[str, tuple[rustbpe.Encoder, tiktoken.Encoding]], text: str
-) -> None:
+def test_long_pieces_are_those_of_tiktoken(pairs, text):
     """The cache, the scan and the heap take turns. 200,000 equal letters would take minutes at quadratic cost."""
     for name, (ours, theirs) in pairs.items():
         assert ours.encode(text).tolist() == theirs.encode_ordinary(text), name
 
 
-def test_ids_are_those_of_the_definition(vocabulary: list[bytes]) -> None:
+def test_ids_are_those_of_the_definition(vocabulary):
     ranks = {token: rank for rank, token in enumerate(vocabulary)}
     words = bpe.pretokens([ENGLISH], rustbpe.PATTERNS["nanochat"])
     assert rustbpe.split(ENGLISH) == [word.decode() for word in words]
@@ -236,14 +230,14 @@ def test_ids_are_those_of_the_definition(vocabulary: list[bytes]) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt4"])
-def test_published_vocabularies_encode_as_with_tiktoken(shared_data: Path, name: str) -> None:
+def test_published_vocabularies_encode_as_with_tiktoken(shared_data, name):
     ours = load_reference_encoder(shared_data / "gpt2_bpe", name)
     theirs = with_tiktoken(ours.tokens, name)
     for text in CORPORA.values():
         assert ours.encode(text).tolist() == theirs.encode_ordinary(text)
 
 
-def test_tinyshakespeare_has_its_known_number_of_gpt2_tokens(shared_data: Path) -> None:
+def test_tinyshakespeare_has_its_known_number_of_gpt2_tokens(shared_data):
     """301,966 + 36,059 for the first 90 % and the rest, as published with nanoGPT."""
     (path,) = (shared_data / "tinyshakespeare").glob("*.txt")
     text = path.read_text(encoding="utf-8")
@@ -252,7 +246,7 @@ def test_tinyshakespeare_has_its_known_number_of_gpt2_tokens(shared_data: Path) 
     assert [len(encoder.encode(part)) for part in (text[:cut], text[cut:])] == [301_966, 36_059]
 
 
-def test_batches_keep_documents_apart(vocabulary: list[bytes]) -> None:
+def test_batches_keep_documents_apart(vocabulary):
     texts = ["", "the cat", "", SOURCE * 3, SCRIPTS, "x" * 100] + ["a"] * 1000
     encoder = rustbpe.Encoder(vocabulary)
     singles = [encoder.encode(text).tolist() for text in texts]
@@ -289,14 +283,14 @@ def broken_text() -> pa.Array:
         ("one text", "give a list of texts"),
     ],
 )
-def test_what_is_no_text_is_refused_by_row(vocabulary: list[bytes], texts: object, problem: str) -> None:
+def test_what_is_no_text_is_refused_by_row(vocabulary, texts, problem):
     with pytest.raises(ValueError, match=problem):
         rustbpe.Trainer().feed(texts)
     with pytest.raises(ValueError, match=problem):
         rustbpe.Encoder(vocabulary).encode_batch(texts)
 
 
-def test_impossible_vocabularies_and_patterns_are_refused() -> None:
+def test_impossible_vocabularies_and_patterns_are_refused():
     single = [bytes([value]) for value in range(256)]
     with pytest.raises(ValueError, match="no token for the single byte 255"):
         rustbpe.Encoder(single[:255])
@@ -324,7 +318,7 @@ def test_lists_hold_what_the_arrays_hold():
 
 
 @pytest.mark.soak
-def test_one_huge_document_and_ten_million_tiny_ones(vocabulary: list[bytes]) -> None:
+def test_one_huge_document_and_ten_million_tiny_ones(vocabulary):
     """500 MB in one row, then 10,000,000 rows of one byte: right answers, and two bytes of memory per byte."""
     encoder = rustbpe.Encoder(vocabulary)
     text = ENGLISH * (500_000_000 // len(ENGLISH))
