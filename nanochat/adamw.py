@@ -1,5 +1,4 @@
-"""AdamW (arXiv 1711.05101) for embedding and head. One class for any number of ranks and any tensor size, moments in
-fp32.
+"""AdamW (arXiv 1711.05101) for embedding and head, on any number of ranks; moments in fp32.
 
 Ranks: each rank owns ceil(rows / N) rows of a parameter; gradients are summed by reduce-scatter, each rank updates its
 rows, and parameters come back by all-gather (after ZeRO, arXiv 1910.02054), while the next one is prepared or updated.
@@ -7,13 +6,12 @@ State is 1/N per rank. With --shard a rank holds just those rows, and their grad
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanochat.sharding import UnderWay, Whole, compute_device, deal_rows, join_rows, local, own_rows, padded_rows
+from nanochat.sharding import UnderWay, compute_device, deal_rows, join_rows, local, own_rows, padded
 
 EPS = 1e-10
 
@@ -29,29 +27,27 @@ def adam_update(
     param.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
 
 
-@dataclass
 class Slice:
     """One parameter, and the state of the rows that this rank updates, `per_rank` of them with zeros at the end."""
 
-    name: str
-    param: Tensor
-    way: Whole
-    exp_avg: Tensor  # (per_rank, ...)
-    exp_avg_sq: Tensor  # (per_rank, ...)
-    grad: Tensor | None = None  # (per_rank, ...), from reduce_gradients() to step()
+    def __init__(self, name: str, param: Tensor):
+        self.name, self.param, self.way = name, param, deal_rows(param)
+        self.per_rank = -(-local(param).size(0) // self.way.world_size)
+        self.exp_avg = torch.zeros((self.per_rank, *param.shape[1:]), device=param.device)
+        self.exp_avg_sq = self.exp_avg.clone()
+        self.grad: Tensor | None = None  # (per_rank, ...) like both, from reduce_gradients() to step()
 
     def own(self, held: Tensor) -> Tensor:
         """The rows to update of all that this rank holds: a view where none are missing."""
-        per_rank = self.exp_avg.size(0)
-        return padded_rows(held[self.way.rank * per_rank :][:per_rank], per_rank)
+        return padded(held[self.way.rank * self.per_rank :][: self.per_rank], self.per_rank)
 
     def reduce(self) -> UnderWay:
         """Begin to sum the gradient over ranks; gives this rank's rows. A missing one counts as zeros."""
         grad = local(self.param.grad if self.param.grad is not None else torch.zeros_like(self.param))
-        return self.way.reduce(padded_rows(grad.float(), self.exp_avg.size(0) * self.way.world_size))
+        return self.way.reduce(padded(grad.float(), self.per_rank * self.way.world_size))
 
     def send(self, step: int, lr: float, betas: tuple[float, float], weight_decay: float) -> UnderWay:
-        """Use up the gradient for the new rows, and begin to bring these to whoever holds them. Decay is decoupled: it
+        """Turn the gradient into new rows, and begin to bring these to whoever holds them. The decay is decoupled: it
         scales the weight, not the gradient.
         """
         assert self.grad is not None, "call reduce_gradients() first"
@@ -59,12 +55,6 @@ class Slice:
         adam_update(own, self.grad, self.exp_avg, self.exp_avg_sq, step, lr, betas)
         self.grad = None
         return self.way.send(own)
-
-
-def make_slice(name: str, param: Tensor) -> Slice:
-    way, held = deal_rows(param), local(param)
-    zeros = torch.zeros((-(-held.size(0) // way.world_size), *param.shape[1:]), device=param.device)
-    return Slice(name, param, way, zeros, zeros.clone())
 
 
 class AdamW(torch.optim.Optimizer):
@@ -76,13 +66,11 @@ class AdamW(torch.optim.Optimizer):
         plain = [{**group, "params": [p for _, p in group["params"]]} for group in groups]
         super().__init__(plain, {"lr": 1e-3, "betas": betas, "weight_decay": 0.0})
         self.steps = 0
-        self.slices = [make_slice(name, p) for group in groups for name, p in group["params"]]
+        self.slices = [Slice(name, p) for group in groups for name, p in group["params"]]
 
     @torch.no_grad()
     def reduce_gradients(self, divisor: Tensor | float) -> Tensor:
-        """Sum the gradients over ranks in a fixed order, divide once, keep this rank's share; a missing gradient counts
-        as zeros. Returns the share's sum of squares (0-d fp32), as Muon.reduce_gradients does.
-        """
+        """As Muon.reduce_gradients: sum over ranks, divide, keep this rank's share; returns its sum of squares."""
         squares = torch.zeros((), device=compute_device(self.slices[0].param))
         under_way = [part.reduce() for part in self.slices]
         for part, sent in zip(self.slices, under_way, strict=True):
@@ -115,7 +103,7 @@ class AdamW(torch.optim.Optimizer):
         return sum(part.exp_avg.nbytes + part.exp_avg_sq.nbytes for part in self.slices)
 
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole tensor) of all state, one at a time. Collective: every rank must run through it."""
+        """(name, whole tensor) of all state, one at a time. Every rank must run through it."""
         yield "adamw.steps", torch.tensor(self.steps)
         for part in self.slices:
             yield f"{part.name}.exp_avg", join_rows(part.exp_avg, part.param)

@@ -7,7 +7,6 @@ RCCL. On CPU every run is deterministic: same machine type, same versions, same 
 import contextlib
 import ctypes
 import os
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -23,20 +22,16 @@ from torch import Tensor
 from nanochat.common import UserError, print0
 from nanochat.files import one_line
 
-# How long the ranks wait for each other, at the start and in every collective. Longer than anything one rank does alone
-# while the others wait: rank 0 hashes a checkpoint before --resume and writes and hashes one at a save, each 5.2 GB for
-# a d20 and 20 GB for a d32, which takes 3 minutes on a disk of 100 MB/s; ranks compile at different speeds, and import
-# torch from a cold network disk. Downloads come before the ranks meet.
+# At the start and in every collective; longer than anything one rank does alone while the others wait. Rank 0 hashes a
+# checkpoint before --resume and writes and hashes one at a save, each 5.2 GB for a d20 and 20 GB for a d32, which takes
+# 3 minutes on a disk of 100 MB/s; ranks compile at different speeds, and import torch from a cold network disk.
+# Downloads come before the ranks meet.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-
-DEVICE_TYPES = ("cuda", "mps", "xpu", "cpu")  # the best first. ROCm builds of torch call their devices cuda
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Where this process runs: one of `world_size` ranks, on `device`, computing in `dtype` (master weights
-    stay fp32).
-    """
+    """Where this process runs: one of `world_size` ranks, on `device`, computing in `dtype` from fp32 weights."""
 
     device: torch.device
     dtype: torch.dtype
@@ -72,22 +67,16 @@ class Compute:
                 dist.all_gather_object(values, value)
         return values
 
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            with collective():
-                dist.barrier()
-
 
 def compute_init(device_type: str = "auto", dtype: str = "auto", seed: int = 42) -> Compute:
     """Join the other ranks, pick device and dtype, seed everything, make CPU runs deterministic. Prints what it chose.
     Raises UserError for a device that is not there. Pair with compute_cleanup().
     """
-    world_size, tasks = int(os.environ.get("WORLD_SIZE", "1")), first_number("SLURM_STEP_NUM_TASKS")
-    if tasks and tasks > 1 and "WORLD_SIZE" not in os.environ:
-        raise UserError(
-            f"srun started {tasks} tasks without WORLD_SIZE; as ranks of one run: srun bash dev/slurm/rank.sh -m "
-            "scripts.base_train, as that many runs: WORLD_SIZE=1 srun"
-        )
+    tasks = first_number("SLURM_STEP_NUM_TASKS") or 1
+    if tasks > 1 and "WORLD_SIZE" not in os.environ:
+        commands = "for one run srun bash dev/slurm/rank.sh -m scripts.base_train, for that many WORLD_SIZE=1 srun"
+        raise UserError(f"srun started {tasks} tasks without WORLD_SIZE; {commands}")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     device = open_device(device_type, first_number("LOCAL_RANK", "SLURM_LOCALID") if world_size > 1 else 0)
     if world_size > 1:
         join_ranks(device)
@@ -118,9 +107,8 @@ def local_world_size() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory instead of returning each large tensor to the kernel, which hands it back page by
-    page, zeroed: 64,000 page faults a step at d4, a third of its time (287 -> 191 ms; 5 % more memory). No effect
-    elsewhere.
+    """Tell glibc, where there is one, to keep freed memory. Else each large tensor goes back to the kernel, and comes
+    again page by page, zeroed: 64,000 page faults a step at d4, a third of its time (287 -> 191 ms; 5 % more memory).
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc and hasattr(libc, "mallopt"):
@@ -131,29 +119,21 @@ def keep_freed_memory() -> None:
 
 
 def open_device(device_type: str, local_rank: int | None) -> torch.device:
-    """A device of this machine, with "auto" the first of DEVICE_TYPES that torch sees: of its GPUs the one with this
-    rank's number among the ranks here.
-    """
-    if device_type not in ("auto", *DEVICE_TYPES):
-        raise UserError(f"--device-type={device_type}: expected auto, {', '.join(DEVICE_TYPES)}")
-    seen = [name for name in DEVICE_TYPES if torch.get_device_module(name).is_available()]
-    if device_type == "auto":
-        device_type = seen[0]
-    if device_type not in seen:
-        raise UserError(
-            f"--device-type={device_type}: torch {torch.__version__} sees no such device; try --device-type=cpu"
-        )
+    """A device of this machine, with "auto" the best kind that torch sees; of its GPUs the one numbered local_rank."""
+    kinds = ("cuda", "mps", "xpu", "cpu")  # the best first. ROCm builds of torch call their devices cuda
+    seen = [kind for kind in kinds if torch.get_device_module(kind).is_available()]
+    if device_type not in ("auto", *seen):
+        sees = f"torch {torch.__version__} sees here: {', '.join(seen)}"
+        raise UserError(f"--device-type={device_type}: expected auto or what {sees}")
+    device_type = seen[0] if device_type == "auto" else device_type
     if device_type != "cuda":
         return torch.device(device_type)
     if local_rank is None:
-        raise UserError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']} needs LOCAL_RANK (torchrun sets it) or SLURM_LOCALID (srun does): "
-            "without them all ranks of a machine would take GPU 0"
-        )
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"rank {local_rank} has no GPU: torchrun --nproc_per_node={torch.cuda.device_count()} fits this machine"
-        )
+        needed = "needs LOCAL_RANK (torchrun sets it) or SLURM_LOCALID (srun does), or all ranks would take GPU 0"
+        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} {needed}")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(f"rank {local_rank} has no GPU: torchrun --nproc_per_node={count} fits this machine")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
@@ -162,23 +142,18 @@ def join_ranks(device: torch.device) -> None:
     """Wait for all ranks at MASTER_ADDR:MASTER_PORT. Raises UserError when some do not come in COLLECTIVE_TIMEOUT."""
     if device.type not in ("cuda", "cpu"):
         raise UserError(f"several ranks need cuda or cpu devices, not {device.type}; start without torchrun")
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    given = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")}
+    missing = [name for name, value in given.items() if not value]
     if missing:
-        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} needs {' and '.join(missing)} too; torchrun sets them")
-    cpu, place = (
-        device.type == "cpu",
-        f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}",
-    )
+        raise UserError(f"WORLD_SIZE={given['WORLD_SIZE']} needs {' and '.join(missing)} too; torchrun sets them")
+    backend, device_id = ("gloo", None) if device.type == "cpu" else ("nccl", device)
     try:
-        dist.init_process_group(
-            "gloo" if cpu else "nccl", timeout=COLLECTIVE_TIMEOUT, device_id=None if cpu else device
-        )
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=device_id)
     except RuntimeError as error:  # DistError, and what gloo raises
-        raise UserError(
-            f"{os.environ['WORLD_SIZE']} ranks did not meet at {place} within {COLLECTIVE_TIMEOUT.total_seconds():.0f} "
-            f"s ({one_line(error)}); start all of them with the same"
-        ) from None
-    if cpu:
+        place = f"MASTER_ADDR={given['MASTER_ADDR']} MASTER_PORT={given['MASTER_PORT']}"
+        why = f"ranks did not meet at {place} within {COLLECTIVE_TIMEOUT.seconds} s ({one_line(error)})"
+        raise UserError(f"{given['WORLD_SIZE']} {why}; start all of them with the same") from None
+    if device.type == "cpu":
         share_cores()
 
 
@@ -189,19 +164,18 @@ def share_cores() -> None:
 
 @contextlib.contextmanager
 def collective() -> Iterator[None]:
-    """Around every collective: one that fails because the connection to a rank is lost, or none answers within
-    COLLECTIVE_TIMEOUT, raises UserError on this rank. Any other failure passes through as it is. Under NCCL a rank that
-    dies makes no error but a wait: the launcher ends it, or after the timeout torch's watchdog does.
+    """Around every collective, such as a pass through a sharded model: raises UserError on this rank when the link to
+    another is lost, or none answers within COLLECTIVE_TIMEOUT. Any other failure passes through as it is. Under NCCL a
+    rank that dies makes no error but a wait: the launcher ends it, or after the timeout torch's watchdog does.
     """
     try:
         yield
     except RuntimeError as error:
-        text = str(error)  # gloo's errors have no type of their own
-        if not (isinstance(error, dist.DistError) or "gloo/transport" in text or "pair closure" in text):
+        gloo = ("gloo/transport", "pair closure")  # in its errors, which have no type of their own
+        if not (isinstance(error, dist.DistError) or any(words in str(error) for words in gloo)):
             raise
-        raise UserError(
-            f"a collective failed: another rank ended or hangs ({one_line(error)}); resume with --resume"
-        ) from None
+        why = f"a collective failed: another rank ended or hangs ({one_line(error)})"
+        raise UserError(f"{why}; resume with --resume") from None
 
 
 def compute_cleanup() -> None:
@@ -211,28 +185,18 @@ def compute_cleanup() -> None:
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it natively (on CPUs: AVX512_BF16 or AMX; twice to five times fp32), else
-    float32.
-    """
+    """With "auto" bfloat16 where the hardware multiplies it, on CPUs twice to five times as fast as float32."""
     named = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    if dtype in named:
-        return named[dtype]
-    if dtype != "auto":
+    if dtype not in ("auto", *named):
         raise UserError(f"--dtype={dtype}: expected auto, {', '.join(named)}")
-    native = False
+    if dtype != "auto":
+        return named[dtype]
+    native, cpuinfo = False, Path("/proc/cpuinfo")
     if device.type == "cuda":  # sm_80 is Ampere; RDNA3 and CDNA report 9 and above
         native = torch.cuda.get_device_capability(device)[0] >= 8
-    elif device.type == "cpu":
-        native = bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
+    elif device.type == "cpu" and cpuinfo.exists():
+        native = not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpuinfo.read_text().split())
     return torch.bfloat16 if native else torch.float32
-
-
-def cpu_flags() -> set[str]:
-    """The instruction sets of the first core, empty where there is no /proc/cpuinfo."""
-    try:
-        return set(re.findall(r"^flags.*", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0].split())
-    except (OSError, IndexError):
-        return set()
 
 
 def can_compile(device: torch.device) -> bool:

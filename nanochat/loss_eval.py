@@ -17,12 +17,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from nanochat.compute import Compute
+from nanochat.compute import Compute, collective
 from nanochat.conversation import Conversations
 from nanochat.dataloader import ChatPosition, chat_blocks, to_device
 from nanochat.gpt import GPT
 from nanochat.schedule import BatchPlan
-from nanochat.sharding import gathering
 from nanochat.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
@@ -104,7 +103,7 @@ def evaluate_bpb(
         tokens, counts = window_rows(mine, device_batch_size, T)
         inputs, counted = torch.from_numpy(tokens).to(compute.device), torch.from_numpy(counts).to(compute.device)
         targets = inputs[:, 1:].masked_fill(~counted, -1)
-        with gathering(model):
+        with collective():
             losses = model(inputs[:, :-1], targets, loss_reduction="none", dtype=compute.dtype)
         of_rows = [losses.sum(1), (token_bytes[targets.clamp(min=0)] * counted).sum(1), counted.sum(1)]
         of_mine = torch.stack([column.cpu().double() for column in of_rows], dim=1)[: len(mine)]
@@ -166,7 +165,7 @@ def evaluate_chats(
             mine[:, 0] = np.maximum(mine[:, 0], 0)
             tokens = to_device(mine, compute)
             targets = tokens[:, 1, 1:]
-            with gathering(model):
+            with collective():
                 loss = model(tokens[:, 0, :-1], targets, loss_reduction="sum", dtype=compute.dtype)
             totals += torch.stack([loss, (targets >= 0).sum()]).double().cpu()
     loss_sum, count = compute.sum(totals).tolist()

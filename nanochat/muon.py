@@ -1,5 +1,4 @@
-"""Muon: momentum whose update is made orthogonal, for the matrices inside the blocks. One class for any number of
-ranks.
+"""Muon for the matrices inside the blocks, on any number of ranks: momentum whose update is made orthogonal.
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces a matrix's momentum U S V^T by U V^T, the step of
 the steepest descent in the spectral norm: every direction the gradient points to moves equally far. Here with Polar
@@ -13,13 +12,12 @@ gradients and updates take (sharding.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import chain
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from nanochat.sharding import Split, UnderWay, Whole, all_gather, compute_device, deal_matrices, local
+from nanochat.sharding import UnderWay, all_gather, compute_device, deal_matrices, local
 
 # Five quintic steps x <- a x + b x^3 + c x^5 on the singular values, optimal in sequence for values in [1e-3, 1] (Polar
 # Express, with its safety factor of 1.01 and 2 % of cushion). The later ones converge fastest near 1.
@@ -33,33 +31,27 @@ POLAR_EXPRESS = (
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """The nearest semi-orthogonal matrix U V^T to each of `matrices` = U S V^T (K, M, N), computed and returned in
-    dtype.
+    """U V^T, in dtype, for each of `matrices` = U S V^T (K, M, N): the nearest semi-orthogonal matrix.
 
     Approximate on purpose: singular values end between about 0.7 and 1.2, small ones (below 1e-3 of the Frobenius norm)
-    lower. The error is a rescaling of directions that momentum averages out; five more digits would cost as much again
-    and gain nothing.
+    lower. Momentum averages this rescaling of directions out; five more digits would cost as much again for nothing.
     """
-    x = matrices.to(dtype)
-    if matrices.size(-2) > matrices.size(-1):
-        x = x.mT
+    tall = matrices.size(-2) > matrices.size(-1)
+    x = (matrices.mT if tall else matrices).to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-6)
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT  # (K, M, M) on the short side
         # a x + (b gram + c gram^2) x; baddbmm adds inside the matmul: a quarter less time than written out, on CPU
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if matrices.size(-2) > matrices.size(-1) else x
+    return x.mT if tall else x
 
 
 def muon_update(
     grad: Tensor, momentum_buffer: Tensor, second_moment: Tensor, momentum: float, beta2: float, dtype: torch.dtype
 ) -> Tensor:
-    """One step's direction for stacked matrices (K, M, N) fp32, updating momentum_buffer (K, M, N) and second_moment in
-    place.
-
-    second_moment holds NorMuon's running mean square per row (K, M, 1), or per column (K, 1, N) of wide matrices.
-    Dividing by its root evens out rows that always move far; the total norm is put back, so the learning rate keeps its
-    meaning.
+    """The direction in which matrices (K, M, N) step, in fp32. momentum_buffer (K, M, N) and second_moment are updated:
+    NorMuon's running mean square per row (K, M, 1), or per column (K, 1, N) of wide matrices. Dividing by its root
+    evens out rows that always move far; the total norm is put back, so the learning rate keeps its meaning.
     """
     momentum_buffer.lerp_(grad, 1 - momentum)
     update = orthogonalize(grad.lerp(momentum_buffer, momentum), dtype).float()  # Nesterov
@@ -70,36 +62,41 @@ def muon_update(
     return update * (before / update.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
 
 
-@dataclass
 class Stack:
-    """All matrices of one shape (M, N), and this rank's share of their state: `per_rank` whole matrices, padded with
-    zeros at the end.
+    """All matrices of one shape (M, N), and this rank's share of their state: that of `per_rank` whole matrices, where
+    the last ranks may have zeros for some.
     """
 
-    names: list[str]
-    params: list[Tensor]
-    way: Whole | Split
-    momentum_buffer: Tensor  # (per_rank, M, N)
-    second_moment: Tensor  # (per_rank, M, 1) or (per_rank, 1, N)
-    grad: Tensor | None = None  # (per_rank, M, N), from reduce_gradients() to step()
+    def __init__(self, members: dict[str, Tensor]):
+        self.names, self.params = list(members), list(members.values())
+        p = self.params[0]
+        self.way, self.device = deal_matrices(p), compute_device(p)
+        self.per_rank = -(-len(members) // self.way.world_size)
+        self.momentum_buffer = torch.zeros((self.per_rank, *p.shape), device=p.device)
+        per_row = self.momentum_buffer[:, :, :1] if p.size(0) >= p.size(1) else self.momentum_buffer[:, :1, :]
+        self.second_moment = per_row.clone()  # (per_rank, M, 1) or (per_rank, 1, N)
+        self.grad: Tensor | None = None  # (per_rank, M, N), from reduce_gradients() to step()
+
+    def own_names(self) -> list[str]:
+        """The matrices that this rank owns."""
+        return self.names[self.way.rank * self.per_rank :][: self.per_rank]
 
     def reduce(self) -> UnderWay:
         """Begin to bring each matrix's gradient to its owner, and drop it here; a missing one counts as zeros."""
         grads = [local(p.grad) if p.grad is not None else torch.zeros_like(local(p)) for p in self.params]
-        padding = self.momentum_buffer.size(0) * self.way.world_size - len(grads)
-        stacked = torch.stack(grads + [torch.zeros_like(grads[0])] * padding)
+        padding = [torch.zeros_like(grads[0])] * (self.per_rank * self.way.world_size - len(grads))
+        stacked = torch.stack(grads + padding)
         for p in self.params:
             p.grad = None  # there is a copy now
-        return self.way.reduce(stacked.to(compute_device(self.params[0])))
+        return self.way.reduce(stacked.to(self.device))
 
     def send(self, momentum: float, beta2: float, dtype: torch.dtype) -> UnderWay:
-        """Use up the gradients for the updates of the matrices that this rank owns, and begin to bring these to where
-        they are applied: (all matrices and padding, rows held, N).
+        """Turn the gradients that this rank owns into updates, and begin to bring these to where they are applied: (all
+        matrices and padding, rows held, N).
         """
         assert self.grad is not None, "call reduce_gradients() first"
-        device = compute_device(self.params[0])
-        momentum_buffer, second_moment = self.momentum_buffer.to(device), self.second_moment.to(device)
-        update = muon_update(self.grad.to(device), momentum_buffer, second_moment, momentum, beta2, dtype)
+        momentum_buffer, second_moment = self.momentum_buffer.to(self.device), self.second_moment.to(self.device)
+        update = muon_update(self.grad.to(self.device), momentum_buffer, second_moment, momentum, beta2, dtype)
         self.grad = None
         self.momentum_buffer.copy_(momentum_buffer)  # itself, unless the state lives in the host's memory
         self.second_moment.copy_(second_moment)
@@ -117,26 +114,12 @@ class Stack:
                 p -= p * (update * p >= 0) * (lr * weight_decay)
             p.sub_(update, alpha=lr)
 
-    def own_names(self) -> list[str]:
-        """The matrices that this rank owns; the last ranks may have fewer than per_rank."""
-        per_rank = self.momentum_buffer.size(0)
-        return self.names[self.way.rank * per_rank :][:per_rank]
-
-
-def make_stack(members: dict[str, Tensor]) -> Stack:
-    names, params = list(members), list(members.values())
-    way, (rows, columns) = deal_matrices(params[0]), params[0].shape
-    zeros = torch.zeros((-(-len(params) // way.world_size), rows, columns), device=params[0].device)
-    second = zeros[:, :, :1] if rows >= columns else zeros[:, :1, :]
-    return Stack(names, params, way, zeros, second.clone())
-
 
 class Muon(torch.optim.Optimizer):
     """Muon over (name, matrix) pairs. Each step: reduce_gradients(divisor) on every rank, then step().
 
-    param_groups has one group; its lr, momentum and weight_decay may be set between steps. It orthogonalizes in
-    `dtype`: bf16 is enough, but turns a gradient's last bit into the loss's fifth digit, so a run that computes in fp32
-    asks for fp32.
+    The one group's lr, momentum and weight_decay may be set between steps. `dtype` is that of orthogonalize(): bf16 is
+    enough, but turns a gradient's last bit into the loss's fifth digit, so a run that computes in fp32 asks for fp32.
     """
 
     def __init__(
@@ -154,7 +137,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__([p for _, p in named], defaults)
         shapes = dict.fromkeys(p.shape for _, p in named)
         self.dtype = dtype
-        self.stacks = [make_stack({name: p for name, p in named if p.shape == shape}) for shape in shapes]
+        self.stacks = [Stack({name: p for name, p in named if p.shape == shape}) for shape in shapes]
 
     @torch.no_grad()
     def reduce_gradients(self, divisor: Tensor | float) -> Tensor:
@@ -162,7 +145,7 @@ class Muon(torch.optim.Optimizer):
         as zeros. Returns the share's sum of squares (0-d fp32): adding these up over ranks and optimizers gives the
         squared gradient norm.
         """
-        squares = torch.zeros((), device=compute_device(self.stacks[0].params[0]))
+        squares = torch.zeros((), device=self.stacks[0].device)
         under_way = [stack.reduce() for stack in self.stacks]
         for stack in self.stacks:
             grad = under_way.pop(0).wait().div_(divisor)  # what has arrived is freed with it
@@ -179,26 +162,23 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # no closure: the gradients are already reduced
         """Update from the reduced gradients; every rank ends with the same parameters."""
-        group = self.param_groups[0]
-        sent = ((stack, stack.send(group["momentum"], group["beta2"], self.dtype)) for stack in self.stacks)
-        before = None  # one at a time: a stack's updates whole are in it
-        for current in chain(sent, [None]):
+        group, sent = self.param_groups[0], dict[Stack, UnderWay]()
+        for before, stack in pairwise([None, *self.stacks, None]):  # two at a time: their updates are whole matrices
+            if stack:
+                sent[stack] = stack.send(group["momentum"], group["beta2"], self.dtype)
             if before:
-                before[0].apply(before[1].wait(), group["lr"], group["weight_decay"])
-            before = current
+                before.apply(sent.pop(before).wait(), group["lr"], group["weight_decay"])
 
     def state_bytes(self) -> int:
         """Memory of this rank's share of the state."""
         return sum(stack.momentum_buffer.nbytes + stack.second_moment.nbytes for stack in self.stacks)
 
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole tensor) of all state; one matrix of each rank is gathered at a time. Collective: every rank must
-        run through it.
-        """
+        """(name, whole tensor) of all state, one matrix of each rank at a time. Every rank must run through it."""
         for stack in self.stacks:
             for kind in ("momentum_buffer", "second_moment"):
-                for i, own in enumerate(getattr(stack, kind).to(compute_device(stack.params[0])).split(1)):
-                    names = stack.names[i :: stack.momentum_buffer.size(0)]
+                for i, own in enumerate(getattr(stack, kind).to(stack.device).split(1)):
+                    names = stack.names[i :: stack.per_rank]
                     for name, tensor in zip(names, all_gather(own), strict=False):  # the padding comes last
                         yield f"{name}.{kind}", tensor
 

@@ -1,18 +1,15 @@
-"""What the ranks of a run send each other: the optimizers' collectives, and --shard, for which every parameter, its
-gradient and its optimizer state lie in parts on all ranks (torch's FSDP2).
+"""What the ranks of a run send each other: the optimizers' collectives, and --shard (torch's FSDP2).
 
 Without --shard a rank holds all weights, all gradients until they are reduced, and 1/N of the optimizer state; with it
 1/N of everything (ZeRO-3, arXiv 1910.02054; FSDP, arXiv 2304.11277): ceil(rows / N) rows of each parameter in fp32. A
 block's weights are gathered for its forward pass in the dtype of its matmuls, freed, and gathered again for its
 backward pass, whose gradient is summed in fp32 and scattered. Embedding and head are gathered in fp32 and stay until
 the end of the micro-batch: the embedding's gradient is added up where it is looked up, and bf16 would lose the small
-ones. On the wire that is 8 bytes per parameter of the blocks and micro-batch in bf16 (two gathers of 2, a sum of 4),
-where whole models send 8 per parameter and step. All ranks must run the same number of forward passes, in training and
-in evaluation.
+ones. It sends 8 bytes per parameter of the blocks and micro-batch in bf16 (two gathers of 2, a sum of 4), where whole
+models send 8 per parameter and step. All ranks must run the same number of forward passes, also in evaluation.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,16 +25,12 @@ Place = Callable[[nn.Module], None]  # gives a model on "meta" its memory
 
 
 def placement(compute: Compute, shard: bool, offload: bool) -> Place | None:
-    """What --shard and --offload ask for, as build_model takes it: None for a whole model on each rank. Raises
-    UserError for --offload without anything to shard.
-    """
+    """What --shard and --offload ask for: None for a whole model on each rank. Raises UserError for --offload alone."""
     sharded = shard and compute.world_size > 1
     if offload and not sharded:
-        raise UserError(
-            f"--offload --shard={str(shard).lower()} on {compute.world_size} ranks: --offload goes with --shard on at "
-            "least 2; torchrun starts them, --recompute saves memory on one",
-            everywhere=True,
-        )
+        allowed = "--offload goes with --shard on at least 2; torchrun starts them, --recompute saves memory on one"
+        given = f"--offload --shard={str(shard).lower()} on {compute.world_size} ranks"
+        raise UserError(f"{given}: {allowed}", everywhere=True)
     if shard and not sharded:
         print0("shard: one rank holds everything anyway")
     return partial(shard_model, compute=compute, offload=offload) if sharded else None
@@ -50,8 +43,7 @@ def shard_model(model: Any, compute: Compute, offload: bool) -> None:
 
     mesh = init_device_mesh(compute.device.type, (compute.world_size,))
     policy = CPUOffloadPolicy(pin_memory=compute.device.type == "cuda") if offload else OffloadPolicy()
-    # Not the inputs: cos and sin stay in fp32.
-    precision = MixedPrecisionPolicy(compute.dtype, torch.float32, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(compute.dtype, torch.float32, cast_forward_inputs=False)  # cos and sin: fp32
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=precision, offload_policy=policy)
     fully_shard(model, mesh=mesh, offload_policy=policy)
@@ -75,11 +67,6 @@ def reshard_without_backward(model: Any, *_: Any) -> None:
 def is_sharded(model: nn.Module) -> bool:
     """Whether a forward pass of it takes all ranks."""
     return hasattr(model, "reshard")
-
-
-def gathering(model: nn.Module) -> AbstractContextManager[None]:
-    """Around a forward or backward pass, which for a sharded model is a collective."""
-    return collective() if is_sharded(model) else nullcontext()
 
 
 # -----------------------------------------------------------------------------
@@ -108,10 +95,10 @@ def own_rows(p: Tensor) -> slice:
     return slice(min(rank * n, p.size(0)), min((rank + 1) * n, p.size(0)))
 
 
-def padded_rows(tensor: Tensor, rows: int) -> Tensor:
-    """`tensor` with zeros added after its rows; itself where none are missing."""
-    missing = rows - tensor.size(0)
-    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
+def padded(tensor: Tensor, size: int, dim: int = 0) -> Tensor:
+    """`tensor` with zeros at the end of a dimension, `size` in all; itself where none are missing."""
+    missing = size - tensor.size(dim)
+    return nn.functional.pad(tensor, [0, 0] * (tensor.ndim - dim - 1) + [0, missing]) if missing else tensor
 
 
 def compute_device(p: Tensor) -> torch.device:
@@ -128,7 +115,7 @@ def held_bytes(model: nn.Module) -> int:
 def join_rows(own: Tensor, p: Tensor) -> Tensor:
     """What the ranks have for their ceil(rows / N) rows of p, as one tensor. Collective."""
     n = -(-p.size(0) // ranks()[1])
-    return all_gather(padded_rows(own, n).to(compute_device(p)))[: p.size(0)]
+    return all_gather(padded(own, n).to(compute_device(p)))[: p.size(0)]
 
 
 def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -139,7 +126,7 @@ def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 # -----------------------------------------------------------------------------
 # The ways to the ranks that update a parameter, and back. What is dealt out are entries of the first dimension: rank r
-# updates [r * n, (r + 1) * n) of world_size * n.
+# updates [r * n, (r + 1) * n) of world_size * n. torch 2.13 renames two collectives, and warns about the old names.
 
 
 @dataclass
@@ -164,13 +151,10 @@ def begin(operation: Callable[..., Any], entries: Tensor, count: int) -> UnderWa
         return UnderWay(received, operation(received, entries.contiguous(), async_op=True))
 
 
-# torch 2.13 renames the two functions of Whole and warns about the old names, on every rank.
-
-
 @dataclass(frozen=True)
 class Whole:
-    """For what each of world_size ranks holds whole, with a gradient of its own micro-batches: gradients are summed on
-    their way, and what each rank has made comes to all. One rank alone sends nothing.
+    """For what each rank holds whole, with a gradient of its own micro-batches: gradients are summed on their way, and
+    what each rank has made comes to all. One rank alone sends nothing.
     """
 
     rank: int
@@ -191,9 +175,8 @@ class Whole:
 
 @dataclass(frozen=True)
 class Split:
-    """For matrices (M, N) of which each of world_size ranks holds n = ceil(M / world_size) rows or fewer, with the
-    gradient of these already summed: an all-to-all turns rows of all (K, n, N) into all rows of some
-    (K / world_size, M, N), and back.
+    """For matrices (M, N) of which each rank holds n = ceil(M / world_size) rows or fewer, with their gradient already
+    summed: an all-to-all turns rows of all (K, n, N) into all rows of some (K / world_size, M, N), and back.
     """
 
     rank: int
@@ -205,9 +188,8 @@ class Split:
         return -(-self.M // self.world_size)
 
     def reduce(self, grads: Tensor) -> UnderWay:
-        missing = self.n - grads.size(1)
-        grads = nn.functional.pad(grads, (0, 0, 0, missing)) if missing else grads
-        return replace(begin(dist.all_to_all_single, grads, grads.size(0)), arrange=self.join)
+        rows = padded(grads, self.n, dim=1)
+        return replace(begin(dist.all_to_all_single, rows, rows.size(0)), arrange=self.join)
 
     def join(self, received: Tensor) -> Tensor:
         N = received.size(2)
@@ -215,9 +197,9 @@ class Split:
         return parts.reshape(-1, self.world_size * self.n, N)[:, : self.M]
 
     def send(self, own: Tensor) -> UnderWay:
-        k, M, N = own.shape
-        rows = nn.functional.pad(own, (0, 0, 0, self.world_size * self.n - M))
-        rows = rows.view(k, self.world_size, self.n, N).transpose(0, 1).reshape(-1, self.n, N)
+        k, _, N = own.shape
+        rows = padded(own, self.world_size * self.n, dim=1).view(k, self.world_size, self.n, N)
+        rows = rows.transpose(0, 1).reshape(-1, self.n, N)
         return begin(dist.all_to_all_single, rows, rows.size(0))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanochat.adamw import AdamW
 from nanochat.common import NotFinite, StepFailed, UserError, print0
-from nanochat.compute import Compute, can_compile, synchronize
+from nanochat.compute import Compute, can_compile, collective, synchronize
 from nanochat.conversation import decode_parts, parts_text, render_for_completion
 from nanochat.engine import Engine, Sampling
 from nanochat.gpt import GPT
@@ -24,7 +24,7 @@ from nanochat.muon import Muon
 from nanochat.record import StepResult
 from nanochat.run import Run
 from nanochat.schedule import BatchPlan, cosine_to_zero, muon_momentum, one_horizon, trapezoid
-from nanochat.sharding import gathering, is_sharded
+from nanochat.sharding import is_sharded
 from nanochat.signals import stop_votes, stopped_by
 from nanochat.tokenizer import Tokenizer
 
@@ -83,7 +83,7 @@ def accumulate(model: GPT, stream: Stream, grad_accum_steps: int, compute: Compu
                 return sums
             inputs = torch.zeros((1, 2), dtype=torch.long, device=compute.device)
             targets = torch.full_like(inputs, -1)
-        with gathering(model):
+        with collective():
             loss = model(inputs, targets, loss_reduction="sum", dtype=compute.dtype)
             loss.backward()
         sums.totals += torch.stack([loss.detach(), (targets >= 0).sum()])
