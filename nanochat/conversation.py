@@ -20,6 +20,7 @@ import json
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,10 +40,6 @@ class Conversations(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> dict[str, Any]: ...
-
-
-# -----------------------------------------------------------------------------
-# Checking
 
 
 def check_messages(messages: object) -> None:
@@ -65,15 +62,13 @@ def check_messages(messages: object) -> None:
 
 
 def check_content(content: object, where: str, role: str) -> None:
-    if isinstance(content, str):
-        return
-    if role != "assistant" or not isinstance(content, list):
+    if role == "assistant" and isinstance(content, list):
+        for part in content:
+            if not (isinstance(part, dict) and part.get("type") in KINDS and isinstance(part.get("text"), str)):
+                raise UserError(f'{where}: a part is {{"type": {" | ".join(KINDS)}, "text": "..."}}, not {part!r:.80}')
+    elif not isinstance(content, str):
         kind = "text or a list of parts" if role == "assistant" else "text"
         raise UserError(f"{where}: the {role}'s content is {type(content).__name__}, expected {kind}")
-    for part in content:
-        fits = isinstance(part, dict) and part.get("type") in KINDS and isinstance(part.get("text"), str)
-        if not fits:
-            raise UserError(f'{where}: a part is {{"type": {" | ".join(KINDS)}, "text": "..."}}, not {part!r:.80}')
 
 
 # -----------------------------------------------------------------------------
@@ -111,22 +106,19 @@ def segments(messages: Sequence[Message]) -> Iterator[tuple[str, bool, bool]]:
             yield "<|assistant_start|>", True, False
             for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
                 trained = part["type"] != "python_output"
-                if part["type"] == "text":
-                    yield part["text"], False, True
-                    continue
-                start, end = FENCES[part["type"]]
-                yield start, True, trained
+                fence = FENCES.get(part["type"])
+                if fence:
+                    yield fence[0], True, trained
                 yield part["text"], False, trained
-                yield end, True, trained
+                if fence:
+                    yield fence[1], True, trained
             yield "<|assistant_end|>", True, True
 
 
 def render_conversations(
     conversations: Sequence[Sequence[Message]], tokenizer: Tokenizer, max_tokens: int | None = None
 ) -> list[Rendered]:
-    """The tokens of many lists of messages, all of their text encoded in one call. Whatever is beyond max_tokens is cut
-    off and counted.
-    """
+    """The tokens of many lists of messages, their text encoded in one call; what is beyond max_tokens is cut off."""
     pieces = [list(segments(messages)) for messages in conversations]
     texts = [text for piece in pieces for text, special, _ in piece if not special]
     ids, offsets = tokenizer.encode_arrow(texts)
@@ -144,14 +136,11 @@ def render_conversations(
 
 
 def render_conversation(messages: Sequence[Message], tokenizer: Tokenizer, max_tokens: int | None = None) -> Rendered:
-    """The tokens of one list of messages, and which of them are trained; see render_conversations."""
     return render_conversations([messages], tokenizer, max_tokens)[0]
 
 
 def render_for_completion(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
-    """What the assistant is to continue: everything up to and including <|assistant_start|>. An assistant message at
-    the end (a reference answer) is left off.
-    """
+    """What the assistant is to continue, up to <|assistant_start|>. A reference answer at the end is left off."""
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     ids: list[int] = render_conversation(messages, tokenizer).ids.tolist()
@@ -169,9 +158,8 @@ def fingerprint(conversations: Conversations) -> str:
 
 
 def render_within(messages: Sequence[Message], tokenizer: Tokenizer, limit: int) -> tuple[list[int], int]:
-    """render_for_completion of the latest turns that fit into `limit` tokens, and how many messages were left out for
-    it: whole turns of user and assistant from the front; a system message stays. Raises UserError when the last message
-    alone is too long.
+    """render_for_completion of the latest turns that fit into `limit` tokens, and how many messages were left out,
+    whole turns from the front; a system message stays. Raises UserError when the last message alone is too long.
     """
     system = list(messages[:1]) if messages[0]["role"] == "system" else []
     turns = messages[len(system) :]
@@ -207,12 +195,10 @@ class StreamDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-        self.kind = "text"
+        self.tokenizer, self.kind = tokenizer, "text"
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self.switches = {tokenizer.encode_special(name): "text" for name in tokenizer.get_special_tokens()}
-        for kind, (start, _) in FENCES.items():
-            self.switches[tokenizer.encode_special(start)] = kind
+        self.switches |= {tokenizer.encode_special(start): kind for kind, (start, _) in FENCES.items()}
 
     def feed(self, token: int) -> Piece | None:
         """What `token` adds, if anything yet."""
@@ -224,9 +210,7 @@ class StreamDecoder:
 
     def finish(self) -> Piece | None:
         """What is still held back: the beginning of a character that never came, as U+FFFD."""
-        piece = self.piece(self.utf8.decode(b"", final=True))
-        self.utf8.reset()
-        return piece
+        return self.piece(self.utf8.decode(b"", final=True))
 
     def piece(self, text: str) -> Piece | None:
         return Piece(self.kind, text) if text else None
@@ -235,14 +219,9 @@ class StreamDecoder:
 def decode_parts(tokens: Iterable[int], tokenizer: Tokenizer) -> list[dict[str, str]]:
     """The parts of an assistant message from the tokens that were generated: the inverse of rendering it."""
     decoder = StreamDecoder(tokenizer)
-    parts: list[dict[str, str]] = []
-    fed = [decoder.feed(token) for token in tokens]
-    for piece in [*fed, decoder.finish()]:
-        if piece and parts and parts[-1]["type"] == piece.kind:
-            parts[-1]["text"] += piece.text
-        elif piece:
-            parts.append({"type": piece.kind, "text": piece.text})
-    return parts
+    pieces = [piece for piece in [*map(decoder.feed, tokens), decoder.finish()] if piece]
+    stretches = groupby(pieces, key=lambda piece: piece.kind)
+    return [{"type": kind, "text": "".join(piece.text for piece in stretch)} for kind, stretch in stretches]
 
 
 def parts_text(parts: Iterable[dict[str, str]]) -> str:
@@ -252,9 +231,5 @@ def parts_text(parts: Iterable[dict[str, str]]) -> str:
 
 def visualize(rendered: Rendered, tokenizer: Tokenizer) -> str:
     """The tokens for a terminal, separated by |: green ones are trained, red ones are not."""
-    colours = {True: "\x1b[32m", False: "\x1b[31m"}
-    shown = [
-        f"{colours[bool(trained)]}{tokenizer.id_to_token(token)}\x1b[0m"
-        for token, trained in zip(rendered.ids.tolist(), rendered.mask, strict=True)
-    ]
-    return "|".join(shown)
+    pairs = zip(rendered.ids.tolist(), rendered.mask.tolist(), strict=True)
+    return "|".join(f"\x1b[{32 if trained else 31}m{tokenizer.id_to_token(token)}\x1b[0m" for token, trained in pairs)

@@ -1,10 +1,9 @@
 """Inference: a KV cache, sampling, tool use and batched generation. The same engine serves CLI, web, RL and evaluation.
 
-Weights are cast once, when the engine is made. The cache has a row (slot) per sequence and a position per slot, so rows
-of different lengths decode together: attention masks what lies beyond a row's own position. A step reads nothing back
-from the device but its sampled tokens.
+The cache has a row (slot) per sequence and a position per slot, so rows of different lengths decode together: attention
+masks what lies beyond a row's own position. A step reads nothing back from the device but its sampled tokens.
 
-Promises: equals the full forward pass token for token in fp32 (tests/test_engine.py, against
+Promises: equals the full forward pass token for token in fp32, in chunks of any size (tests/test_engine.py, against
 tests/reference/generate.py); each sequence draws its own random numbers, so what it says does not depend on which other
 sequences share its batch (but for the last bits of a matmul).
 """
@@ -67,9 +66,8 @@ class KVCache:
         """Make room for `tokens` more in every slot; returns their positions (slots, tokens)."""
         self.step_longest = max(self.lengths) + tokens
         if self.step_longest > self.capacity:
-            raise UserError(
-                f"the context is full: {self.step_longest} tokens asked, {self.capacity} fit; begin anew or shorten it"
-            )
+            asked = f"{self.step_longest} tokens asked, {self.capacity} fit"
+            raise UserError(f"the context is full: {asked}; begin anew or shorten it")
         starts = torch.tensor(self.lengths, device=self.device)
         self.step_positions = starts[:, None] + torch.arange(tokens, device=self.device)
         self.lengths = [length + tokens for length in self.lengths]
@@ -91,10 +89,6 @@ class KVCache:
         for layer in self.layers:
             layer.keys, layer.values = layer.keys[index], layer.values[index]
         self.lengths = [self.lengths[slot] for slot in slots]
-
-
-# -----------------------------------------------------------------------------
-# Sampling
 
 
 @dataclass(frozen=True)
@@ -133,20 +127,11 @@ def sample(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
     return (cumulative <= draws[:, None].clamp(max=1 - 1e-6) * cumulative[:, -1:]).sum(dim=-1)
 
 
-def uniform_draws(seed: int, sequence: int, steps: int) -> np.ndarray:
-    """Random numbers (steps,) in [0, 1) that depend on seed and the sequence's number alone."""
-    return np.random.default_rng([seed, sequence]).random(steps, dtype=np.float32)
-
-
-# -----------------------------------------------------------------------------
-# Tool use
-
-
 @dataclass
 class ToolUse:
-    """The tool of one sequence. Tokens between <|python_start|> and <|python_end|> go to the calculator; what it
-    answers is forced upon the sequence as <|output_start|> answer <|output_end|>, also when that is "error": a model
-    left alone after a failed call invents a result.
+    """The tool of one sequence: what stands between <|python_start|> and <|python_end|> goes to the calculator, whose
+    answer is forced upon the sequence between <|output_start|> and <|output_end|>. So is "error": a model left alone
+    after a failed call invents a result.
     """
 
     tokenizer: Tokenizer
@@ -154,7 +139,6 @@ class ToolUse:
     forced: deque[int] = field(default_factory=deque)  # what the sequence must say next
 
     def see(self, token: int) -> None:
-        """Take notice of the sequence's next token."""
         if token == self.tokenizer.encode_special("<|python_start|>"):
             self.call = []
         elif token == self.tokenizer.encode_special("<|python_end|>") and self.call is not None:
@@ -171,7 +155,7 @@ class Continuation:
 
     number: int  # among all that were asked for
     prompt: Sequence[int]
-    draws: np.ndarray  # (tokens at most,): a random number for each
+    draws: np.ndarray  # (tokens at most,) in [0, 1): a random number for each, which depends on seed and number alone
     tool: ToolUse | None
     said: int = 0  # tokens so far
 
@@ -183,10 +167,6 @@ class Continuation:
         if self.tool:
             self.tool.see(sampled)
         return sampled, 1
-
-
-# -----------------------------------------------------------------------------
-# The engine
 
 
 class Engine:
@@ -286,13 +266,12 @@ class Engine:
         for prompt, tokens in enumerate(prompts):
             if not 0 < len(tokens) < limit:
                 raise UserError(f"the prompt has {len(tokens)} tokens; this model takes 1 to {limit - 1}")
-            room = limit - len(tokens)
-            room = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
+            room = min(limit - len(tokens), limit if sampling.max_tokens is None else sampling.max_tokens)
             for copy in range(num_samples if room > 0 else 0):
                 number = prompt * num_samples + copy
-                draws = uniform_draws(sampling.seed, first[prompt] + copy if first is not None else number, room)
+                rng = np.random.default_rng([sampling.seed, number if first is None else first[prompt] + copy])
                 tool = ToolUse(self.tokenizer) if self.tokenizer else None
-                found.append(Continuation(number, tokens, draws, tool))
+                found.append(Continuation(number, tokens, rng.random(room, dtype=np.float32), tool))
         return deque(sorted(found, key=lambda sequence: -len(sequence.prompt)))
 
     def admit(self, sequences: dict[int, Continuation], cache: KVCache) -> Tensor:
@@ -305,22 +284,17 @@ class Engine:
         return logits[rows]
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, KVCache]:
-        """Read all prompts in one pass: logits (P, V) of what follows each, and their cache. Shorter prompts are padded
-        at the end; what is stored there lies beyond the row's length.
-        """
+        """Read all prompts in one pass, shorter ones padded at the end: logits (P, V) of what follows, their cache."""
         lengths = [len(tokens) for tokens in prompts]
-        idx = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
-        for row, tokens in zip(idx, prompts, strict=True):
-            row[: len(tokens)] = torch.tensor(tokens)
+        rows = [torch.tensor(tokens, dtype=torch.long) for tokens in prompts]
+        idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (P, T)
         cache = KVCache(self.model.config, len(prompts), max(lengths), self.model.device, self.dtype)
         logits = self.forward(idx.to(self.model.device), cache, torch.tensor(lengths) - 1)
-        cache.lengths = lengths
+        cache.lengths = lengths  # the padding lies beyond
         return logits, cache
 
     def forward(self, idx: Tensor, cache: KVCache, last: Tensor | None = None) -> Tensor:
-        """Append idx (B, T) to the cache's slots; logits (B, V) fp32 of what follows each row's `last` place, (B,)
-        (None = the end). Chunks of any size are equal.
-        """
+        """Append idx (B, T) to the slots; logits (B, V) fp32 of what follows each row's place `last` (B,) or end."""
         hidden = self.model.hidden(idx, self.dtype, cache.begin_step(idx.size(1)), list(cache.layers))
         rows = torch.arange(len(idx), device=idx.device)
         return self.model.logits(hidden[:, -1] if last is None else hidden[rows, last.to(idx.device)])
