@@ -41,11 +41,9 @@ class UserError(ValueError):
 
 
 class StepFailed(UserError):
-    """A step that could not be finished, on every rank: the weights are those of the step before. `seen` is what is
-    known of the step.
-    """
+    """A step that could not be finished, on every rank: the weights are those of the step before."""
 
-    seen: Any = None
+    seen: Any = None  # what is known of the step
 
 
 class NotFinite(StepFailed):
@@ -124,17 +122,12 @@ def into_nothing(stream: TextIO) -> None:
     os.close(nothing)
 
 
-# -----------------------------------------------------------------------------
-# Files
-
-
 def get_base_dir() -> Path:
     """$NANOCHAT_BASE_DIR, or ~/.cache/nanochat. Created if absent; raises UserError where that is impossible."""
     base_dir = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser().absolute()
     try:
         base_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"cannot create {base_dir} ({error.strerror}); choose another: export NANOCHAT_BASE_DIR=DIR"
-        ) from None
+        other = "choose another: export NANOCHAT_BASE_DIR=DIR"
+        raise UserError(f"cannot create {base_dir} ({error.strerror}); {other}") from None
     return base_dir

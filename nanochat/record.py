@@ -16,12 +16,8 @@ from nanochat.common import UserError, get_base_dir, get_rank
 
 def provenance() -> dict[str, Any]:
     """Where a number came from: command line, git commit, Python, platform and library versions."""
-    versions = {}
-    for package in ("torch", "numpy", "pyarrow", "safetensors", "nanochat-rustbpe"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "absent"
+    packages = ("torch", "numpy", "pyarrow", "safetensors", "nanochat-rustbpe")
+    versions = {name: next((d.version for d in metadata.distributions(name=name)), "absent") for name in packages}
     machine = {"platform": platform.platform(), "cpu": cpu_name(), "cpu_count": os.cpu_count()}
     return {"argv": sys.argv, "git": git_state(), "python": platform.python_version(), **machine, "versions": versions}
 
@@ -41,13 +37,10 @@ def git_state() -> str:
 
 def cpu_name() -> str:
     """The processor's marketing name, from /proc/cpuinfo where there is one."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text().splitlines() if known.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
 
 
 class Record:
@@ -157,14 +150,10 @@ class Meter:
             self.timed_steps += 1
             self.timed_seconds += seconds
             self.timed_tokens += self.tokens_per_step or result.tokens
-        return {
-            "loss": round(result.loss, 6),
-            "smooth_loss": round(self.smooth_loss, 6),
-            "grad_norm": round(result.grad_norm, 6),
-            "tokens": result.tokens,
-            "seconds": round(seconds, 4),
-            **({"spike": True} if result.spike else {}),
-        }
+        figures = {"loss": result.loss, "smooth_loss": self.smooth_loss, "grad_norm": result.grad_norm}
+        rounded = {name: round(value, 6) for name, value in figures.items()}
+        spike = {"spike": True} if result.spike else {}
+        return {**rounded, "tokens": result.tokens, "seconds": round(seconds, 4), **spike}
 
     @property
     def smooth_loss(self) -> float:
