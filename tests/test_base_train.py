@@ -259,3 +259,21 @@ def test_compiled_runs_stopped_anywhere_continue_bit_for_bit(home, dtype, ranks)
             home, *start, *flags, f"--model-tag=soak-{dtype}-{ranks}", "--save-every=3", f"--resume-from-step={step}"
         )
         assert tiny.weights(home, f"soak-{dtype}-{ranks}", 20) == whole, step
+
+
+def test_the_best_validation_is_saved_and_spared(home, train_here, monkeypatch):
+    """Between the steps that --save-every asks for, and not deleted by --keep-last when later ones are worse."""
+    from scripts import base_train
+
+    scores = iter([3.0, 2.0, 2.5, 2.75])
+
+    def validated(*_: object, stride: int, **__: object) -> base_train.BitsPerByte:
+        return base_train.BitsPerByte(next(scores) if stride == 32 else 2.0, None, 1, 1, 1)
+
+    monkeypatch.setattr(base_train, "validate", validated)
+    train_here(model_tag="best", num_iterations=8, eval_every=2, save_best=True, keep_last=1)
+    folder = home / "base_checkpoints" / "best"
+    assert sorted(path.name for path in folder.glob("step_*")) == ["step_000004", "step_000008"]
+    assert json.loads((folder / "best.json").read_text())["step"] == 4
+    scored = [event["val_bpb_quick"] for event in tiny.events(home, "base", "best", "eval") if "val_bpb_quick" in event]
+    assert scored == [3.0, 2.0, 2.5, 2.75]
