@@ -227,9 +227,3 @@ def decode_parts(tokens: Iterable[int], tokenizer: Tokenizer) -> list[dict[str, 
 def parts_text(parts: Iterable[dict[str, str]]) -> str:
     """What a reader sees of an answer: its text, without tool calls and their output."""
     return "".join(part["text"] for part in parts if part["type"] == "text")
-
-
-def visualize(rendered: Rendered, tokenizer: Tokenizer) -> str:
-    """The tokens for a terminal, separated by |: green ones are trained, red ones are not."""
-    pairs = zip(rendered.ids.tolist(), rendered.mask.tolist(), strict=True)
-    return "|".join(f"\x1b[{32 if trained else 31}m{tokenizer.id_to_token(token)}\x1b[0m" for token, trained in pairs)

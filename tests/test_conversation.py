@@ -15,7 +15,6 @@ from nanochat.conversation import (
     render_conversations,
     render_for_completion,
     render_within,
-    visualize,
 )
 from nanochat.tokenizer import Tokenizer
 
@@ -131,9 +130,5 @@ def test_what_is_no_conversation_is_said(messages, complaint):
         check_messages(messages)
 
 
-def test_the_view_shows_what_is_trained_in_green():
-    view = visualize(render_conversation(CHAT, BYTES), BYTES)
-    assert (
-        "\x1b[31m<|user_start|>" in view and "\x1b[32m<|python_start|>" in view and "\x1b[31m<|output_start|>" in view
-    )
+def test_the_text_of_parts_is_without_tool_calls():
     assert parts_text(TOOL) == "Let me see. Six é."
