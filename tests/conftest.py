@@ -1,9 +1,15 @@
 """Fixtures that more than one test file uses."""
 
+import shutil
 import signal
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests import tiny
+from tests.faults import Faults, fork_server
 
 # A shell that runs the suite in the background ignores these for all its children, and nohup the second: tests that
 # send them failed there. What is ignored is inherited; a handler is not, so children begin with the default again.
@@ -28,3 +34,29 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no {SHARED_DATA}")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Corpus `tiny` and a tokenizer of 320 tokens, made once by the commands a user types."""
+    folder = tmp_path_factory.mktemp("prepared")
+    tiny.prepare(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[subprocess.Popen[str]]:
+    with fork_server() as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def own_home(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base directory of each module's own, with that corpus and tokenizer."""
+    return Path(shutil.copytree(prepared, tmp_path_factory.mktemp("home") / "base"))
+
+
+@pytest.fixture(scope="module")
+def faults(own_home: Path, server: subprocess.Popen[str]) -> Faults:
+    """Runs of the stages in that directory."""
+    return Faults(own_home, server)

@@ -1,16 +1,17 @@
 """Stages in forked processes, on any number of ranks, that are killed, signalled and lied to at chosen points.
 
-    with Faults(base_dir) as faults:
-        code, output = faults.run("base", {"num_iterations": 6}, kill_at=("loop", 40))
-        code, output = faults.run("base", {"num_iterations": 6}, ranks=3)
+    code, output = faults.run("base", {"num_iterations": 6}, kill_at=("loop", 40))
+    code, output = faults.run("base", {"num_iterations": 6}, ranks=3)
 
-A server process imports torch and the scripts once, which takes 4 s, and forks for every rank: 0.3 s and its steps.
+A server process, one for all tests, imports torch and the scripts once, which takes 4 s, and forks for every rank:
+0.3 s and its steps.
 Points are lines of Python: `loop` counts those of the script's main() and of run.py, `save` those of everything below
 save_checkpoint(). The server itself never computes, so that a fork of it is as good as a new process.
 """
 
 import importlib
 import json
+import math
 import os
 import resource
 import signal
@@ -18,12 +19,17 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType, FrameType, TracebackType
-from typing import Any, Self
+from types import CodeType, FrameType
+from typing import Any
+
+import pytest
 
 from nanochat.common import STAGES
+from nanochat.gpt import GPTConfig
 from tests import tiny
 
 SCRIPTS = {name: stage.script.removeprefix("scripts.") for name, stage in STAGES.items()}
@@ -47,32 +53,23 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **{name: {"device_type": "cpu", "dtype": "float32"} for name in ("base_loss", "base_eval", "chat_eval")},
 }
 LIMIT = 300  # seconds of a run
+STEPS = 20  # of runs that are compared with each other
 # What `save` stands for: the functions whose lines are points, by file. Everything that runs below them counts too.
 SAVING = {"checkpoint_manager.py", "files.py", "tokenizer.py", "shutil.py", "tempfile.py"}
 
 
+def fork_server() -> subprocess.Popen[str]:
+    """As a context it closes its pipes, at which it ends, and waits for that."""
+    words, pipe = [sys.executable, "-m", "tests.faults"], subprocess.PIPE
+    return subprocess.Popen(words, env=tiny.environment(Path()), cwd=tiny.ROOT, stdin=pipe, stdout=pipe, text=True)
+
+
+@dataclass(frozen=True)
 class Faults:
-    """The server, from the test's side."""
+    """Runs in a base directory, from the test's side."""
 
-    def __init__(self, base_dir: Path):
-        self.base_dir = base_dir
-
-    def __enter__(self) -> Self:
-        self.server = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults"],
-            env=tiny.environment(self.base_dir),
-            cwd=tiny.ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self.server:  # closes its pipes and waits
-            pass
+    base_dir: Path
+    server: subprocess.Popen[str]
 
     def start(self, stage: str, settings: dict[str, Any], ranks: int = 1, **fault: Any) -> list[int]:
         """Begin a run; the process numbers of its ranks."""
@@ -80,13 +77,8 @@ class Faults:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        job = {
-            "stage": stage,
-            "settings": {**SETTINGS[stage], **settings},
-            "fault": fault,
-            "ranks": ranks,
-            "port": port,
-        }
+        job = {"stage": stage, "settings": {**SETTINGS[stage], **settings}, "fault": fault}
+        job |= {"ranks": ranks, "port": port, "base_dir": str(self.base_dir)}
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
         pids: list[int] = json.loads(self.server.stdout.readline())
@@ -104,6 +96,14 @@ class Faults:
         codes, output = self.finish()
         assert len(set(codes)) == 1, (codes, output)
         return codes[0], output
+
+    def train(self, stage: str, settings: dict[str, Any], ranks: int = 1) -> dict[str, list[dict[str, Any]]]:
+        """A run to its end, which happens once unless it resumes; {kind: events} of all runs under its tag."""
+        tag = settings["model_tag"]
+        if settings.get("resume") or not tiny.events(self.base_dir, stage, tag, "end"):
+            code, output = self.run(stage, settings, ranks)
+            assert code == 0, output
+        return {kind: tiny.events(self.base_dir, stage, tag, kind) for kind in ("plan", "step", "eval", "sample")}
 
     def prepare_chats(self, **settings: Any) -> None:
         """What the chat stages start from: a base model `t` of 256 tokens' context, and chats.jsonl: 300 conversations
@@ -128,6 +128,32 @@ def start_from_t(base_dir: Path, tag: str) -> None:
         (base_dir / FOLDERS["base"] / tag).symlink_to(base_dir / FOLDERS["base"] / "t")
 
 
+def find_config(faults: Faults, stage: str, tag: str) -> GPTConfig:
+    """The model's shape, as its newest checkpoint has it."""
+    meta = max((faults.base_dir / FOLDERS[stage] / tag).glob("step_*/meta.json"))
+    return GPTConfig(**json.loads(meta.read_text())["model_config"])
+
+
+def optimizer_bytes(config: GPTConfig, ranks: int) -> int:
+    """fp32 state of one rank. AdamW: two moments, by rows. Muon: a momentum, and a number per row or column, of those
+    matrices of one shape that it was dealt.
+    """
+    C, G = config.n_embd, config.n_kv_head * config.head_dim
+    shapes = Counter(config.n_layer * [(C, C), (G, C), (G, C), (C, C), (4 * C, C), (C, 4 * C)])
+    muon = sum(math.ceil(n / ranks) * (rows * columns + max(rows, columns)) for (rows, columns), n in shapes.items())
+    return 4 * muon + 2 * 8 * math.ceil(config.vocab_size / ranks) * C
+
+
+def check_losses(one: list[dict[str, Any]], many: list[dict[str, Any]]) -> None:
+    """The steps of two records are those of one run of STEPS."""
+    by_step = {event["step"]: event for event in many}  # as trained last
+    assert len(one) == len(by_step) == STEPS
+    for a in one:
+        b = by_step[a["step"]]
+        assert a["tokens"] == b["tokens"] > 0 and b["loss"] == pytest.approx(a["loss"], abs=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+
+
 # -----------------------------------------------------------------------------
 # The server's side
 
@@ -139,7 +165,8 @@ def serve() -> None:
         importlib.import_module(name)
     for line in sys.stdin:
         job = json.loads(line)
-        log = Path(os.environ["NANOCHAT_BASE_DIR"]) / "faults.log"
+        os.environ["NANOCHAT_BASE_DIR"] = job["base_dir"]
+        log = Path(job["base_dir"]) / "faults.log"
         log.write_text("")
         pids = [fork(job, rank, log) for rank in range(job["ranks"])]
         print(json.dumps(pids), flush=True)

@@ -183,14 +183,6 @@ def test_only_the_right_number_scores():
         assert not task.evaluate(item, item["answer"])  # the form belongs to the answer
 
 
-def test_dollar_signs_and_full_stops_do_not_make_an_answer_wrong():
-    task, item = Arithmetic("test"), {"answer": "840"}
-    for answer in ("#### 840", "####840.", "#### $840", "#### 840.00", "#### 5\n#### 840 dollars"):
-        assert task.evaluate(item, answer), answer
-    for answer in ("", "840", "####", "#### 84", "#### 8400", "#### -840", "#### 840\n#### 5", "#### many"):
-        assert not task.evaluate(item, answer), answer
-
-
 def test_mistakes_are_told_in_one_line():
     with pytest.raises(UserError, match=r"^Arithmetic: steps=\(5,\): expected some of 1, 2, 3, 4"):
         Arithmetic("train", steps=(5,))

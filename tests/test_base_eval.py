@@ -10,20 +10,11 @@ from nanochat.common import UserError
 from nanochat.compute import Compute
 from scripts import base_eval
 from tests import tiny
-from tests.faults import Faults
 from tests.test_conversation import BYTES
 from tests.test_core_eval import CPU, model_of, write_bundle
 
 NAMES = ("choose", "fill", "say")
 MODEL = "base-t-000002"
-
-
-@pytest.fixture(scope="module")
-def faults(tmp_path_factory):
-    base_dir = tmp_path_factory.mktemp("base_eval")
-    tiny.prepare(base_dir)
-    with Faults(base_dir) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

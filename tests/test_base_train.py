@@ -12,7 +12,7 @@ import pytest
 
 from nanochat.common import UserError
 from tests import tiny
-from tests.faults import Faults
+from tests.faults import SETTINGS, Faults
 from tests.tiny import EAGER, RUN
 
 SAME_RUN = {"num_iterations": 20, "eval_every": 10, "eval_tokens": 2000}  # as RUN and EAGER, with tests/faults.py's
@@ -20,18 +20,10 @@ GOLDEN = Path(__file__).parent / "golden.json"
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(own_home):
     """A base directory with corpus, tokenizer, and one uninterrupted run tagged `whole`."""
-    base_dir = tmp_path_factory.mktemp("home")
-    tiny.prepare(base_dir)
-    tiny.run(base_dir, "scripts.base_train", *RUN, *EAGER, "--model-tag=whole")
-    return base_dir
-
-
-@pytest.fixture(scope="module")
-def faults(home):
-    with Faults(home) as running:
-        yield running
+    tiny.run(own_home, "scripts.base_train", *RUN, *EAGER, "--model-tag=whole")
+    return own_home
 
 
 def train(faults: Faults, tag: str, **changes: object) -> None:
@@ -128,24 +120,10 @@ def train_here(home, monkeypatch):
     from scripts import base_train
 
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(home))
-    defaults = dict(base_train.settings)
-    values = {
-        "depth": 2,
-        "aspect_ratio": 32,
-        "head_dim": 16,
-        "max_seq_len": 32,
-        "device_batch_size": 2,
-        "eval_every": -1,
-    }
-    values |= {"total_batch_size": 256, "eval_tokens": 500, "sample_every": -1, "compile": False, "dtype": "float32"}
+    usual = {**base_train.settings, **SETTINGS["base"], "num_iterations": 4}
 
     def run(**changes: object) -> None:
-        assert changes.keys() <= base_train.settings.keys()
-        everything = {**defaults, **values, "device_type": "cpu", "num_iterations": 4, **changes}
-        for name, value in everything.items():
-            monkeypatch.setattr(base_train, name, value)
-        monkeypatch.setattr(base_train, "settings", everything)
-        base_train.main()
+        tiny.run_here(monkeypatch, base_train, usual | changes)
 
     return run
 

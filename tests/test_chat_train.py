@@ -11,7 +11,7 @@ from nanochat.common import Stopped, UserError
 from nanochat.compute import Compute
 from scripts import chat_rl, chat_sft, mid_train
 from tests import tiny
-from tests.faults import FOLDERS, Faults, start_from_t
+from tests.faults import FOLDERS, SETTINGS, start_from_t
 from tests.rewarded_rl import even_length
 from tests.test_gpt import small_model
 
@@ -20,13 +20,10 @@ DEFAULTS = {name: dict(script.settings) for name, script in SCRIPTS.items()}
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(faults):
     """A base directory with a base model of 256 tokens' context, and conversations in a file."""
-    base_dir = tmp_path_factory.mktemp("chat")
-    tiny.prepare(base_dir)
-    with Faults(base_dir) as faults:
-        faults.prepare_chats()
-    return base_dir
+    faults.prepare_chats()
+    return faults.base_dir
 
 
 @pytest.fixture
@@ -35,21 +32,10 @@ def stage(home, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(home))
 
     def run(name: str, tag: str, **changes: object) -> bytes:
-        script = SCRIPTS[name]
         start_from_t(home, tag)
-        values = {"source": "base", "dtype": "float32", "device_type": "cpu", "model_tag": tag, "num_iterations": 6}
-        if name == "rl":
-            values |= {"task": "Arithmetic", "examples_per_step": 3, "num_samples": 4, "max_new_tokens": 20}
-            values |= {"eval_every": -1, "eval_examples": 2, "eval_samples": 2, "max_dead_steps": 100, "save_every": 3}
-        else:
-            values |= {"mixture": str(home / "chats.jsonl"), "compile": False, "device_batch_size": 2, "eval_every": -1}
-            values |= {"total_batch_size": 1024, "save_every": 3}
-        everything = {**DEFAULTS[name], **values, **changes}
-        assert everything.keys() == DEFAULTS[name].keys()
-        for key, value in everything.items():
-            monkeypatch.setattr(script, key, value)
-        monkeypatch.setattr(script, "settings", everything)
-        script.main()
+        usual = {**DEFAULTS[name], **SETTINGS[name], "model_tag": tag, "num_iterations": 6, "save_every": 3}
+        usual |= {"max_new_tokens": 20} if name == "rl" else {"mixture": str(home / "chats.jsonl")}
+        tiny.run_here(monkeypatch, SCRIPTS[name], usual | changes)
         steps = sorted((home / FOLDERS[name] / tag).glob("step_*"))
         return (steps[-1] / "model.safetensors").read_bytes()
 

@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +32,9 @@ def tiers(quick: int, long: int) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
-    base_dir: Path = tmp_path_factory.mktemp("durable")
-    tiny.prepare(base_dir)
-    with Faults(base_dir) as running:
-        running.prepare_chats(num_iterations=4)
-        yield running
-
-
-@pytest.fixture(scope="module")
-def home(faults: Faults) -> Path:
+def home(faults):
     """Corpus, tokenizer, a base model of 256 tokens' context called `t`, and conversations."""
+    faults.prepare_chats(num_iterations=4)
     return faults.base_dir
 
 

@@ -7,7 +7,6 @@ import re
 import resource
 import select
 import socket
-import statistics
 import subprocess
 import sys
 import threading
@@ -459,7 +458,7 @@ def test_all_hostile_programs_do_no_harm_and_are_not_right(outside):
 
 
 # -----------------------------------------------------------------------------
-# Honest programs, and what the jail costs
+# Honest programs
 
 
 @pytest.mark.parametrize("step", [16, pytest.param(1, marks=pytest.mark.soak)])
@@ -471,20 +470,3 @@ def test_humanevals_own_solutions_pass(shared_data, step):
         program = answer_program(item, item["prompt"] + item["canonical_solution"])
         result = check_program(program, checker_program(item), item["entry_point"], timeout=20)
         assert result.success, (item["task_id"], result)
-
-
-@pytest.mark.soak
-def test_what_a_jail_costs():
-    """Medians, in ms; printed, because other work on the machine would fail any bound worth having."""
-    ways = {
-        "python -I -c pass": lambda: subprocess.run([sys.executable, "-I", "-c", "pass"], check=True),
-        "execute_code": lambda: execute_code("pass"),
-        "check_program": lambda: check_program("def f(x): return x", "assert f(1) == 1", "f"),
-    }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(40):
-        for name, way in ways.items():
-            began = time.perf_counter()
-            way()
-            times[name].append(time.perf_counter() - began)
-    print({name: round(statistics.median(values) * 1e3, 1) for name, values in times.items()})

@@ -163,18 +163,8 @@ def test_default_model_is_transformers_nanochat():
             bos_token_id=299, eos_token_id=299, pad_token_id=299,
         )
     ).eval()  # fmt: skip
-    names = {
-        "wte": "model.embed_tokens",
-        "blocks": "model.layers",
-        "attn.c_q": "self_attn.q_proj",
-        "attn.c_k": "self_attn.k_proj",
-    }
-    names |= {
-        "attn.c_v": "self_attn.v_proj",
-        "attn.c_proj": "self_attn.o_proj",
-        "mlp.c_fc": "mlp.fc1",
-        "mlp.c_proj": "mlp.fc2",
-    }
+    names = {"wte": "model.embed_tokens", "blocks": "model.layers", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    names |= {"attn.c_proj": "self_attn.o_proj"} | {f"attn.c_{kind}": f"self_attn.{kind}_proj" for kind in "qkv"}
     state = {}
     for name, tensor in model.state_dict().items():
         for ours, other in names.items():

@@ -15,6 +15,7 @@ from nanochat.gpt import GPTConfig
 from nanochat.model import build_model
 from nanochat.tokenizer import Tokenizer
 from scripts import inspect_checkpoint
+from tests.corpora import flip_bit
 from tests.tiny import run
 
 CPU = Compute(torch.device("cpu"), torch.float32)
@@ -53,12 +54,6 @@ def inspect(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     return SimpleNamespace(out=capsys.readouterr().out, error=error)
 
 
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-40] ^= 1
-    path.write_bytes(data)
-
-
 def test_everything_is_shown(saved, monkeypatch, capsys):
     shown = inspect(monkeypatch, capsys, values=True)
     assert not shown.error
@@ -84,7 +79,7 @@ def test_the_tensor_list_can_be_hidden(saved, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optim.safetensors", "tokenizer.json", "meta.json"])
 def test_one_wrong_bit_anywhere_is_named(saved, name, monkeypatch, capsys):
-    flip(saved / "step_000010" / name)
+    flip_bit(saved / "step_000010" / name, 0.9)
     assert f"step_000010/{name} is damaged" in inspect(monkeypatch, capsys).error
     assert not inspect(monkeypatch, capsys, step=5).error
 
@@ -94,7 +89,7 @@ def test_all_steps_are_listed_with_their_state(saved, monkeypatch, capsys):
     first, second = shown.out.splitlines()[-2:]
     assert first.split()[0] == "5" and first.endswith("  whole, best")
     assert second.split()[0] == "10" and second.endswith("  whole, val_bpb_quick 1.7500")
-    flip(saved / "step_000005" / "optim.safetensors")
+    flip_bit(saved / "step_000005" / "optim.safetensors", 0.9)
     shown = inspect(monkeypatch, capsys)
     assert "optim.safetensors is damaged (sha256 differs)" in shown.out
     assert "1 of 2 steps" in shown.error and "[5]" in shown.error
@@ -102,7 +97,7 @@ def test_all_steps_are_listed_with_their_state(saved, monkeypatch, capsys):
 
 
 def test_the_command_ends_with_2_and_one_line(saved, base_dir):
-    flip(saved / "step_000005" / "tokenizer.json")
+    flip_bit(saved / "step_000005" / "tokenizer.json", 0.9)
     result = run(base_dir, "scripts.inspect_checkpoint", "-i", "base", "--step=5", "--no-keys", check=False)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
     assert "tokenizer.json" in result.stderr and "--all-steps" in result.stderr

@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -668,30 +667,3 @@ def test_a_preempted_job_saves_is_queued_again_and_finishes(base_dir, tmp_path, 
     assert "resumed from" in log.read_text()
     steps = [event["step"] for event in tiny.events(base_dir, "base", "d2", "step")]
     assert steps == list(range(300))  # none lost, none done twice
-
-
-@pytest.mark.soak
-def test_two_nodes_as_documented_train_one_model(base_dir):
-    base_dir.mkdir()
-    tiny.prepare(base_dir)
-    text = (ROOT / "docs/how-to/several-nodes.md").read_text()
-    shown = [shlex.split(line)[1:] for line in re.findall(r"^torchrun .*", text, re.MULTILINE)]
-    assert [words[:2] for words in shown] == [["--nnodes=2", "--node_rank=0"], ["--nnodes=2", "--node_rank=1"]]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    here = {"--nproc_per_node=8": "--nproc_per_node=1", "--master_addr=10.0.0.1": "--master_addr=127.0.0.1"}
-    here["--master_port=29500"] = f"--master_port={port}"
-    start = [sys.executable, "-m", "torch.distributed.run"]
-    nodes = [
-        subprocess.Popen(
-            [*start, *(here.get(word, word) for word in words), *tiny.RUN, *tiny.EAGER, "--model-tag=two"],
-            env=tiny.environment(base_dir),
-            cwd=ROOT,
-        )
-        for words in shown
-    ]
-    assert [node.wait(timeout=120) for node in nodes] == [0, 0]
-    tiny.run(base_dir, "scripts.base_train", *tiny.RUN, *tiny.EAGER, "--model-tag=one")
-    two, one = (tiny.events(base_dir, "base", tag, "eval")[-1]["val_bpb"] for tag in ("two", "one"))
-    assert two == pytest.approx(one, abs=1e-4)

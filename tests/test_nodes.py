@@ -30,15 +30,8 @@ STEPS = 40
 FLAGS = [*tiny.RUN, *tiny.EAGER, f"--num-iterations={STEPS}", "--eval-every=-1", "--save-every=5"]
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base_dir = tmp_path_factory.mktemp("nodes")
-    tiny.prepare(base_dir)
-    return base_dir
-
-
-@contextlib.contextmanager
-def two_machines() -> Iterator[tuple[str, str]]:
+@pytest.fixture
+def machines() -> Iterator[tuple[str, str]]:
     """Two network namespaces with a cable, 10.77.0.1 and 10.77.0.2, each with its `eth`; skips where forbidden."""
     if not shutil.which("ip"):
         pytest.skip("no iproute2 to make network namespaces with")
@@ -59,17 +52,11 @@ def two_machines() -> Iterator[tuple[str, str]]:
             ip("-n", name, "link", "set", "eth", "up")
             ip("-n", name, "link", "set", "lo", "up")
         yield names
+        for name in names:
+            kill_all(name)
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
-
-
-@pytest.fixture
-def machines() -> Iterator[tuple[str, str]]:
-    with two_machines() as names:
-        yield names
-        for name in names:
-            kill_all(name)
 
 
 def launch(folder: Path, name: str, home: Path, words: list[str], **variables: str) -> subprocess.Popen[bytes]:
@@ -155,21 +142,20 @@ def check_weights(home: Path, tag: str, ranks: int) -> None:
 
 
 @pytest.mark.parametrize("dead", [pytest.param(0, marks=pytest.mark.soak), 1])
-def test_a_rank_that_is_killed_ends_the_other_and_the_run_resumes(home, tmp_path, dead):
+def test_a_rank_that_is_killed_ends_the_other_and_the_run_resumes(own_home, tmp_path, dead):
     words = ["--standalone", "--nproc_per_node=2", "-m", "scripts.base_train", "--", *FLAGS, f"--model-tag=rank{dead}"]
-    torchrun = launch(tmp_path, "", home, [*TORCHRUN, *words])
-    wait_for_checkpoint(home, f"rank{dead}", tmp_path)
-    ranks = (
-        Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
-    )  # in the order of their start
+    torchrun = launch(tmp_path, "", own_home, [*TORCHRUN, *words])
+    wait_for_checkpoint(own_home, f"rank{dead}", tmp_path)
+    # In the order of their start.
+    ranks = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
     assert len(ranks) == 2
     os.kill(int(ranks[dead]), signal.SIGKILL)
     assert torchrun.wait(PROMISE) == 1
     check_end(tmp_path / "err", 1)
     assert not Path(f"/proc/{ranks[1 - dead]}").exists()
-    resumed = tiny.torchrun(home, 2, *words[3:], "--resume")
+    resumed = tiny.torchrun(own_home, 2, *words[3:], "--resume")
     assert "resumed from" in resumed.stdout
-    check_weights(home, f"rank{dead}", 2)
+    check_weights(own_home, f"rank{dead}", 2)
 
 
 def test_a_rank_that_never_comes_is_one_line(monkeypatch):
@@ -193,31 +179,31 @@ def test_a_collective_that_fails_for_another_reason_keeps_its_error():
 # does: the others wait for compute.COLLECTIVE_TIMEOUT, which no test does.
 
 
-def test_a_node_that_dies_ends_the_other(machines, home, tmp_path):
-    nodes = start_nodes(machines, home, tmp_path / "run", 1, "--model-tag=short")
-    wait_for_checkpoint(home, "short", tmp_path / "run")
+def test_a_node_that_dies_ends_the_other(machines, own_home, tmp_path):
+    nodes = start_nodes(machines, own_home, tmp_path / "run", 1, "--model-tag=short")
+    wait_for_checkpoint(own_home, "short", tmp_path / "run")
     kill_node(machines, nodes, 1, tmp_path / "run")
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("dead", [0, 1])
-def test_two_nodes_of_which_one_dies_go_on_when_started_again(machines, home, tmp_path, dead):
-    nodes = start_nodes(machines, home, tmp_path / "run", 2, f"--model-tag=killed{dead}")
-    wait_for_checkpoint(home, f"killed{dead}", tmp_path / "run")
+def test_two_nodes_of_which_one_dies_go_on_when_started_again(machines, own_home, tmp_path, dead):
+    nodes = start_nodes(machines, own_home, tmp_path / "run", 2, f"--model-tag=killed{dead}")
+    wait_for_checkpoint(own_home, f"killed{dead}", tmp_path / "run")
     kill_node(machines, nodes, dead, tmp_path / "run")
-    finish_again(machines, home, f"killed{dead}", tmp_path / "again")
+    finish_again(machines, own_home, f"killed{dead}", tmp_path / "again")
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("node", [0, 1])
-def test_sigterm_to_the_torchrun_of_one_node_stops_both_after_saving(machines, home, tmp_path, node):
-    nodes = start_nodes(machines, home, tmp_path / "run", 2, f"--model-tag=stopped{node}")
-    wait_for_checkpoint(home, f"stopped{node}", tmp_path / "run")
+def test_sigterm_to_the_torchrun_of_one_node_stops_both_after_saving(machines, own_home, tmp_path, node):
+    nodes = start_nodes(machines, own_home, tmp_path / "run", 2, f"--model-tag=stopped{node}")
+    wait_for_checkpoint(own_home, f"stopped{node}", tmp_path / "run")
     nodes[node].terminate()
     assert 0 not in [process.wait(2 * PROMISE) for process in nodes]
     assert (tmp_path / "run/err0").read_text().count("stopped by SIGTERM") == 1
     assert not pids(machines[0]) and not pids(machines[1])
-    finish_again(machines, home, f"stopped{node}", tmp_path / "again")
+    finish_again(machines, own_home, f"stopped{node}", tmp_path / "again")
 
 
 # -----------------------------------------------------------------------------

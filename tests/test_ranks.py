@@ -4,7 +4,6 @@ The parts are tested elsewhere: the rows of a rank (test_dataloader.py, test_cha
 optimizers (test_optimizers.py), continuing on another number of ranks (test_durability.py).
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,11 +11,8 @@ import pytest
 from nanochat.task_data import write_rows
 from tests import faults as forked
 from tests import tiny
-from tests.faults import Faults
+from tests.faults import STEPS, Faults, check_losses, find_config, optimizer_bytes, start_from_t
 
-STEPS = 20
-VOCABULARY, WIDTH = 320, 48
-LAYERS = {"base": 6, "mid": 2, "sft": 2, "rl": 2}
 ROWS = {"total_batch_size": 12 * 64, "max_seq_len": 64, "init_lr_frac": 1.0, "eval_every": 10}
 SETTINGS: dict[str, dict[str, Any]] = {
     # 6 rows a step, one micro-batch on each rank; validation is all there is, 4,009 tokens.
@@ -36,45 +32,26 @@ RUNS = [
 
 
 @pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
-    base_dir = tmp_path_factory.mktemp("ranks")
-    tiny.prepare(base_dir)
-    with Faults(base_dir) as running:
-        running.prepare_chats(depth=2, aspect_ratio=24, max_seq_len=128)
-        yield running
+def faults(faults):
+    faults.prepare_chats(depth=2, aspect_ratio=24, max_seq_len=128)
+    return faults
 
 
 def train(faults: Faults, stage: str, ranks: int) -> dict[str, list[dict[str, Any]]]:
     """{kind: events} of a run, which happens once."""
     tag = f"{stage}{ranks}"
-    if not tiny.events(faults.base_dir, stage, tag, "end"):
-        settings = {**SETTINGS[stage], "num_iterations": STEPS, "model_tag": tag}
-        if stage != "base":
-            forked.start_from_t(faults.base_dir, tag)
-        if stage != "rl":
-            settings["device_batch_size"] = 6 // ranks
-        if stage in ("mid", "sft"):
-            settings["mixture"] = str(faults.base_dir / "chats.jsonl")
-        if (stage, ranks) == ("base", 2):  # once as it is typed
-            flags = {**forked.SETTINGS["base"], **settings}.items()
-            words = [f"--{name.replace('_', '-')}={str(value).lower()}" for name, value in flags]
-            tiny.torchrun(faults.base_dir, ranks, "scripts.base_train", "--", *words)
-        else:
-            code, output = faults.run(stage, settings, ranks)
-            assert code == 0, output
-    return {kind: tiny.events(faults.base_dir, stage, tag, kind) for kind in ("plan", "step", "eval")}
-
-
-def state_bytes(layers: int, ranks: int) -> int:
-    """Optimizer state of one rank, in fp32: of each stack of equal matrices ceil(n / ranks) whole ones, with a momentum
-    and a number per row (or column of a wide one); of embedding and head ceil(rows / ranks) rows of two moments.
-    """
-
-    def share(n: int) -> int:
-        return -(-n // ranks)
-
-    matrices = share(4 * layers) * (WIDTH + 1) * WIDTH + 2 * share(layers) * (WIDTH + 1) * 4 * WIDTH
-    return 4 * (matrices + 2 * 2 * share(VOCABULARY) * WIDTH)
+    settings = {**SETTINGS[stage], "num_iterations": STEPS, "model_tag": tag}
+    if stage != "base":
+        start_from_t(faults.base_dir, tag)
+    if stage != "rl":
+        settings["device_batch_size"] = 6 // ranks
+    if stage in ("mid", "sft"):
+        settings["mixture"] = str(faults.base_dir / "chats.jsonl")
+    if (stage, ranks) == ("base", 2):  # once as it is typed
+        flags = {**forked.SETTINGS["base"], **settings}.items()
+        words = [f"--{name.replace('_', '-')}={str(value).lower()}" for name, value in flags]
+        tiny.torchrun(faults.base_dir, ranks, "scripts.base_train", "--", *words)
+    return faults.train(stage, settings, ranks)
 
 
 @pytest.mark.parametrize(("stage", "ranks"), RUNS)
@@ -83,12 +60,10 @@ def test_losses_are_those_of_one_rank_and_optimizer_state_is_divided(faults, sta
     three are left for the last one, which leaves ranks with none.
     """
     one, many = train(faults, stage, 1), train(faults, stage, ranks)
-    assert len(one["step"]) == len(many["step"]) == STEPS
-    for a, b in zip(one["step"], many["step"], strict=True):
-        assert a["tokens"] == b["tokens"] > 0 and b["loss"] == pytest.approx(a["loss"], abs=1e-5)
-        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+    check_losses(one["step"], many["step"])
     whole, share = (run["plan"][0]["optimizer_state_bytes"] for run in (one, many))
-    assert (whole, share) == (state_bytes(LAYERS[stage], 1), state_bytes(LAYERS[stage], ranks))
+    config = find_config(faults, stage, f"{stage}{ranks}")
+    assert (whole, share) == (optimizer_bytes(config, 1), optimizer_bytes(config, ranks))
     if stage == "base":  # whose 24, 6 and 6 matrices of a shape ranks share evenly
         assert share * ranks == pytest.approx(whole, rel=0.01)
     value = {"base": "val_bpb", "rl": "pass_at"}.get(stage, "val_loss")

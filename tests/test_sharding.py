@@ -6,31 +6,24 @@ Losses, checkpoints and validations are those of whole models; what ends a run e
 import json
 import math
 import signal
-from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from nanochat.gpt import GPTConfig
 from tests import tiny
-from tests.faults import FOLDERS, Faults, start_from_t
+from tests.faults import STEPS, Faults, check_losses, find_config, optimizer_bytes, start_from_t
 
-STEPS = 20
 # On three ranks: 320 rows in parts of 107, 107 and 106; with one key/value head of four channels, the last rank has no
 # row of c_k and c_v. Validation after half the steps leaves embedding and head whole, samples take a copy of the model.
 BASE = {"head_dim": 4, "kv_heads": 1, "total_batch_size": 12 * 32, "eval_every": 10, "eval_tokens": 2_000}
 CHAT = {"total_batch_size": 12 * 64, "max_seq_len": 64, "init_lr_frac": 1.0, "eval_every": 10}
-KINDS = ("plan", "step", "eval", "sample")
 
 
 @pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
-    base_dir = tmp_path_factory.mktemp("sharding")
-    tiny.prepare(base_dir)
-    with Faults(base_dir) as running:
-        running.prepare_chats()
-        yield running
+def faults(faults):
+    faults.prepare_chats()
+    return faults
 
 
 def settings_of(faults: Faults, stage: str, tag: str, ranks: int) -> dict[str, Any]:
@@ -43,11 +36,7 @@ def settings_of(faults: Faults, stage: str, tag: str, ranks: int) -> dict[str, A
 
 
 def run(faults: Faults, stage: str, tag: str, ranks: int, **changes: Any) -> dict[str, list[dict[str, Any]]]:
-    """{kind: events} of all runs under the tag, this one the last. A run of the same tag happens once."""
-    if changes.get("resume") or not tiny.events(faults.base_dir, stage, tag, "end"):
-        code, output = faults.run(stage, {**settings_of(faults, stage, tag, ranks), **changes}, ranks)
-        assert code == 0, output
-    return {kind: tiny.events(faults.base_dir, stage, tag, kind) for kind in KINDS}
+    return faults.train(stage, {**settings_of(faults, stage, tag, ranks), **changes}, ranks)
 
 
 def whole(faults: Faults, stage: str = "base") -> dict[str, list[dict[str, Any]]]:
@@ -66,36 +55,11 @@ def ends(faults: Faults, tag: str, ranks: int, changes: dict[str, Any] | None = 
     return faults.finish()
 
 
-def find_config(faults: Faults, stage: str, tag: str) -> dict[str, Any]:
-    """The model's shape, as a checkpoint has it."""
-    meta = faults.base_dir / FOLDERS[stage] / tag / f"step_{STEPS:06d}" / "meta.json"
-    return json.loads(meta.read_text())["model_config"]
-
-
 def part_bytes(config: GPTConfig, ranks: int) -> int:
     """fp32 parameters of one rank: of each matrix ceil(rows / ranks) rows."""
     C, G = config.n_embd, config.n_kv_head * config.head_dim
     matrices = config.n_layer * [(C, C), (G, C), (G, C), (C, C), (4 * C, C), (C, 4 * C)] + 2 * [(config.vocab_size, C)]
     return 4 * sum(math.ceil(rows / ranks) * columns for rows, columns in matrices)
-
-
-def optimizer_bytes(config: GPTConfig, ranks: int) -> int:
-    """fp32 state of one rank. AdamW: two moments, by rows. Muon: a momentum, and a number per row or column, of those
-    matrices of one shape that it was dealt.
-    """
-    C, G = config.n_embd, config.n_kv_head * config.head_dim
-    shapes = Counter(config.n_layer * [(C, C), (G, C), (G, C), (C, C), (4 * C, C), (C, 4 * C)])
-    muon = sum(math.ceil(n / ranks) * (rows * columns + max(rows, columns)) for (rows, columns), n in shapes.items())
-    return 4 * muon + 2 * 8 * math.ceil(config.vocab_size / ranks) * C
-
-
-def check_losses(one: list[dict[str, Any]], many: list[dict[str, Any]]) -> None:
-    by_step = {event["step"]: event for event in many}  # as trained last
-    assert len(one) == len(by_step) == STEPS
-    for a in one:
-        b = by_step[a["step"]]
-        assert a["tokens"] == b["tokens"] and b["loss"] == pytest.approx(a["loss"], abs=1e-5)
-        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +81,7 @@ def test_a_sharded_run_is_the_whole_one_in_parts(faults, stage, ranks):
         for value in a.keys() & {"val_bpb", "val_bpb_quick", "val_loss"}:
             assert b[value] == pytest.approx(a[value], abs=1e-5)
     assert one["sample"] and [event["text"] for event in many["sample"]] == [event["text"] for event in one["sample"]]
-    config, plan = GPTConfig(**find_config(faults, stage, f"{stage}-{ranks}")), many["plan"][0]
+    config, plan = find_config(faults, stage, f"{stage}-{ranks}"), many["plan"][0]
     assert plan["parameter_bytes"] == part_bytes(config, ranks) < 1.03 * part_bytes(config, 1) / ranks
     assert plan["optimizer_state_bytes"] == optimizer_bytes(config, ranks)
 

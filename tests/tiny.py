@@ -6,19 +6,15 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 WORDS = "the cat dog bird saw heard liked a small red old house tree river near under over and but then slowly".split()
 # Depth 2, width 64, 20 steps of 8 rows of 32 tokens.
-RUN = [
-    "--depth=2",
-    "--aspect-ratio=32",
-    "--head-dim=16",
-    "--max-seq-len=32",
-    "--device-batch-size=2",
-    "--total-batch-size=256",
-]
-RUN += ["--num-iterations=20", "--eval-every=10", "--eval-tokens=2000", "--sample-every=-1", "--device-type=cpu"]
+RUN = """--depth=2 --aspect-ratio=32 --head-dim=16 --max-seq-len=32 --device-batch-size=2 --total-batch-size=256
+    --num-iterations=20 --eval-every=10 --eval-tokens=2000 --sample-every=-1 --device-type=cpu""".split()
 EAGER = ["--compile=false", "--dtype=float32"]
 
 
@@ -42,6 +38,16 @@ def run(base_dir: Path, *command: str, check: bool = True) -> subprocess.Complet
     result = subprocess.run(words, env=environment(base_dir), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert not check or result.returncode == 0, f"{' '.join(words)}\n{result.stdout}\n{result.stderr}"
     return result
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch, script: Any, values: dict[str, Any]) -> None:
+    """A script's main() in this process, with settings by name and otherwise those that it has."""
+    assert values.keys() <= script.settings.keys(), values.keys() - script.settings.keys()
+    settings = script.settings | values
+    for name, value in settings.items():
+        monkeypatch.setattr(script, name, value)
+    monkeypatch.setattr(script, "settings", settings)
+    script.main()
 
 
 def torchrun(base_dir: Path, ranks: int, *command: str) -> subprocess.CompletedProcess[str]:
