@@ -19,8 +19,9 @@ from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -45,7 +46,7 @@ CHAT_BLOCK = 2048  # conversations rendered and packed together
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """Where a stream stands: all that is needed to continue with the next row. JSON-friendly, a few hundred numbers."""
+    """Where a stream stands: all that is needed to continue with the next row, in a few hundred numbers."""
 
     PLACE: ClassVar[tuple[str, ...]]  # names of the fields that say where in the epoch the current block begins
     epoch: int = 0
@@ -58,12 +59,9 @@ class StreamPosition:
     def next_epoch(self: AnyPosition) -> AnyPosition:
         return replace(self, epoch=self.epoch + 1, **dict.fromkeys(self.PLACE, 0))
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
     def from_json(cls: type[AnyPosition], values: dict[str, Any]) -> AnyPosition:
-        """The position that to_json() gave; it comes out of a sealed file and is not checked again."""
+        """The position whose dataclasses.asdict() went through JSON. It lay in a sealed file and is not checked."""
         fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return cls(**fields)
 
@@ -88,27 +86,24 @@ def stream(
     block that a position stands in, whole, and the others of its epoch. Raises UserError(too_little) when there is no
     row in an epoch.
     """
-    position, skip, left = start, start.rows_used, None
-    rows_per_rank, rows_in_batch = batch.device_batch_size, batch.device_batch_size * batch.world_size
+    B, position, skip, left = batch.device_batch_size, start, start.rows_used, None
     while True:
-        rows_in_epoch = 0
+        rows_found = 0
         for block in make_blocks(position):
-            rows_in_epoch += len(block.rows)
-            order = np.random.default_rng([seed, block.first.epoch, *block.first.place]).permutation(len(block.rows))
-            rows, skip = block.rows[order][skip:], 0
+            rows_found += len(block.rows)
+            rng = np.random.default_rng([seed, block.first.epoch, *block.first.place])
+            rows, skip = rng.permutation(block.rows)[skip:], 0
             left = rows if left is None else np.concatenate([left, rows])
-            while len(left) >= rows_in_batch:
-                mine, left = left[:rows_in_batch][rank * rows_per_rank :][:rows_per_rank], left[rows_in_batch:]
+            while len(left) >= B * batch.world_size:
+                mine, left = left[rank * B : (rank + 1) * B], left[B * batch.world_size :]
                 yield mine, replace(block.first, rows_used=len(block.rows) - len(left))
-        if not rows_in_epoch:
+        if not rows_found:
             raise UserError(too_little)
         position = block.after.next_epoch()
 
 
 def prefetch(iterator: Iterator[Item], depth: int) -> Iterator[Item]:
-    """The same items (none of them None), made by a thread that runs `depth` items ahead; its exceptions are raised
-    here.
-    """
+    """The same items, none of them None, made by a thread that is `depth` items ahead and whose exceptions come here."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     ahead = deque(pool.submit(next, iterator, None) for _ in range(depth))
     try:
@@ -155,13 +150,11 @@ class Position(StreamPosition):
         )
 
 
-@dataclass
-class Packed:
+class Packed(NamedTuple):
     """A block as rows, and what is left of it."""
 
     rows: np.ndarray  # (R, T + 1), the tokenizer's dtype
     carry: tuple[int, ...]
-    documents_cut: int = 0
     spans_cropped: int = 0
 
 
@@ -177,40 +170,26 @@ def pack_bos(ids: np.ndarray, offsets: np.ndarray, carry: Sequence[int], bos: in
     packer drops the rest of a cropped document, 35 % of them.
     """
     T = sequence_len
-    carried = np.asarray(carry, dtype=ids.dtype)
-    pieces = [span[1:] for span in np.split(carried, np.flatnonzero(carried == bos))[1:]]
-    documents_cut = 0
-    for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-        documents_cut += end - start > T
-        pieces += [ids[a : min(a + T, end)] for a in range(start, end, T)]
-    spans: dict[int, list[np.ndarray]] = {}  # by length, BOS included
-    for piece in pieces:
-        spans.setdefault(len(piece) + 1, []).append(piece)
-    lengths = sorted(spans)
-
-    rows: list[np.ndarray] = []
-    row, filled, spans_cropped = np.empty(T + 1, dtype=ids.dtype), 0, 0
-    while lengths:
-        room = T + 1 - filled
-        fit = bisect_right(lengths, room) - 1
-        length = lengths[fit]  # the longest that fits, or with fit == -1 the longest of all
-        piece = spans[length].pop()
-        if not spans[length]:
-            del spans[length], lengths[fit]
-        if length > room:
+    carried = np.array(carry, dtype=ids.dtype)
+    spans = [span[1:] for span in np.split(carried, np.flatnonzero(carried == bos))[1:]]
+    for start, end in pairwise(offsets.tolist()):
+        spans += [ids[a : min(a + T, end)] for a in range(start, end, T)]
+    spans.sort(key=len)
+    opening = np.array([bos], dtype=ids.dtype)
+    packed = [ids[:0]]  # rows one after another
+    filled = spans_cropped = 0  # tokens that the last row has
+    while spans:
+        room = T - filled  # beside a BOS
+        span = spans.pop(bisect_right(spans, room, key=len) - 1)  # the longest that fits, else (-1) the longest of all
+        if len(span) > room:
+            insort(spans, span[room:], key=len)
+            span = span[:room]
             spans_cropped += 1
-            piece, rest = piece[: room - 1], piece[room - 1 :]
-            if len(rest) + 1 not in spans:
-                insort(lengths, len(rest) + 1)
-            spans.setdefault(len(rest) + 1, []).append(rest)
-        end = filled + 1 + len(piece)
-        row[filled], row[filled + 1 : end] = bos, piece
-        filled = end
-        if filled == T + 1:
-            rows.append(row)
-            row, filled = np.empty(T + 1, dtype=ids.dtype), 0
-    stacked = np.array(rows, dtype=ids.dtype).reshape(-1, T + 1)
-    return Packed(stacked, tuple(row[:filled].tolist()), documents_cut, spans_cropped)
+        packed += [opening, span]
+        filled = (filled + 1 + len(span)) % (T + 1)
+    tokens = np.concatenate(packed)
+    rows, left = np.split(tokens, [len(tokens) - filled])
+    return Packed(rows.reshape(-1, T + 1), tuple(left.tolist()), spans_cropped)
 
 
 def pack_flat(ids: np.ndarray, offsets: np.ndarray, carry: Sequence[int], bos: int, sequence_len: int) -> Packed:
@@ -218,29 +197,25 @@ def pack_flat(ids: np.ndarray, offsets: np.ndarray, carry: Sequence[int], bos: i
     Rows start anywhere in a document. The GPT-2 way: best where documents are few and long.
     """
     T = sequence_len
-    stream = np.concatenate([np.asarray(carry, dtype=ids.dtype), np.insert(ids, offsets[:-1], bos)])
-    starts = np.arange(0, len(stream) - T, T)
-    rows = stream[starts[:, None] + np.arange(T + 1)]
-    return Packed(rows, tuple(stream[len(starts) * T :].tolist()), int((np.diff(offsets) > T).sum()))
-
-
-PACKERS = {"bos": pack_bos, "flat": pack_flat}
+    tokens = np.concatenate([np.asarray(carry, dtype=ids.dtype), np.insert(ids, offsets[:-1], bos)])
+    starts = np.arange(0, len(tokens) - T, T)
+    return Packed(tokens[starts[:, None] + np.arange(T + 1)], tuple(tokens[len(starts) * T :].tolist()))
 
 
 def text_blocks(
     shards: Shards, tokenizer: Tokenizer, sequence_len: int, packing: str, start: Position
 ) -> Iterator[Block[Position]]:
     """Blocks of documents: rows (R, T + 1) of the tokenizer's dtype."""
-    after = start
+    pack, after = {"bos": pack_bos, "flat": pack_flat}[packing], start
     for texts, index in read_blocks(shards, DocumentIndex(*start.place), BLOCK_BYTES):
         first = replace(after, rows_used=0, **index._asdict())
         ids, offsets = tokenizer.encode_arrow(texts)
-        packed = PACKERS[packing](ids, offsets, first.carry, tokenizer.get_bos_token_id(), sequence_len)
+        packed = pack(ids, offsets, first.carry, tokenizer.get_bos_token_id(), sequence_len)
         after = replace(
             first,
             carry=packed.carry,
             documents=first.documents + len(texts),
-            documents_cut=first.documents_cut + packed.documents_cut,
+            documents_cut=first.documents_cut + int((np.diff(offsets) > sequence_len).sum()),
             spans_cropped=first.spans_cropped + packed.spans_cropped,
         )
         yield Block(packed.rows, first, after)
@@ -300,26 +275,20 @@ def pack_chats(rendered: Sequence[Rendered], sequence_len: int, pad: int, all_to
     are trained and -1 elsewhere. Conversations must have at most T + 1 tokens.
     """
     T = sequence_len
-    by_length: dict[int, list[Rendered]] = {}
-    for item in rendered:
-        by_length.setdefault(len(item.ids), []).append(item)
-    lengths = sorted(by_length)
+    waiting = sorted(rendered, key=lambda item: len(item.ids))
+    lengths = [len(item.ids) for item in waiting]
     rows: list[np.ndarray] = []
-    row, filled = np.empty((2, 0)), T + 1
-    while lengths:
+    filled = T + 1  # tokens in the last row
+    while waiting:
         fit = bisect_right(lengths, T + 1 - filled) - 1
         if fit < 0:
-            row, filled = np.full((2, T + 1), -1, dtype=np.int32), 0
-            row[0] = pad
-            rows.append(row)
+            rows.append(np.full((2, T + 1), [[pad], [-1]], dtype=np.int32))
+            filled = 0
             continue
-        item = by_length[lengths[fit]].pop()
-        if not by_length[lengths[fit]]:
-            del by_length[lengths[fit]], lengths[fit]
-        end = filled + len(item.ids)
-        row[0, filled:end] = item.ids
-        row[1, filled:end] = item.ids if all_tokens else np.where(item.mask, item.ids.astype(np.int32), -1)
-        filled = end
+        item, begin, filled = waiting.pop(fit), filled, filled + lengths.pop(fit)
+        ids, targets = rows[-1][:, begin:filled]
+        ids[:] = item.ids
+        np.copyto(targets, item.ids, where=item.mask | all_tokens)
     return np.array(rows, dtype=np.int32).reshape(-1, 2, T + 1)
 
 

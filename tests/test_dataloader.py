@@ -58,19 +58,17 @@ def test_bos_packing_keeps_text_in_order(texts):
             assert any(piece == text[i : i + len(piece)] for text in texts for i in range(len(text) + 1)) or not piece
 
 
-def test_bos_packing_by_hand():
+def test_bos_packing_by_hand(tmp_path):
     """Rows of 9: the 20-token document is cut into 8 + 8 + 4; 4 and the 3-token one fill a row of 1 + 4 + 1 + 3
     exactly.
     """
-    packed = pack_bos(*as_arrays([list(range(20)), [50, 51, 52]]), (), BOS, T)
-    assert packed.rows.tolist() == [
-        [BOS, 0, 1, 2, 3, 4, 5, 6, 7],
-        [BOS, 8, 9, 10, 11, 12, 13, 14, 15],
-        [BOS, 16, 17, 18, 19, BOS, 50, 51, 52],
-    ] or sorted(packed.rows.tolist()) == sorted(
-        [[BOS, *range(8)], [BOS, *range(8, 16)], [BOS, 16, 17, 18, 19, BOS, 50, 51, 52]]
+    texts = [bytes(range(20)).decode(), bytes([50, 51, 52]).decode()]
+    (block,) = text_blocks(
+        sealed(write_parquet(tmp_path / "hand.parquet", texts)), ByteTokenizer(), T, "bos", Position()
     )
-    assert (packed.documents_cut, packed.spans_cropped, packed.carry) == (1, 0, ())
+    expected = [[BOS, *range(8)], [BOS, *range(8, 16)], [BOS, 16, 17, 18, 19, BOS, 50, 51, 52]]
+    assert sorted(block.rows.tolist()) == expected
+    assert (block.after.documents_cut, block.after.spans_cropped, block.after.carry) == (1, 0, ())
 
 
 @given(first=documents, second=documents)
