@@ -1,7 +1,6 @@
-"""A corpus on disk: parquet shards with a `text` column, read in Arrow arrays from any place on. How one gets here is
-dataset.py.
+"""A corpus on disk: parquet shards with a `text` column, read in Arrow arrays from any place on. dataset.py makes it.
 
-A corpus is `$NANOCHAT_BASE_DIR/data/<name>/`, and exists when it has `manifest.json`: which shards train and which
+It is a folder `$NANOCHAT_BASE_DIR/data/<name>/`, and exists when that has `manifest.json`: which shards train and which
 validate, and the documents, bytes and sha256 of each.
 
 Promises: the same documents from every place that reading starts at, in slices and not copies, with about a row group
@@ -15,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nanochat.common import UserError, get_base_dir
@@ -56,9 +55,8 @@ class Corpus:
 
 
 def load_corpus(name: str | None = None) -> Corpus:
-    """Find a corpus by name; None takes the only one there is. All of its files exist and have their recorded size.
-    Raises UserError where that is not so, none or several are found, or the name is unknown. Hashes are not computed
-    here, which would read everything.
+    """Find a corpus by name; None takes the only one there is. Raises UserError where that is none or several, the name
+    is unknown, or a file is missing or has not its recorded size. Hashes are compared later, when a file is read.
     """
     folder = get_base_dir() / "data"
     found = sorted(manifest.parent.name for manifest in folder.glob(f"[!.]*/{MANIFEST}"))
@@ -68,9 +66,7 @@ def load_corpus(name: str | None = None) -> Corpus:
         raise UserError(f"several corpora in {folder} ({', '.join(found)}); choose one: --corpus={found[0]}")
     name = name or found[0]
     if name not in found:
-        raise UserError(
-            f"corpus={name}: not in {folder}, which has {', '.join(found)}; get it with: {command_for(name)}"
-        )
+        raise UserError(f"corpus={name}: not among {', '.join(found)} in {folder}; get it with: {command_for(name)}")
     path = folder / name
     manifest = read_manifest(path)
     for entry in manifest["train"] + manifest["validation"]:
@@ -139,66 +135,62 @@ def read_blocks(
     yielded index gives the same blocks; starting anywhere gives the same documents, in slices of iter_text's arrays.
     """
     pieces: list[pa.Array] = []
-    taken = 0
-    first = start
+    taken, first = 0, start
     for texts, index in text_arrays(shards, start):
-        # A slice shares its parent's buffers, so the offsets of its own rows begin at texts.offset.
-        offsets = np.frombuffer(texts.buffers()[1], dtype=np.int32)[texts.offset : texts.offset + len(texts) + 1]
         begin = 0
-        while begin < len(texts):
-            if not pieces:
-                first = index._replace(row=index.row + begin)
-            # The smallest end with enough bytes; int() because int32 offsets near 2 GB plus the block would overflow.
-            wanted = int(offsets[begin]) + block_bytes - taken
-            end = min(max(int(np.searchsorted(offsets, wanted)), begin + 1), len(texts))
-            pieces.append(texts.slice(begin, end - begin))
-            taken += int(offsets[end]) - int(offsets[begin])
+        for end, size in enumerate(pc.binary_length(texts).to_pylist(), start=1):
+            taken += size
+            if taken >= block_bytes or end == len(texts):
+                first = first if pieces else index._replace(row=index.row + begin)
+                pieces.append(texts.slice(begin, end - begin))
+                begin = end
             if taken >= block_bytes:
                 yield pa.chunked_array(pieces), first
                 pieces, taken = [], 0
-            begin = end
     if pieces:
         yield pa.chunked_array(pieces), first
 
 
 def text_arrays(shards: Shards, start: DocumentIndex) -> Iterator[tuple[pa.Array, DocumentIndex]]:
     """Yield (string array, index of its first row) from `start` on, which is an existing place; never an empty one."""
+    first_group, skip = start.row_group, start.row
     for shard in range(start.shard, len(shards)):
+        path = shards.paths[shard]
         if shards.hashes:
-            check_hash(shards.paths[shard], shards.hashes[shard])
-        with open_parquet(shards.paths[shard]) as file:
-            first, skip = start[1:] if shard == start.shard else (0, 0)
-            for row_group in range(first, file.num_row_groups):
-                row = 0
-                for texts in read_row_group(file, row_group, shards.paths[shard]):
-                    if row + len(texts) > skip:
-                        cut = max(skip - row, 0)
+            check_hash(path, shards.hashes[shard])
+        with open_parquet(path) as file:
+            for row_group in range(first_group, file.num_row_groups):
+                for row, texts in read_row_group(file, row_group, path):
+                    cut = max(skip - row, 0)
+                    if cut < len(texts):
                         yield texts.slice(cut), DocumentIndex(shard, row_group, row + cut)
-                    row += len(texts)
                 skip = 0
+        first_group = 0
 
 
 def check_hash(path: Path, expected: str) -> None:
-    """Raise UserError unless a file has this sha256. 100 MB take 0.07 s with the processor's SHA instructions, three
-    times that without, once per opening: so one wrong bit never becomes another text or a crash of the decoder.
+    """UserError unless a file has this sha256: one wrong bit never becomes another text or a crash of the decoder. Once
+    per opening, 100 MB take 0.07 s with the processor's SHA instructions and three times that without.
     """
     try:
         found = sha256_file(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; get it again: {command_for(path.parent.name)}") from None
     if found != expected:
-        raise UserError(
-            f"{path}: changed since its manifest was written (sha256 {found[:12]}, not {expected[:12]}); "
-            f"get it again: rm {path}; {command_for(path.parent.name)}"
-        )
+        state = f"changed since its manifest was written (sha256 {found[:12]}, not {expected[:12]})"
+        raise UserError(f"{path}: {state}; get it again: rm {path}; {command_for(path.parent.name)}")
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
     """Open a parquet file that has a `text` column of strings; UserError where it is damaged or has none."""
+    # Nothing here asks for metadata.row_group(i).column(j): on some damaged footers pyarrow 26 ends the process there.
     try:  # buffer_size: a foreign row group of gigabytes is decoded page by page, not read whole
         file = pq.ParquetFile(path, buffer_size=1 << 20, page_checksum_verification=True)
-        schema = file.schema_arrow
+        schema, total = file.schema_arrow, file.metadata.num_rows
         names = schema.names
+        rows = sum(file.metadata.row_group(number).num_rows for number in range(file.num_row_groups))
+        if rows != total:
+            raise pa.ArrowInvalid(f"{total:,} rows, but {rows:,} in its row groups")
     except DAMAGE as error:
         raise UserError(f"{path}: not a whole parquet file ({one_line(error)}); get it again") from None
     if names.count("text") != 1:
@@ -209,27 +201,17 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     plain = kind.value_type if pa.types.is_dictionary(kind) else kind
     if plain not in (pa.string(), pa.large_string(), pa.string_view()):
         raise UserError(f"{path}: column text holds {kind}, expected string")
-    # Nothing here asks for metadata.row_group(i).column(j): on some damaged footers pyarrow 26 ends the process there.
-    rows = sum(file.metadata.row_group(number).num_rows for number in range(file.num_row_groups))
-    if rows != file.metadata.num_rows:
-        reason = f"{file.metadata.num_rows:,} rows, but {rows:,} in its row groups"
-        raise UserError(f"{path}: not a whole parquet file ({reason}); get it again")
     return file
 
 
-def read_row_group(file: pq.ParquetFile, row_group: int, path: Path) -> Iterator[pa.Array]:
-    """Yield one row group's text in string arrays of at most 1,024 rows."""
-    missing = file.metadata.row_group(row_group).num_rows
+def read_row_group(file: pq.ParquetFile, row_group: int, path: Path) -> Iterator[tuple[int, pa.Array]]:
+    """Yield one row group's text, as (number of its first row, string array of at most 1,024 rows)."""
+    row, rows = 0, file.metadata.row_group(row_group).num_rows
     try:
-        batches = file.iter_batches(ROW_GROUP_DOCUMENTS, row_groups=[row_group], columns=["text"], use_threads=False)
-        for batch in batches:
-            texts = batch.column(0)
-            texts = texts if pa.types.is_string(texts.type) else texts.cast(pa.string())
-            texts = texts.fill_null("") if texts.null_count else texts
-            missing -= len(texts)
-            if len(texts):
-                yield texts
+        for batch in file.iter_batches(ROW_GROUP_DOCUMENTS, [row_group], columns=["text"], use_threads=False):
+            yield row, batch.column(0).cast(pa.string()).fill_null("")
+            row += len(batch)
+        if row != rows:
+            raise pa.ArrowInvalid(f"it lacks {rows - row:,} rows")
     except DAMAGE as error:
         raise UserError(f"{path}: damaged in row group {row_group} ({one_line(error)}); get it again") from None
-    if missing:
-        raise UserError(f"{path}: damaged in row group {row_group} (it lacks {missing:,} rows); get it again")

@@ -103,7 +103,7 @@ def stream(
 
 
 def prefetch(iterator: Iterator[Item], depth: int) -> Iterator[Item]:
-    """The same items, none of them None, made by a thread that is `depth` items ahead and whose exceptions come here."""
+    """The same items, none of them None, from a thread that is `depth` items ahead and whose exceptions come here."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     ahead = deque(pool.submit(next, iterator, None) for _ in range(depth))
     try:

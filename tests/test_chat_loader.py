@@ -1,6 +1,7 @@
 """The stream of conversations: packed whole, cut only where that is counted, resumable, the same on any ranks."""
 
 import json
+from dataclasses import asdict
 from itertools import islice
 
 import numpy as np
@@ -74,7 +75,7 @@ def test_a_restart_continues_with_the_very_next_row(small_blocks, k, n, all_toke
     """Both masks, over the ends of blocks and of epochs (about 20 batches)."""
     whole = batches(k + n, all_tokens=all_tokens)
     assert whole[-1][2].epoch > 0 or k + n < 30
-    start = ChatPosition.from_json(json.loads(json.dumps(whole[k - 1][2].to_json()))) if k else None
+    start = ChatPosition.from_json(json.loads(json.dumps(asdict(whole[k - 1][2])))) if k else None
     for (x, y, p), (rx, ry, rp) in zip(whole[k:], batches(n, start=start, all_tokens=all_tokens), strict=True):
         assert torch.equal(x, rx) and torch.equal(y, ry) and p == rp
 

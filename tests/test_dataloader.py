@@ -3,7 +3,7 @@
 import json
 import threading
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 
 import numpy as np
@@ -104,7 +104,7 @@ def batches(files, count, rank=0, world_size=1, rows=2, start=None, packing="bos
 
 
 def through_json(position):
-    return Position.from_json(json.loads(json.dumps(position.to_json())))
+    return Position.from_json(json.loads(json.dumps(asdict(position))))
 
 
 @pytest.mark.parametrize("packing", ["bos", "flat"])
