@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat import muon, sharding, sizing
+from nanochat import sharding, sizing
 from nanochat.common import UserError
 from nanochat.compute import Compute
 from nanochat.configurator import parse_args, read_block
@@ -114,8 +114,7 @@ def test_a_step_takes_what_the_documentation_says(number: int) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 3, 6, 8])
 def test_optimizer_state_is_about_that_of_one_rank(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (muon, sharding):
-        monkeypatch.setattr(module, "ranks", lambda: (0, world_size))
+    monkeypatch.setattr(sharding, "ranks", lambda: (0, world_size))
     model = shape(config_from_depth(12, 8192, 64))
     held = sum(optimizer.state_bytes() for optimizer in model.setup_optimizers())
     assert sizing.optimizer_bytes(model, world_size) == pytest.approx(held, rel=0.01 if world_size == 1 else 0.16)
