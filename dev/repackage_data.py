@@ -29,8 +29,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.corpus import MANIFEST, ROW_GROUP_DOCUMENTS, read_manifest
+from nanochat.corpus_writer import is_validation_name, list_folder, read_documents
 from nanochat.files import whole
-from nanochat.folder_corpus import is_validation_name, list_folder, read_documents
 
 BUFFER_BYTES = 256 << 20  # text held before it is dealt out to the piles on disk
 LENGTH_BYTES = 8  # before each document in a pile

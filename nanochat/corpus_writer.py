@@ -1,22 +1,28 @@
-"""Documents in, a corpus out: shuffled parquet shards and the manifest that says what they hold.
+"""Documents in, a corpus out: a folder's files, say, to shuffled parquet shards and a manifest of what they hold.
 
-Promises: the same documents give the same bytes; validation documents are never among the training ones; a corpus that
-is replaced stays until the new one is whole.
+Promises: the same documents give the same bytes, and a folder the same order on every machine; validation documents are
+never among the training ones; a corpus that is replaced stays until the new one is whole; every mistake names the file,
+and the line where there is one; nothing is left out unseen: files with another ending are counted. Does not: change a
+character of the text (only a byte order mark goes), nor guess encodings: files are UTF-8.
 """
 
+import hashlib
 import itertools
 import json
 import random
-from collections.abc import Iterable, Iterator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nanochat.common import UserError
-from nanochat.corpus import MANIFEST, ROW_GROUP_DOCUMENTS, Shards, iter_text
+from nanochat.common import UserError, print0
+from nanochat.corpus import MANIFEST, ROW_GROUP_DOCUMENTS, SOURCES, Shards, iter_text, read_manifest
 from nanochat.files import one_line, seal, sha256_file, whole, write_atomic
 
 ROW_GROUP_BYTES = 4 << 20  # a row group ends with this much text: small enough to read singly, large enough for zstd
@@ -25,9 +31,7 @@ SHUFFLE_SEED = 1337
 
 
 def write_corpus(corpus: Path, documents: Iterable[tuple[bool, str]], about: dict[str, Any]) -> dict[str, Any]:
-    """Write (is for validation, text) pairs as a corpus and return its manifest; `about` is read when they are used
-    up.
-    """
+    """Write (is for validation, text) pairs as a corpus; its manifest. `about` is read when they are used up."""
     with whole(corpus) as building:
         building.mkdir()
         numbers = itertools.count()
@@ -37,9 +41,7 @@ def write_corpus(corpus: Path, documents: Iterable[tuple[bool, str]], about: dic
         for role, writer in (("training", train), ("validation", validation)):
             writer.flush()
             if not writer.entries:
-                raise UserError(
-                    f"{corpus.name}: no document is left for {role}; give it more text, or name a file val.txt"
-                )
+                raise UserError(f"{corpus.name}: no document is left for {role}; give it more, or name a file val.txt")
         return save_manifest(building, {"name": corpus.name, **about}, train.entries, validation.entries)
 
 
@@ -48,11 +50,8 @@ def save_manifest(
 ) -> dict[str, Any]:
     """Complete a manifest with files and totals, and write it: from here on the corpus exists."""
     totals = {
-        role: {
-            "files": len(entries),
-            "documents": sum(entry["documents"] for entry in entries),
-            "text_bytes": sum(entry["text_bytes"] for entry in entries),
-        }
+        role: {"files": len(entries)}
+        | {key: sum(entry[key] for entry in entries) for key in ("documents", "text_bytes")}
         for role, entries in (("train", train), ("validation", validation))
     }
     versions = {"pyarrow": pa.__version__, **about.pop("versions", {})}
@@ -62,8 +61,8 @@ def save_manifest(
 
 
 class ShardWriter:
-    """Collects documents and writes them, shuffled, to parquet shards of about 100 MB of text. `numbers` gives the next
-    shard's number; `entries` is what the manifest says about the finished ones.
+    """Collects documents and writes them, shuffled, to parquet shards of about 100 MB of text with the next of
+    `numbers`; `entries` is what the manifest says about them.
     """
 
     def __init__(self, folder: Path, numbers: Iterator[int]):
@@ -74,7 +73,6 @@ class ShardWriter:
         self.size = 0
 
     def add(self, text: str) -> None:
-        """Take one document."""
         self.texts.append(text)
         self.size += len(text.encode())
         if self.size >= SHARD_BYTES:
@@ -112,9 +110,7 @@ def row_groups(texts: list[str]) -> Iterator[list[str]]:
 
 
 def describe_shard(file: Path) -> dict[str, Any]:
-    """What the manifest says about a shard. Decodes all of it, so a damaged one raises UserError here and not in a
-    training run.
-    """
+    """What the manifest says about a shard; UserError, here and not in a training run, where it is damaged."""
     documents = text_bytes = 0
     for texts in iter_text(Shards((file,))):
         try:
@@ -122,14 +118,133 @@ def describe_shard(file: Path) -> dict[str, Any]:
         except pa.ArrowInvalid as error:
             raise UserError(f"{file}: text is not UTF-8 ({one_line(error)})") from None
         documents += len(texts)
-        offsets = np.frombuffer(texts.buffers()[1], dtype=np.int32)
-        text_bytes += int(offsets[texts.offset + len(texts)]) - int(offsets[texts.offset])
+        text_bytes += pc.sum(pc.binary_length(texts)).as_py() or 0
     if not documents:
         raise UserError(f"{file}: holds no documents")
-    return {
-        "file": file.name,
-        "documents": documents,
-        "text_bytes": text_bytes,
-        "file_bytes": file.stat().st_size,
-        "sha256": sha256_file(file),
-    }
+    about = {"file": file.name, "documents": documents, "text_bytes": text_bytes}
+    return about | {"file_bytes": file.stat().st_size, "sha256": sha256_file(file)}
+
+
+# -----------------------------------------------------------------------------
+# The user's own files
+
+
+def build_folder(folder: Path, corpus: Path, fraction: float | None) -> dict[str, Any]:
+    """Make a corpus of all documents under `folder`: every row of its parquet files, line of its jsonl files, whole txt
+    files; its manifest. Null and empty documents are counted. Validation is what lies in files or directories called
+    val or validation (val_00000.parquet, val/a.txt); where there are none, the `fraction` (None = 0.01, at least one)
+    of the documents with the smallest sha256.
+    """
+    check_same_origin(corpus, str(folder))
+    files, others = list_folder(folder)
+    named = {file for file in files if any(map(is_validation_name, file.relative_to(folder).parts))}
+    if named and fraction is not None:
+        raise UserError(f"val_fraction={fraction}: {folder} names {len(named)} validation files; leave it out")
+    fraction = 0.01 if fraction is None else fraction
+    by = f"{len(named)} files named val*" if named else f"the {fraction:g} of the documents with the smallest sha256"
+    print0(f"{folder}: {len(files):,} files to read, {others:,} of other kinds left out; validation: {by}")
+    highest = 0 if named else highest_validation_hash(files, fraction)
+    left_out: Counter[str] = Counter()
+
+    def documents() -> Iterator[tuple[bool, str]]:
+        for file in files:
+            for text in read_documents(file):
+                if text.strip():
+                    yield (file in named if named else hash_of(text) <= highest), text
+                else:
+                    left_out["empty"] += 1
+
+    about: dict[str, Any] = {"source": "folder", "arguments": {"path": str(folder), "val_fraction": fraction}}
+    about |= {"validation_by": by, "other_files": others, "left_out": left_out}
+    return write_corpus(corpus, documents(), about)
+
+
+def check_same_origin(corpus: Path, path: str) -> None:
+    """Refuse to replace a corpus that came from somewhere else."""
+    other = f"choose another name: --name={corpus.name}-2"
+    if corpus.name in SOURCES:
+        raise UserError(f"name={corpus.name}: the name of another source; {other}")
+    if (corpus / MANIFEST).exists():
+        origin = read_manifest(corpus)["arguments"].get("path")
+        if origin != path:
+            raise UserError(f"name={corpus.name}: {corpus} was made from {origin}; {other}")
+
+
+def list_folder(folder: Path) -> tuple[list[Path], int]:
+    """The files to read, sorted by path, and the number of others. Names that begin with a dot are not looked at."""
+    if not folder.is_dir():
+        raise UserError(f"path={folder}: not a directory; give one with parquet, jsonl or txt files: --path=DIR")
+    inside = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
+    visible = [file for file in inside if not any(part.startswith(".") for part in file.parts)]
+    files = sorted((file for file in visible if file.suffix in READERS), key=lambda file: file.parts)
+    if not files:
+        kinds = ", ".join(READERS)
+        raise UserError(f"path={folder}: none of its {len(visible):,} files ends in {kinds}; give another: --path=DIR")
+    return [folder / file for file in files], len(visible) - len(files)
+
+
+def is_validation_name(part: str) -> bool:
+    """val, val_00000.parquet, val2.txt, validation-a.jsonl; but not values.txt."""
+    return re.match(r"val(id|idation)?(?![a-z])", part.lower()) is not None
+
+
+def highest_validation_hash(files: Iterable[Path], fraction: float) -> int:
+    """Read all once to find the hash up to which documents validate; the same text always falls on the same side."""
+    hashes = np.fromiter((hash_of(text) for file in files for text in read_documents(file) if text.strip()), np.uint64)
+    count = max(1, round(fraction * len(hashes)))
+    if count >= len(hashes):
+        more = "give it more, or put what validates in a file named val.txt"
+        raise UserError(f"{len(hashes)} documents are too few to keep {count} for validation; {more}")
+    return int(np.partition(hashes, count - 1)[count - 1])
+
+
+def hash_of(text: str) -> int:
+    """The first 64 bits of a text's sha256."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def read_documents(file: Path) -> Iterator[str]:
+    """Yield the documents of one file; a null is "". UserError for a file that is damaged or holds none."""
+    if not file.stat().st_size:
+        raise UserError(f"{file}: empty file; fill it or take it away")
+    empty = True
+    for text in READERS[file.suffix](file):
+        empty = False
+        yield text
+    if empty:
+        raise UserError(f"{file}: holds no documents; fill it or take it away")
+
+
+def read_parquet(file: Path) -> Iterator[str]:
+    for texts in iter_text(Shards((file,))):
+        try:
+            yield from texts.to_pylist()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: text is not UTF-8 ({error.reason}); convert it or take it away") from None
+
+
+def read_jsonl(file: Path) -> Iterator[str]:
+    """Yield the text field of every line; blank lines are no documents."""
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.isspace():
+                continue
+            try:
+                text = json.loads(line.decode())["text"]
+                text = "" if text is None else text
+                text.encode()  # an escaped half of a surrogate pair is valid JSON and not valid text
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                raise UserError(f'{file}:{number}: expected one line of JSON like {{"text": "..."}} in UTF-8') from None
+            yield text
+
+
+def read_txt(file: Path) -> Iterator[str]:
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as stream:
+            yield stream.read()
+    except UnicodeDecodeError as error:
+        where = f"at byte {error.start:,} ({error.reason})"
+        raise UserError(f"{file}: not UTF-8 {where}; convert it or take it away") from None
+
+
+READERS: dict[str, Callable[[Path], Iterator[str]]] = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_txt}

@@ -43,19 +43,9 @@ workers = 4  # files fetched at the same time
 prefetch: Literal["all", "tasks", "eval", "list"] | None = None  # fetch all or a part, or list what is here and missing
 settings = configure(__name__)
 
+from nanochat import corpus_writer, task_data
 from nanochat.corpus import MANIFEST, fingerprint_of, load_corpus, read_manifest
-from nanochat.corpus_writer import SHARD_BYTES, describe_shard, save_manifest, write_corpus
 from nanochat.download import fetch_files, list_repository, persist
-from nanochat.folder_corpus import build_folder, check_same_origin, hash_of, is_validation_name
-from nanochat.task_data import (
-    DATA_SETS,
-    bundle_path,
-    download_rows,
-    fetch_bundle,
-    folder_of,
-    rows_path,
-    splits_of,
-)
 
 # Hub corpora: repository and number of its last file, which is the validation file.
 HUBS = {
@@ -94,7 +84,8 @@ def fetch_hub(corpus: Path, files: int, workers: int) -> dict[str, Any]:
         about = {"name": corpus.name, "source": corpus.name, "arguments": {"num_files": count}}
         about |= {"repository": repository, "revision": revision}
         entries |= fetched
-        return save_manifest(corpus, about, [entries[file] for file in wanted[:-1]], [entries[wanted[-1]]])
+        shards = [entries[file] for file in wanted]
+        return corpus_writer.save_manifest(corpus, about, shards[:-1], shards[-1:])
 
 
 def entries_on_disk(corpus: Path, manifest: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -118,7 +109,7 @@ def fetch_shards(
     entries = {}
     with closing(fetch_files(listing, shards, corpus, workers)) as fetched:
         for path in fetched:
-            entries[path.name] = describe_shard(path)
+            entries[path.name] = corpus_writer.describe_shard(path)
     return listing.revision, entries
 
 
@@ -136,7 +127,7 @@ def build_hf(corpus: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     import datasets
 
     repository, fraction, files = arguments["path"], arguments["val_fraction"], arguments["num_files"]
-    check_same_origin(corpus, repository)
+    corpus_writer.check_same_origin(corpus, repository)
     if has_corpus(corpus, files) and (manifest := read_manifest(corpus))["arguments"] == arguments:
         print0(f"{corpus}: nothing to fetch")
         return manifest
@@ -146,7 +137,7 @@ def build_hf(corpus: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     )
     if "train" not in splits:
         raise UserError(f"path={repository}: no split train, only {', '.join(splits)}; give another data set")
-    named = next(filter(is_validation_name, splits), None)
+    named = next(filter(corpus_writer.is_validation_name, splits), None)
     if named and fraction is not None:
         raise UserError(f"val_fraction={fraction}: {repository} has a split {named}; leave it out")
     fraction = 0.01 if fraction is None else fraction
@@ -161,14 +152,14 @@ def build_hf(corpus: Path, arguments: dict[str, Any]) -> dict[str, Any]:
                 if not text.strip():
                     left_out["empty"] += 1
                     continue
-                validates = split == named if named else hash_of(text) < fraction * 2**64
+                validates = split == named if named else corpus_writer.hash_of(text) < fraction * 2**64
                 yield validates, text
                 size += 0 if validates and not named else len(text.encode())
-                if limit != -1 and size >= limit * SHARD_BYTES:
+                if limit != -1 and size >= limit * corpus_writer.SHARD_BYTES:
                     break
 
     about: dict[str, Any] = {"source": "hf", "arguments": arguments, "repository": repository, "revision": revision}
-    return write_corpus(corpus, documents(), about | {"validation_by": by, "left_out": left_out})
+    return corpus_writer.write_corpus(corpus, documents(), about | {"validation_by": by, "left_out": left_out})
 
 
 def read_column(rows: Iterable[dict[str, Any]], column: str, repository: str) -> Iterator[str]:
@@ -206,21 +197,21 @@ def build_docs(corpus: Path) -> dict[str, Any]:
 
 def fetch_tasks(workers: int) -> None:
     """Have every published split that a task reads, from one commit per data set."""
-    for data_set in DATA_SETS:
-        for split in splits_of(data_set):
-            if not rows_path(data_set, *split).exists():
-                download_rows(data_set, *split, workers)
-        print0(f"{folder_of(data_set)}: complete")
+    for data_set in task_data.DATA_SETS:
+        for split in task_data.splits_of(data_set):
+            if not task_data.rows_path(data_set, *split).exists():
+                task_data.download_rows(data_set, *split, workers)
+        print0(f"{task_data.folder_of(data_set)}: complete")
 
 
 def list_needs(data: Path) -> None:
     """Print what is here and what is missing of everything; UserError where something is missing. Asks nobody."""
     places = {data / source / MANIFEST: has_corpus(data / source, 8 if num_files is None else num_files)}
-    for data_set in DATA_SETS:
-        for split in splits_of(data_set):
-            path = rows_path(data_set, *split)
+    for data_set in task_data.DATA_SETS:
+        for split in task_data.splits_of(data_set):
+            path = task_data.rows_path(data_set, *split)
             places[path] = path.exists()
-    places[bundle_path() / MANIFEST] = (bundle_path() / MANIFEST).exists()
+    places[task_data.bundle_path() / MANIFEST] = (task_data.bundle_path() / MANIFEST).exists()
     for place, here in places.items():
         files = place.parent.rglob("*.*") if place.name == MANIFEST else [place]
         size = sum(file.stat().st_size for file in files) if here else 0
@@ -286,7 +277,7 @@ def make_corpus(data: Path) -> dict[str, Any]:
     folder = Path(path).expanduser().resolve()
     corpus = data / (name or re.sub(r"[^A-Za-z0-9_-]+", "-", folder.name).strip("-") or "folder")
     if source == "folder":
-        return build_folder(folder, corpus, val_fraction)
+        return corpus_writer.build_folder(folder, corpus, val_fraction)
     arguments = {"path": path, "subset": subset, "column": column or "text"}
     return build_hf(corpus, arguments | {"num_files": files, "val_fraction": val_fraction})
 
@@ -304,7 +295,7 @@ def main() -> None:
         if prefetch in ("all", "tasks"):
             fetch_tasks(workers)
         if prefetch in ("all", "eval"):
-            print0(f"{fetch_bundle(path)}: complete")
+            print0(f"{task_data.fetch_bundle(path)}: complete")
     except OSError as error:
         raise UserError(
             f"cannot write to {data.parent}: {error.strerror or error}; make room, then run the same command"

@@ -4,8 +4,7 @@
     eval_bundle/                                     core.yaml, eval_meta_data.csv, eval_data/: CORE as published
 
 Each data set's folder and the bundle have a sealed manifest.json: size, sha256 and origin of every file, and of a data
-set the one commit of the hub that all its splits come from. Rows are from the hub, or from write_rows(); the bundle is
-a zip from the address below or another, or a zip or folder on this machine.
+set the one commit of the hub that all its splits come from.
 
 Promises: a split, or the bundle, is there whole or not at all; what the hub sends is compared with its hashes; a file
 that is not what its manifest says is refused; several processes that want the same thing fetch it once; what is there
@@ -21,6 +20,9 @@ from contextlib import closing
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from nanochat.common import UserError, get_base_dir, print0
 from nanochat.download import Listing, fetch_files, fetch_url, list_repository, persist
 from nanochat.files import locked, one_line, read_sealed, seal, sha256_file, whole, write_atomic
@@ -29,10 +31,7 @@ from nanochat.files import locked, one_line, read_sealed, seal, sha256_file, who
 DATA_SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "openai/gsm8k": {"main": ("train", "test")},
     "cais/mmlu": {"auxiliary_train": ("train",), "all": ("validation", "test")},
-    "allenai/ai2_arc": {
-        "ARC-Easy": ("train", "validation", "test"),
-        "ARC-Challenge": ("train", "validation", "test"),
-    },
+    "allenai/ai2_arc": dict.fromkeys(("ARC-Easy", "ARC-Challenge"), ("train", "validation", "test")),
     "openai/openai_humaneval": {"openai_humaneval": ("test",)},
     "HuggingFaceTB/smol-smoltalk": {"default": ("train", "test")},
 }
@@ -40,12 +39,9 @@ MANIFEST = "manifest.json"
 IMPORT = "python -m dev.import_task_data FOLDER"
 PREFETCH = "python -m nanochat.dataset --prefetch=tasks"
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # about 162 MB
-BUNDLE_PREFETCH = "python -m nanochat.dataset --prefetch=eval"
-NEEDED = ("core.yaml", "eval_meta_data.csv")
+NEEDED = ("core.yaml", "eval_meta_data.csv", "eval_data/**/*.jsonl")
 LARGEST = 4 << 30  # bytes of a bundle's files together; the published ones have a tenth of it
 LITTER = ("__MACOSX", ".DS_Store")  # what a Mac adds to zips
-
-Split = tuple[str, str]  # subset, split
 
 
 def folder_of(dataset: str) -> Path:
@@ -54,11 +50,10 @@ def folder_of(dataset: str) -> Path:
 
 
 def rows_path(dataset: str, subset: str, split: str) -> Path:
-    """Where a split lies."""
     return folder_of(dataset) / subset / f"{split}.parquet"
 
 
-def splits_of(dataset: str) -> list[Split]:
+def splits_of(dataset: str) -> list[tuple[str, str]]:
     """All (subset, split) of a data set that the tasks read."""
     return [(subset, split) for subset, splits in DATA_SETS[dataset].items() for split in splits]
 
@@ -71,9 +66,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """What is known about the files of a data set; one without splits where there is no manifest."""
     path = folder / MANIFEST
     try:
-        return read_sealed(path)
-    except FileNotFoundError:
-        return {"splits": {}}
+        return read_sealed(path) if path.exists() else {"splits": {}}
     except ValueError:
         raise UserError(f"{path}: damaged; get the data set again: rm -r {folder}; {PREFETCH}, or {IMPORT}") from None
 
@@ -98,22 +91,19 @@ def checked_path(dataset: str, subset: str, split: str, command: str = PREFETCH)
 
 def write_rows(dataset: str, subset: str, split: str, rows: Any, source: str) -> Path:
     """Write a split, whole or not at all: a list of dicts or an Arrow table. `source` says where the rows are from."""
-    import pyarrow as pa
-
     with locked(folder_of(dataset)):
         table = pa.Table.from_pylist(rows) if isinstance(rows, list) else rows
-        return place_rows(dataset, (subset, split), table, {"source": source})
+        return place_rows(rows_path(dataset, subset, split), table, source, {})
 
 
-def place_rows(dataset: str, part: Split, table: Any, about: dict[str, Any], **origin: str) -> Path:
+def place_rows(path: Path, table: pa.Table, source: str, origin: dict[str, str]) -> Path:
     """Write the rows of a split; the data set's folder is locked by the caller. Who sees the file finds its entry."""
-    import pyarrow.parquet as pq
-
-    folder, path = folder_of(dataset), rows_path(dataset, *part)
-    manifest = {**read_manifest(folder), **origin}
+    folder = path.parents[1]
+    manifest = read_manifest(folder) | origin
     with whole(path) as building:
-        pq.write_table(table.replace_schema_metadata(about), building, compression="zstd")
-        manifest["splits"]["/".join(part)] = {"rows": table.num_rows, **describe(building), **about}
+        pq.write_table(table.replace_schema_metadata({"source": source}), building, compression="zstd")
+        entry = {"rows": table.num_rows, **describe(building), "source": source}
+        manifest["splits"][f"{path.parent.name}/{path.stem}"] = entry
         write_atomic(folder / MANIFEST, seal(json.dumps(manifest, indent=1)))
     return path
 
@@ -126,28 +116,27 @@ def download_rows(dataset: str, subset: str, split: str, workers: int = 4) -> No
     """Fetch a split from the hub, from the commit that the data set's other splits came from, unless another process
     has done so by the time it is this one's turn. UserError where it cannot be had.
     """
-    folder = folder_of(dataset)
+    folder, path = folder_of(dataset), rows_path(dataset, subset, split)
     with locked(folder):
-        if rows_path(dataset, subset, split).exists():
+        if path.exists():
             return
         try:
             listing = list_repository(dataset, read_manifest(folder).get("revision"))
-            table = fetch_table(listing, (subset, split), folder / ".published", workers)
+            table = fetch_table(listing, subset, split, folder / ".published", workers)
         except UserError as error:
             raise UserError(f"{error} (or, with the original files: {IMPORT})") from None
-        origin = {"repository": dataset, "revision": listing.revision}
-        place_rows(dataset, (subset, split), table, {"source": f"hub {dataset}"}, **origin)
+        place_rows(path, table, f"hub {dataset}", {"repository": dataset, "revision": listing.revision})
         shutil.rmtree(folder / ".published")
 
 
-def fetch_table(listing: Listing, part: Split, arriving: Path, workers: int) -> Any:
+def fetch_table(listing: Listing, subset: str, split: str, arriving: Path, workers: int) -> Any:
     """The rows of a split, whose files are put into a folder. `datasets` finds these files by the repository's own
     configuration, and reads them; in between they are fetched by fetch_files(), because it compares no hashes.
     """
     import datasets
 
     datasets.disable_progress_bars()
-    (subset, split), commit = part, listing.revision
+    commit = listing.revision
     what = f"{listing.repository} {subset}/{split}"
     builder = persist(lambda: datasets.load_dataset_builder(listing.repository, subset, revision=commit), what)
     paths = [file.partition(f"@{commit}/")[2] for file in builder.config.data_files.get(split, ())]
@@ -175,31 +164,28 @@ def fetch_bundle(source: str | None) -> Path:
     """Have the bundle, from `source` (a zip, a folder, an address; None = where it is published) unless it is there. A
     folder in its place without a manifest gets one if it is the `source`, and is left alone otherwise.
     """
-    folder = bundle_path()
-    waiting = folder.with_name(".eval_bundle")
-    with locked(waiting):
-        place = Path(source).expanduser().resolve() if source and "://" not in source else None
+    folder, name = bundle_path(), source or BUNDLE_URL
+    place = None if "://" in name else Path(name).expanduser().resolve()
+    arriving = folder.with_name(".eval_bundle") / "eval_bundle.zip"
+    with locked(arriving.parent):
         if (folder / MANIFEST).exists():
             print0(f"{folder}: already there")
-        elif not folder.exists():
-            zipped = place or waiting / "eval_bundle.zip"
+        elif folder.exists() and place != folder.resolve():
+            again = f"python -m nanochat.dataset --prefetch=eval --path={folder}"
+            raise UserError(f"{folder} is there without a {MANIFEST}; to take it as it is: {again}")
+        elif folder.exists():
+            seal_bundle(folder, name)
+        else:
             try:
                 if place is None:
-                    fetch_url(source or BUNDLE_URL, zipped)
+                    fetch_url(name, arriving)
                 with whole(folder) as building:
-                    copy_bundle(zipped, building)
-                    seal_bundle(building, source or BUNDLE_URL)
-            except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-                raise UserError(
-                    f"{source or BUNDLE_URL}: not a whole zip file ({one_line(error)}); get it again"
-                ) from None
+                    copy_bundle(place or arriving, building)
+                    seal_bundle(building, name)
+            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+                raise UserError(f"{name}: not a whole zip file ({one_line(error)}); get it again") from None
             finally:
-                (waiting / "eval_bundle.zip").unlink(missing_ok=True)
-        elif place == folder.resolve():
-            seal_bundle(folder, str(source))
-        else:
-            again = f"{BUNDLE_PREFETCH} --path={folder}"
-            raise UserError(f"{folder} is there without a {MANIFEST}; to take it as it is: {again}")
+                arriving.unlink(missing_ok=True)
     return folder
 
 
@@ -224,9 +210,8 @@ def copy_bundle(source: Path, building: Path) -> None:
 
 def seal_bundle(folder: Path, source: str) -> None:
     """Write the manifest of a folder; UserError where it is no evaluation bundle."""
-    missing = [name for name in NEEDED if not (folder / name).is_file()]
-    if missing or not any((folder / "eval_data").rglob("*.jsonl")):
-        missing = missing or ["eval_data/**/*.jsonl"]
+    missing = [name for name in NEEDED if not any(path.is_file() for path in folder.glob(name))]
+    if missing:
         raise UserError(f"{source}: no evaluation bundle, it has no {', '.join(missing)}")
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     files = {name: describe(folder / name) for name in names if name != MANIFEST}

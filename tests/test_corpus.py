@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from nanochat import corpus, corpus_writer, dataset
 from nanochat.common import UserError
 from nanochat.corpus import DocumentIndex, Shards, iter_text, load_corpus, read_blocks
-from nanochat.folder_corpus import read_documents
+from nanochat.corpus_writer import read_documents
 from tests.corpora import flip_bit, run_dataset, sealed, texts_of, words, write_parquet
 from tests.tiny import environment
 
@@ -211,7 +211,7 @@ READER = """
 import hashlib, json, resource, sys, time
 from pathlib import Path
 from nanochat.common import UserError
-from nanochat.folder_corpus import read_documents
+from nanochat.corpus_writer import read_documents
 
 with open("/proc/self/statm") as file:
     mapped = int(file.read().split()[0]) * resource.getpagesize()
