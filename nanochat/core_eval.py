@@ -7,14 +7,13 @@ centred, so that guessing is 0 and perfection 1, and CORE is the mean over the t
 of Andrej Karpathy's nanochat, so the numbers can be compared with its and with GPT-2's published ones.
 
 The common beginning of an item's choices, their stem, is computed once: the choices hang on it as branches of one
-sequence. Stems take the kernel of causal attention; only the branches' tails have a mask, by which each sees the stem
-and itself. Logits are made only where a token is scored.
+sequence. Stems take the kernel of causal attention; only the branches' tails have a mask.
 
 Promises: the same answers as tests/reference/core.py, which takes one item at a time; the same on any number of ranks.
 A prompt longer than the context loses its beginning, as nanochat cuts it for models with a limit, and is counted.
-Differs from nanochat: examples are drawn from all items of a task also when only some are scored, so an item's prompt
-does not depend on how many; choices nearer than TIE count as equal, and the first of them wins; a choice that is the
-beginning of another has no tokens of its own and never wins (a few of piqa's 1,838 items).
+Differs from nanochat: examples are drawn from all items also when only some are scored, so an item's prompt does not
+depend on how many; choices nearer than TIE count as equal, and the first of them wins; a choice that is the beginning
+of another has no tokens of its own and never wins (a few of piqa's 1,838 items).
 """
 
 import csv
@@ -109,9 +108,7 @@ def load_tasks(bundle: Path) -> list[CoreTask]:
     except FileNotFoundError as error:
         raise UserError(f"no {error.filename}; get the evaluation tasks with: {PREFETCH}") from None
     except (ValueError, TypeError, KeyError, IndexError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{bundle}: core.yaml and eval_meta_data.csv are not as published ({one_line(error)})"
-        ) from None
+        raise UserError(f"{bundle}: core.yaml or eval_meta_data.csv is not as published ({one_line(error)})") from None
     return tasks
 
 
@@ -169,7 +166,7 @@ def render_prompts(task: CoreTask, items: Sequence[Item], index: int) -> list[st
 @dataclass(frozen=True)
 class Unit:
     """Sequences of one item that are computed together: `tokens` (T,) are the `stem` tokens that all begin with, then
-    the rest of each, its branch. Asked: from place at[i] to predict targets[i], for choice choices[i].
+    the rest of each, its branch. Asked (N,): from place at[i] to predict targets[i], for choice choices[i].
     """
 
     item: int
@@ -183,7 +180,7 @@ class Unit:
 
     @property
     def tail(self) -> int:
-        """How many tokens the branches have."""
+        """Tokens of all branches."""
         return len(self.tokens) - self.stem
 
 
@@ -201,20 +198,14 @@ def scored_rows(kind: str, rows: Sequence[np.ndarray]) -> list[Row]:
     """The choices of an item and where their scored tokens begin. What is scored is told from the tokens, not the text:
     all after the common prefix, or the common suffix. A choice may have none; it then never wins.
     """
-    if kind == "language_modeling":
-        without, whole = rows
-        return [(0, whole, shared_prefix([without, whole]))]
-    if kind == "multiple_choice":
-        start = shared_prefix(rows)
-        return [(i, row, start) for i, row in enumerate(rows)]
-    suffix = shared_prefix([row[::-1] for row in rows])
-    return [(i, row, len(row) - suffix) for i, row in enumerate(rows)]
+    shared = shared_prefix([row[::-1] for row in rows] if kind == "schema" else rows)
+    choices = rows[1:] if kind == "language_modeling" else rows  # the first is the context alone
+    return [(i, row, len(row) - shared if kind == "schema" else shared) for i, row in enumerate(choices)]
 
 
 def make_units(item: int, rows: Sequence[Row], context: int, branches: bool) -> list[Unit]:
-    """The units of an item. Rows longer than `context` lose their beginning; only those that lost equally much still
-    share one. Without `branches` rows share a unit only where they are fed the same tokens. A row's last token is never
-    fed: nothing is predicted from it.
+    """The units of an item. Rows longer than `context` lose their beginning, and share a unit with those that lost
+    equally much; without `branches` only with those that are fed the same tokens, which are all but the last of a row.
     """
     groups: dict[Any, list[Row]] = {}
     for choice, tokens, start in rows:
@@ -225,18 +216,15 @@ def make_units(item: int, rows: Sequence[Row], context: int, branches: bool) -> 
 
 
 def join_rows(item: int, rows: Sequence[Row]) -> Unit:
-    inputs = [tokens[:-1] for _, tokens, _ in rows]
-    stem, passed = shared_prefix(inputs), 0
-    fed, asked = [(inputs[0][:stem], np.arange(stem), np.zeros(stem, dtype=int))], []
-    for branch, ((choice, tokens, start), row) in enumerate(zip(rows, inputs, strict=True), 1):
-        places, tail = np.arange(start - 1, len(row)), len(row) - stem
-        fed.append((row[stem:], np.arange(stem, len(row)), np.full(tail, branch)))
-        at = np.where(places < stem, places, places + passed)
-        asked.append((at, tokens[start:].astype(np.int64), np.full(len(places), choice)))
-        passed += tail
-    tokens, positions, branches = (np.concatenate(parts) for parts in zip(*fed, strict=True))
-    at, targets, choices = (np.concatenate(parts) for parts in zip(*asked, strict=True))
-    return Unit(item, stem, tokens, positions, branches, at, targets, choices)
+    stem = shared_prefix([tokens[:-1] for _, tokens, _ in rows])
+    branches = np.repeat(np.arange(len(rows) + 1), [stem, *(len(tokens) - 1 - stem for _, tokens, _ in rows)])
+    fed, positions = np.empty_like(branches), np.empty_like(branches)
+    asked = []
+    for branch, (choice, tokens, start) in enumerate(rows, 1):
+        places = np.flatnonzero((branches == 0) | (branches == branch))  # of this row's tokens
+        fed[places], positions[places] = tokens[:-1], np.arange(len(places))
+        asked.append((places[start - 1 :], tokens[start:], np.full(len(tokens[start:]), choice)))
+    return Unit(item, stem, fed, positions, branches, *map(np.concatenate, zip(*asked, strict=True)))
 
 
 def batch_units(units: Sequence[Unit], max_tokens: int) -> Iterator[list[Unit]]:
@@ -264,7 +252,7 @@ def widths(units: Sequence[Unit]) -> tuple[int, int]:
     return max(2, stem), max(2, tail) if tail else 0
 
 
-def spread(units: Sequence[Unit], values: Sequence[np.ndarray], empty: int = 0) -> Tensor:
+def pad(units: Sequence[Unit], values: Sequence[np.ndarray], empty: int = 0) -> Tensor:
     """(B, T) of values that belong to the units' tokens: all branches of a batch begin at the same place, and `empty`
     stands after what is shorter.
     """
@@ -272,22 +260,16 @@ def spread(units: Sequence[Unit], values: Sequence[np.ndarray], empty: int = 0) 
     table = np.full((len(units), stem + tail), empty, dtype=np.int64)
     for row, unit, value in zip(table, units, values, strict=True):
         row[: unit.stem] = value[: unit.stem]
-        row[stem : stem + len(value) - unit.stem] = value[unit.stem :]
+        row[stem : stem + unit.tail] = value[unit.stem :]
     return torch.from_numpy(table)
 
 
-def pad_tokens(units: Sequence[Unit]) -> Tensor:
-    """Tokens (B, T) of some units, zeros where they have none."""
-    return spread(units, [unit.tokens for unit in units])
-
-
-def asked_places(units: Sequence[Unit]) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, place in pad_tokens() and target (N,) of everything that is asked of a batch."""
+def asked_places(units: Sequence[Unit]) -> Tensor:
+    """Row, place in pad() and target, (3, N), of everything that is asked of a batch."""
     stem, _ = widths(units)
     rows = np.repeat(np.arange(len(units)), [len(unit.at) for unit in units])
     places = np.concatenate([np.where(unit.at < unit.stem, unit.at, unit.at - unit.stem + stem) for unit in units])
-    targets = np.concatenate([unit.targets for unit in units])
-    return torch.from_numpy(rows), torch.from_numpy(places), torch.from_numpy(targets)
+    return torch.from_numpy(np.stack([rows, places, np.concatenate([unit.targets for unit in units])]))
 
 
 # -----------------------------------------------------------------------------
@@ -347,35 +329,30 @@ class GPTScorer:
         self.device, self.dtype = compute.device, compute.dtype
         self.context = model.config.sequence_len
         self.batch_tokens = batch_tokens or default_batch_tokens(compute.device)
-        self.bos, self.tokenizer = tokenizer.get_bos_token_id(), tokenizer
-
-    def encode(self, texts: list[str], prepend: int) -> list[list[int]]:
-        return self.tokenizer.encode(texts, prepend)
+        self.bos, self.encode = tokenizer.get_bos_token_id(), tokenizer.encode
 
     @torch.inference_mode()
     def predict(self, units: Sequence[Unit]) -> tuple[Tensor, Tensor]:
+        rows, places, targets = asked_places(units).to(self.device)
         if self.compiled and len(units) == 1:  # one row is a case of its own for torch.compile: spare it a graph
-            losses, hits = self.predict([*units, *units])
-            return losses.chunk(2)[0], hits.chunk(2)[0]
-        rows, places, targets = (values.to(self.device) for values in asked_places(units))
+            units = [*units, *units]
         positions, caches = self.layout(units, int(places.min()))
-        hidden = self.model.hidden(pad_tokens(units).to(self.device), self.dtype, positions, caches)
-        states = hidden[rows, places]
-        losses = torch.empty(len(targets), device=self.device)
-        hits = torch.empty(len(targets), dtype=torch.bool, device=self.device)
+        idx = pad(units, [unit.tokens for unit in units]).to(self.device)
+        states = self.model.hidden(idx, self.dtype, positions, caches)[rows, places]
+        losses, hits = [], []
         for part in slice_rows(len(targets), self.model.config.vocab_size, self.device):
             logits = self.model.logits(states[part])
-            losses[part] = F.cross_entropy(logits, targets[part], reduction="none")
-            hits[part] = logits.argmax(dim=-1) == targets[part]
-        return losses.cpu(), hits.cpu()
+            losses.append(F.cross_entropy(logits, targets[part], reduction="none"))
+            hits.append(logits.argmax(dim=-1) == targets[part])
+        return torch.cat(losses).cpu(), torch.cat(hits).cpu()
 
     def layout(self, units: Sequence[Unit], first: int) -> tuple[Tensor, list[Any]]:
         """The positions (B, T) of units of which nothing before place `first` is asked, and what each layer looks at:
         without branches it is causal, but for the last layer, if a quarter of the places or fewer are asked for.
         """
         stem, tails = widths(units)
-        position = spread(units, [unit.positions for unit in units]).to(self.device)
-        branch = spread(units, [unit.branches for unit in units], empty=-1).to(self.device)
+        position = pad(units, [unit.positions for unit in units]).to(self.device)
+        branch = pad(units, [unit.branches for unit in units], empty=-1).to(self.device)
         windows = self.model.config.windows()
         masked = {w: Branches(w, self.mask(position, branch, stem, w), False) if tails else None for w in set(windows)}
         caches = [masked[window] for window in windows]
@@ -391,8 +368,7 @@ class GPTScorer:
         ahead = position[:, start:, None] - position[:, None, :]
         seen = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, start:, None])
         seen &= (ahead >= 0) & (ahead < window)
-        open_ = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)  # what attention would make, per layer
-        return open_.masked_fill(~seen, -torch.inf)[:, None]
+        return torch.where(seen, 0.0, -torch.inf).to(self.dtype)[:, None]  # what attention would make, in every layer
 
 
 def default_batch_tokens(device: torch.device) -> int:
@@ -406,28 +382,25 @@ def default_batch_tokens(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Answer:
-    """One item: its place in the shuffled order, its line in the file, the model's choice (-1 where no choice has a
-    finite loss; None for language_modeling, as gold) and the mean loss of each choice in nats per token (None: not
-    finite).
-    """
+    """The answer to one item. For language_modeling there is no prediction and no gold."""
 
-    index: int
-    line: int
+    index: int  # in the shuffled order
+    line: int  # in the file
     right: bool
-    prediction: int | None
+    prediction: int | None  # -1 where no choice has a finite loss
     gold: int | None
-    losses: list[float | None]
+    losses: list[float | None]  # each choice's mean, in nats per token (None: not finite)
     cut: bool
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """The outcome of a task over all ranks. `cut` items had a prompt that was longer than the context."""
+    """The outcome of a task over all ranks."""
 
     task: str
     n: int
     right: int
-    cut: int
+    cut: int  # items with a prompt longer than the context
     baseline: float
     seconds: float
     answers: list[Answer]
@@ -443,17 +416,15 @@ class TaskScore:
 
     @property
     def centered(self) -> float:
-        """0 for guessing, 1 for perfection, below 0 for worse than guessing."""
-        return (self.accuracy - self.baseline) / (1 - self.baseline)
+        return mean_centred([(self.accuracy, self.stderr, self.baseline)])[0]
 
 
 def mean_centred(results: Iterable[tuple[float, float, float]]) -> tuple[float, float]:
     """The mean over tasks of (accuracy - baseline) / (1 - baseline), and its standard error, from (accuracy, its
-    standard error, baseline) of each: 0 is guessing, 1 is everything right. ChatCORE is this over nanochat's six tasks.
+    standard error, baseline) of each: 0 is guessing, 1 is everything right.
     """
-    values, errors = zip(
-        *[((value - base) / (1 - base), error / (1 - base)) for value, error, base in results], strict=True
-    )
+    pairs = [((value - baseline) / (1 - baseline), error / (1 - baseline)) for value, error, baseline in results]
+    values, errors = zip(*pairs, strict=True)
     return sum(values) / len(values), math.hypot(*errors) / len(values)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nanochat.common import UserError, print0
 from nanochat.compute import Compute
-from nanochat.core_eval import Unit, asked_places, default_batch_tokens, pad_tokens
+from nanochat.core_eval import Unit, asked_places, default_batch_tokens, pad
 from nanochat.files import one_line
 
 
@@ -41,7 +41,7 @@ class HFScorer:
     @torch.inference_mode()
     def predict(self, units: Sequence[Unit]) -> tuple[Tensor, Tensor]:
         """Losses and hits of everything asked; logits at no more places than some unit asks for, if the model can."""
-        idx = pad_tokens(units)
+        idx = pad(units, [unit.tokens for unit in units])
         lengths = torch.tensor([len(unit.tokens) for unit in units])
         fed = (torch.arange(idx.size(1)) < lengths[:, None]).long()
         rows, places, targets = asked_places(units)
