@@ -1,17 +1,16 @@
 """Bits per byte: how well a model compresses text, comparable across tokenizers, context lengths and compressors.
 
-Every document is scored alone, from its BOS on, in windows of T tokens; each byte is scored exactly once. Two numbers
-come of that, under two names everywhere. bpb, the honest one: stride T / 2, so each window after a document's first
-scores its second half, and every token has seen at least T / 2 before it (or all there are). bpb_quick, for looking at
-while training: stride T, windows that do not overlap, half the work; what stands at their start has seen little, so it
-is higher.
+Every document is scored alone, from its BOS on, in windows of T tokens; each byte is scored exactly once. Two numbers:
+bpb, the honest one: stride T / 2, so each window after a document's first scores its second half, and every token has
+seen at least T / 2 before it (or all there are). bpb_quick, for looking at while training: stride T, windows that do
+not overlap, half the work; what stands at their start has seen little, so it is higher.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,8 +22,6 @@ from nanochat.dataloader import ChatPosition, chat_blocks, to_device
 from nanochat.gpt import GPT
 from nanochat.schedule import BatchPlan
 from nanochat.tokenizer import Tokenizer
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -51,9 +48,7 @@ class Window(NamedTuple):
 def validation_windows(
     texts: Iterable[pa.Array], tokenizer: Tokenizer, sequence_len: int, stride: int, max_tokens: int | None = None
 ) -> Iterator[Window]:
-    """The windows of all documents in `texts`, up to the one whose counted targets make max_tokens in all; None = all
-    of them.
-    """
+    """The windows of all documents, up to the one whose counted targets make max_tokens in all; None = all of them."""
     documents = tokens = 0
     for text in texts:
         ids, offsets = tokenizer.encode_arrow(text)
@@ -71,11 +66,11 @@ def document_windows(
     """The windows of documents ids[offsets[i]:offsets[i + 1]], which have no BOS. Over all windows of a document the
     counted targets are its tokens, each once.
     """
-    for i, (start, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
-        document = np.concatenate([np.array([bos], dtype=ids.dtype), ids[start:end]])
+    for i, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        document = np.insert(ids[start:end], 0, bos)
         scored = 0  # targets counted so far
         while scored < len(document) - 1:
-            begin = 0 if scored == 0 else scored - (sequence_len - stride)
+            begin = scored - (sequence_len - stride) if scored else 0
             yield Window(i, document[begin : begin + sequence_len + 1], scored - begin)
             scored = min(begin + sequence_len, len(document) - 1)
 
@@ -89,27 +84,34 @@ def evaluate_bpb(
     device_batch_size: int,
     poll: Callable[[], None] | None = None,
 ) -> BitsPerByte:
-    """Bits per byte of what the windows count, which are as long as the model's context. `poll` is called between
-    batches; what it raises ends the evaluation. Collective: all ranks pass the same windows and get the same result,
-    whatever device_batch_size and ranks are.
+    """Bits per byte of what the windows count, which are as long as the model's context. Collective: all ranks pass the
+    same windows and get the same result, whatever device_batch_size and ranks are. What `poll` raises, which is called
+    between batches, ends it.
     """
-    T = model.config.sequence_len
-    token_bytes = torch.from_numpy(tokenizer.token_bytes.astype(np.int64)).to(compute.device)
+    T, B = model.config.sequence_len, device_batch_size
     sums = torch.zeros(0, 3, dtype=torch.float64)  # nats, bytes, tokens of each document on this rank
-    for batch in batched(windows, device_batch_size * compute.world_size):
+    windows = iter(windows)
+    while batch := list(itertools.islice(windows, B * compute.world_size)):
         if poll:
             poll()
-        mine = batch[compute.rank * device_batch_size :][:device_batch_size]
-        tokens, counts = window_rows(mine, device_batch_size, T)
-        inputs, counted = torch.from_numpy(tokens).to(compute.device), torch.from_numpy(counts).to(compute.device)
-        targets = inputs[:, 1:].masked_fill(~counted, -1)
+        mine = batch[compute.rank * B :][:B]
+        rows = to_device(window_rows(mine, B, T), compute)
         with collective():
-            losses = model(inputs[:, :-1], targets, loss_reduction="none", dtype=compute.dtype)
-        of_rows = [losses.sum(1), (token_bytes[targets.clamp(min=0)] * counted).sum(1), counted.sum(1)]
-        of_mine = torch.stack([column.cpu().double() for column in of_rows], dim=1)[: len(mine)]
+            losses = model(rows[:, 0, :-1], rows[:, 1, 1:], loss_reduction="none", dtype=compute.dtype)
         sums = torch.cat([sums, sums.new_zeros(max(0, batch[-1].document + 1 - len(sums)), 3)])
-        sums.index_add_(0, torch.tensor([window.document for window in mine], dtype=torch.long), of_mine)
+        for window, nats in zip(mine, losses.sum(1).tolist(), strict=False):
+            scored = window.tokens[window.first + 1 :]
+            sums[window.document] += sums.new_tensor([nats, tokenizer.token_bytes[scored].sum(), len(scored)])
     return ratio_over_documents(compute.sum(sums).numpy())
+
+
+def window_rows(windows: Sequence[Window], rows: int, sequence_len: int) -> np.ndarray:
+    """Windows padded to a fixed shape (rows, 2, T + 1): tokens, and targets that are -1 where they do not count."""
+    padded = np.full((rows, 2, sequence_len + 1), [[0], [-1]])
+    for (tokens, targets), window in zip(padded, windows, strict=False):
+        tokens[: len(window.tokens)] = window.tokens
+        targets[window.first + 1 : len(window.tokens)] = window.tokens[window.first + 1 :]
+    return padded
 
 
 def ratio_over_documents(sums: np.ndarray) -> BitsPerByte:
@@ -125,23 +127,6 @@ def ratio_over_documents(sums: np.ndarray) -> BitsPerByte:
     return BitsPerByte(float(bpb), stderr, int(lengths.sum()), int(sums[:, 2].sum()), n)
 
 
-def window_rows(windows: Sequence[Window], rows: int, sequence_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Windows padded to a fixed shape: tokens (rows, T + 1) int64, and which targets count (rows, T) bool."""
-    tokens = np.zeros((rows, sequence_len + 1), dtype=np.int64)
-    counts = np.zeros((rows, sequence_len), dtype=bool)
-    for i, window in enumerate(windows):
-        tokens[i, : len(window.tokens)] = window.tokens
-        counts[i, window.first : len(window.tokens) - 1] = True
-    return tokens, counts
-
-
-def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of `size` items, the last one shorter (itertools.batched needs Python 3.12)."""
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
-
-
 @torch.no_grad()
 def evaluate_chats(
     model: GPT,
@@ -152,8 +137,8 @@ def evaluate_chats(
     all_tokens: bool,
     poll: Callable[[], None] | None = None,
 ) -> float:
-    """Nats per supervised token over all conversations, packed as in training, each once. Collective, with `poll`, like
-    evaluate_bpb. Rows are padded to whole batches, so that a compiled model sees one shape.
+    """Nats per supervised token over all conversations, packed as in training, each once; otherwise like evaluate_bpb.
+    Batches are padded, so that a compiled model sees one shape.
     """
     totals, B = torch.zeros(2, dtype=torch.float64), batch.device_batch_size
     for block in chat_blocks(conversations, tokenizer, batch.sequence_len, all_tokens, ChatPosition()):
@@ -161,12 +146,12 @@ def evaluate_chats(
             if poll:
                 poll()
             mine = block.rows[start + compute.rank * B :][:B]
-            mine = np.pad(mine, ((0, B - len(mine)), (0, 0), (0, 0)), constant_values=-1)
-            mine[:, 0] = np.maximum(mine[:, 0], 0)
-            tokens = to_device(mine, compute)
-            targets = tokens[:, 1, 1:]
+            padded = np.full((B, *mine.shape[1:]), [[0], [-1]])
+            padded[: len(mine)] = mine
+            rows = to_device(padded, compute)
+            targets = rows[:, 1, 1:]
             with collective():
-                loss = model(tokens[:, 0, :-1], targets, loss_reduction="sum", dtype=compute.dtype)
+                loss = model(rows[:, 0, :-1], targets, loss_reduction="sum", dtype=compute.dtype)
             totals += torch.stack([loss, (targets >= 0).sum()]).double().cpu()
     loss_sum, count = compute.sum(totals).tolist()
     return float(loss_sum / max(1.0, count))
