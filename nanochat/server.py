@@ -13,7 +13,7 @@
 
 Promises: the model runs in a thread of its own, so the page answers at any time; requests take turns, first come first
 served; a client that is gone costs one step at most. A stream ends in done or error, never in silence. No conversation
-is stored or logged, and no other site's page can reach this one. Does not: authenticate, so it is for this machine or a
+is stored or logged, and no other site's page can reach this one. It does not authenticate: it is for this machine or a
 network you trust.
 """
 
@@ -23,25 +23,24 @@ import contextlib
 import hashlib
 import ipaddress
 import json
-import re
 import secrets
 import socket
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
 
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from starlette.background import BackgroundTask
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanochat.common import UserError
@@ -91,6 +90,8 @@ class Job:
         self.ahead = 0  # requests that come first, as last told
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
+        if left_out:
+            self.tell(left_out=left_out)
 
     def tell(self, **event: Any) -> None:
         """Hand an event to the client; from any thread. Does nothing once its event loop has ended."""
@@ -102,7 +103,6 @@ class Job:
             self.tell(token=piece.text, kind=piece.kind, gpu=0)
 
     def tell_ahead(self, ahead: int) -> None:
-        """Tell how many requests come first, where that is news."""
         if ahead != self.ahead:
             self.ahead = ahead
             self.tell(waiting=ahead)
@@ -114,23 +114,17 @@ class Job:
 
 
 class Worker:
-    """The thread that runs the engine, and the line before it. Everything else in this file is on the event loop.
+    """The thread that runs the engine until close(), and the line before it. Everything else is on the event loop."""
 
-    Batching several requests is to change this class only: submit, cancel and the events stay.
-    """
-
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, max_waiting: int = MAX_WAITING):
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, max_waiting: int):
         self.engine, self.tokenizer, self.max_waiting = engine, tokenizer, max_waiting
         self.line: deque[Job] = deque()
         self.active: Job | None = None
         self.closed = False
         self.changed = threading.Condition()  # held to look at or change line, active and closed
-        self.thread = threading.Thread(target=self.run, name="model", daemon=True)
         self.started, self.seconds = time.monotonic(), 0.0
         self.counts = dict.fromkeys(("requests", "refused", "cancelled", "failed", "tokens"), 0)
-
-    def start(self) -> None:
-        """Start the thread; close() ends it."""
+        self.thread = threading.Thread(target=self.run, name="model", daemon=True)
         self.thread.start()
 
     def submit(self, job: Job) -> None:
@@ -159,12 +153,10 @@ class Worker:
         """Cancel everything and wait for the thread, which ends after the step that is running."""
         with self.changed:
             self.closed = True
-            jobs = [*self.line, *([self.active] if self.active else [])]
+            for job in filter(None, [*self.line, self.active]):
+                self.cancel(job)
             self.changed.notify()
-        for job in jobs:
-            self.cancel(job)
-        if self.thread.is_alive():
-            self.thread.join(timeout=10)
+        self.thread.join(timeout=10)
 
     def stats(self) -> dict[str, float]:
         """What /stats says. Tokens per second are those of the time in which there was something to do."""
@@ -201,11 +193,9 @@ class Worker:
 
     def reply(self, job: Job) -> None:
         """Generate one reply, piece by piece. The engine's generator is closed however this ends."""
-        decoder = StreamDecoder(self.tokenizer)
-        tokens = self.engine.generate(job.tokens, job.sampling)
-        reason, count = "length", 0
+        decoder, reason, count = StreamDecoder(self.tokenizer), "length", 0
         clock = time.monotonic()
-        with contextlib.closing(tokens):
+        with contextlib.closing(self.engine.generate(job.tokens, job.sampling)) as tokens:
             while not job.cancelled and (token := next(tokens, None)) is not None:
                 count += 1
                 self.counts["tokens"] += 1
@@ -234,31 +224,26 @@ def check_range(name: str, value: object, given: str) -> None:
 
 
 def parse_request(body: bytes, defaults: Defaults) -> tuple[list[dict[str, Any]], Sampling]:
-    """(messages, sampling) of a request's body. Raises UserError with the value and the limit. A
-    request without a seed gets a random one.
-    """
+    """(messages, sampling) of a request's body; without a seed it gets a random one. UserError beyond the limits."""
     try:
         content = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise UserError(f"the body is not JSON ({shorten(str(error))})") from None
     if not isinstance(content, dict):
         raise UserError(f"the body is {shorten(content)}; expected an object with messages")
-    unknown = sorted(content.keys() - {"messages", *RANGES})
-    if unknown:
+    if unknown := sorted(content.keys() - {"messages", *RANGES}):
         raise UserError(f"unknown field {shorten(unknown[0])}; there are messages, {', '.join(RANGES)}")
-    options = {**vars(defaults), "seed": secrets.randbits(32)}
-    for name in RANGES:
-        if content.get(name) is not None:
-            check_range(name, content[name], f"{name}={shorten(content[name])}")
-            options[name] = content[name]
-    messages: Any = content.get("messages")
+    messages = content.pop("messages", None)
+    given = {name: value for name, value in content.items() if value is not None}
+    for name, value in given.items():
+        check_range(name, value, f"{name}={shorten(value)}")
     check_messages(messages)
     check_sizes(messages)
-    return messages, Sampling(**options)
+    return messages, Sampling(**{**vars(defaults), "seed": secrets.randbits(32), **given})
 
 
 def check_sizes(messages: list[dict[str, Any]]) -> None:
-    """Raise UserError for messages beyond LIMITS, and when the last one is not the user's."""
+    """Raise UserError for messages beyond LIMITS, and when the last one is not the user's or empty."""
     if len(messages) > LIMITS["messages"]:
         raise UserError(f"{len(messages):,} messages; at most {LIMITS['messages']:,} are taken")
     if messages[-1]["role"] != "user":
@@ -291,9 +276,7 @@ def reply_to(worker: Worker, job: Job) -> StreamingResponse:
     """A job's events as an HTTP response; the job ends when the client goes, also while it waits."""
 
     async def events() -> AsyncIterator[str]:
-        event: Event = {"left_out": job.left_out}
-        if job.left_out:
-            yield f"data: {json.dumps(event)}\n\n"
+        event: Event = {}
         while not event.keys() & {"done", "error"}:
             event = await job.events.get()
             yield f"data: {json.dumps(event)}\n\n"
@@ -304,7 +287,7 @@ def reply_to(worker: Worker, job: Job) -> StreamingResponse:
     return StreamingResponse(events(), media_type="text/event-stream", headers=headers, background=end)
 
 
-def json_response(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """ASCII JSON: text from a request may hold what UTF-8 can't, a lone surrogate."""
     return Response(json.dumps(content) + "\n", status, headers, "application/json")
 
@@ -328,48 +311,48 @@ async def read_body(request: Request) -> bytes:
 
 def content_policy(page: str) -> str:
     """The Content-Security-Policy that runs the page's own script and style, named by hash, and nothing else."""
-    hashes = {}
-    for tag in ("script", "style"):
-        blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digests = (base64.b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in blocks)
-        hashes[tag] = " ".join(f"'sha256-{digest}'" for digest in digests)
+
+    def hash_of(tag: str) -> str:
+        block = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        return base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
+
     return (
-        f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        f"default-src 'none'; script-src 'sha256-{hash_of('script')}'; style-src 'sha256-{hash_of('style')}'; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
         "require-trusted-types-for 'script'; trusted-types 'none'"
     )
 
 
 def allowed_hosts(host: str) -> frozenset[str]:
     """Names that a request's Host header may have when `host` is listened on."""
-    names = LOOPBACK | {host.lower()}
-    return names | {socket.gethostname().lower()} if is_any_address(host) else names
+    return LOOPBACK | {host.lower(), *([socket.gethostname().lower()] if is_any_address(host) else [])}
+
+
+def parse_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host)
+    return None
 
 
 def is_any_address(host: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_unspecified
-    return False
+    address = parse_address(host)
+    return address is not None and address.is_unspecified
 
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach what listens on `host`."""
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host.lower() == "localhost"
+    address = parse_address(host)
+    return address.is_loopback if address else host.lower() == "localhost"
 
 
 def refusal(headers: Headers, method: str, hosts: frozenset[str]) -> str | None:
     """Why a request is not answered: it came under a name that is not ours, as DNS rebinding does, or from another
     site's page. Where all addresses are listened on, an address is as good as a name: rebinding needs a name.
     """
-    given = headers.get("host", "")
-    try:
+    given, name = headers.get("host", ""), ""
+    with contextlib.suppress(ValueError):
         name = urlsplit(f"//{given}").hostname or ""
-        is_address = ":" in name or name.replace(".", "").isdigit()
-    except ValueError:
-        name, is_address = "", False
-    if name not in hosts and not (is_address and any(map(is_any_address, hosts))):
+    if name not in hosts and not (parse_address(name) and any(map(is_any_address, hosts))):
         return f"Host {shorten(given)} is not served here; start with --host=NAME to serve it"
     origin = headers.get("origin")
     if method not in ("GET", "HEAD") and origin is not None and origin.partition("://")[2] != given:
@@ -378,7 +361,7 @@ def refusal(headers: Headers, method: str, hosts: frozenset[str]) -> str | None:
 
 
 def guard(app: ASGIApp, hosts: frozenset[str], policy: str) -> ASGIApp:
-    """`app` with refusal() before it and the security headers on everything it answers."""
+    """`app`, which serves HTTP alone, with refusal() before it and the security headers on everything it answers."""
     extra = {
         "Content-Security-Policy": policy,
         "X-Content-Type-Options": "nosniff",
@@ -392,9 +375,6 @@ def guard(app: ASGIApp, hosts: frozenset[str], policy: str) -> ASGIApp:
                 MutableHeaders(scope=message).update(extra)
             await send(message)
 
-        if scope["type"] != "http":
-            await app(scope, receive, send)
-            return
         problem = refusal(Headers(scope=scope), scope["method"], hosts)
         answer = json_response({"error": problem}, 403) if problem else app
         await answer(scope, receive, send_with_headers)
@@ -412,20 +392,11 @@ def create_app(
     max_waiting: int = MAX_WAITING,
 ) -> FastAPI:
     """The application: `context` is the model's sequence length in tokens, `model` the name that the page shows,
-    `hosts` the names it may be reached by. Its worker, app.state.worker, runs while the application does.
+    `hosts` the names it may be reached by. Its worker, app.state.worker, runs until it is closed.
     """
-    worker = Worker(engine, tokenizer, max_waiting)
-    defaults = defaults or Defaults()
     page = PAGE.read_text(encoding="utf-8")
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        worker.start()
-        yield
-        worker.close()
-
-    app = FastAPI(lifespan=lifespan, openapi_url=None)  # its pages for the schema load scripts from elsewhere
-    app.state.worker = worker
+    app = FastAPI(openapi_url=None)  # its pages for the schema load scripts from elsewhere
+    worker = app.state.worker = Worker(engine, tokenizer, max_waiting)
     app.add_middleware(guard, hosts=hosts, policy=content_policy(page))
 
     @app.get("/")
@@ -435,8 +406,7 @@ def create_app(
     @app.get("/health")
     async def health() -> Response:
         ready = worker.thread.is_alive() and not worker.closed
-        status = {"status": "ok", "ready": ready, "model": model, "context": context, "limits": LIMITS}
-        return json_response(status)
+        return json_response({"status": "ok", "ready": ready, "model": model, "context": context, "limits": LIMITS})
 
     @app.get("/stats")
     async def stats() -> Response:
@@ -444,7 +414,7 @@ def create_app(
 
     @app.post("/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        messages, sampling = parse_request(await read_body(request), defaults)
+        messages, sampling = parse_request(await read_body(request), defaults or Defaults())
         room = context - min(sampling.max_tokens or context, context // 4)  # the rest is kept for the reply
         tokens, left_out = await asyncio.to_thread(render_within, messages, tokenizer, room)
         return reply_to(worker, Job(tokens, sampling, left_out))
@@ -453,9 +423,9 @@ def create_app(
     async def bad_request(request: Request, error: UserError) -> Response:
         return json_response({"error": str(error)}, 400)
 
-    @app.exception_handler(AnyHTTPException)
-    async def refused(request: Request, error: AnyHTTPException) -> Response:
-        return json_response({"error": error.detail}, error.status_code, dict(error.headers or {}))
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> Response:
+        return json_response({"error": error.detail}, error.status_code, error.headers)
 
     return app
 
@@ -474,16 +444,8 @@ class Server(uvicorn.Server):
 
 def make_server(app: FastAPI) -> Server:
     """A server for create_app()'s application; server.run(sockets=[listen(...)]) serves until Ctrl-C or SIGTERM."""
-    config = uvicorn.Config(
-        app,
-        http="h11",
-        ws="none",
-        lifespan="on",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=5,
-    )
+    config = uvicorn.Config(app, http="h11", ws="none", lifespan="off", log_level="warning", server_header=False)
+    config.timeout_graceful_shutdown = 5
     return Server(config)
 
 
@@ -496,6 +458,5 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server(address[4][:2], family=address[0])
     except (OSError, UnicodeError) as error:
         reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
-        raise UserError(
-            f"--host={host} --port={port}: {reason}; try another, such as --port={port % 65_535 + 1}"
-        ) from None
+        given, other = f"--host={host} --port={port}", f"--port={port % 65_535 + 1}"
+        raise UserError(f"{given}: {reason}; try another, such as {other}") from None
