@@ -37,7 +37,9 @@ from nanochat.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
 AnyPosition = TypeVar("AnyPosition", bound="StreamPosition")
-BLOCK_BYTES = 4 << 20  # text tokenised and packed together: a million tokens, thousands of rows to pack and shuffle
+BLOCK_BYTES = 4 << 20  # text packed and shuffled together: a million tokens, 430 rows of 2,048 or 3,400 of 256
+    4 << 20
+)  # text tokenised, packed and shuffled together: a million tokens, 430 rows of 2,048 or 3,400 of 256
 CHAT_BLOCK = 2048  # conversations rendered and packed together
 
 # -----------------------------------------------------------------------------
@@ -96,6 +98,7 @@ def stream(
             left = rows if left is None else np.concatenate([left, rows])
             while len(left) >= B * batch.world_size:
                 mine, left = left[rank * B : (rank + 1) * B], left[B * batch.world_size :]
+                # What is left is this block's alone: of earlier ones there was less than a batch.
                 yield mine, replace(block.first, rows_used=len(block.rows) - len(left))
         if not rows_found:
             raise UserError(too_little)
@@ -208,7 +211,7 @@ def text_blocks(
     """Blocks of documents: rows (R, T + 1) of the tokenizer's dtype."""
     pack, after = {"bos": pack_bos, "flat": pack_flat}[packing], start
     for texts, index in read_blocks(shards, DocumentIndex(*start.place), BLOCK_BYTES):
-        first = replace(after, rows_used=0, **index._asdict())
+        first = replace(after, rows_used=0, shard=index.shard, row_group=index.row_group, row=index.row)
         ids, offsets = tokenizer.encode_arrow(texts)
         packed = pack(ids, offsets, first.carry, tokenizer.get_bos_token_id(), sequence_len)
         after = replace(

@@ -163,7 +163,7 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:  # type: ignore[override]  # no closure: the gradients are already reduced
         """Update from the reduced gradients; every rank ends with the same parameters."""
         group, sent = self.param_groups[0], dict[Stack, UnderWay]()
-        for before, stack in pairwise([None, *self.stacks, None]):  # two at a time: their updates are whole matrices
+        for before, stack in pairwise([None, *self.stacks, None]):  # send one, apply the one before
             if stack:
                 sent[stack] = stack.send(group["momentum"], group["beta2"], self.dtype)
             if before:

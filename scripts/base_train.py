@@ -124,8 +124,8 @@ def main() -> None:
         compile_model(model, compute.device)
 
     # The batch, and what a checkpoint and the run that continues it must agree on
-    rows = choose_device_batch(device_batch_size, model, total_batch_size, max_seq_len, compute, compile)
-    batch = plan_batches(total_batch_size, rows, max_seq_len, compute.world_size)
+    device_rows = choose_device_batch(device_batch_size, model, total_batch_size, max_seq_len, compute, compile)
+    batch = plan_batches(total_batch_size, device_rows, max_seq_len, compute.world_size)
     print0(f"batch: {batch} (asked for {total_batch_size:,})")
     identity = {"model_config": model.config_dict(), "rows_per_step": batch.rows, "packing": packing, "seed": seed}
     identity |= {"corpus": text.fingerprint, "tokenizer": tokenizer.fingerprint}

@@ -99,8 +99,8 @@ def main() -> None:
 
     # The batch, and what a checkpoint and the run that continues it must agree on
     T = row_length(model, max_seq_len)
-    rows = choose_device_batch(device_batch_size, model, total_batch_size, T, compute, compile)
-    batch = plan_batches(total_batch_size, rows, T, compute.world_size)
+    device_rows = choose_device_batch(device_batch_size, model, total_batch_size, T, compute, compile)
+    batch = plan_batches(total_batch_size, device_rows, T, compute.world_size)
     print0(f"batch: {batch} (asked for {total_batch_size:,})")
     identity = {"model_config": model.config_dict(), "rows_per_step": batch.rows, "row_length": T, "seed": seed}
     identity |= {"conversations": fingerprint(conversations), "started_from": start.identity}
