@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +46,7 @@ settings = configure(__name__)
 
 from nanochat import corpus_writer, task_data
 from nanochat.corpus import MANIFEST, fingerprint_of, load_corpus, read_manifest
-from nanochat.download import fetch_files, list_repository, persist
+from nanochat.download import Listing, fetch_files, list_repository, persist
 
 # Hub corpora: repository and number of its last file, which is the validation file.
 HUBS = {
@@ -59,58 +60,43 @@ HUBS = {
 
 def fetch_hub(corpus: Path, files: int, workers: int) -> dict[str, Any]:
     """Have the first `files` training shards (-1 = all) and the validation shard of a hub corpus; return the manifest.
-
     What the manifest already has is not fetched again, nor dropped when fewer are asked for, and more comes from the
-    same revision. Every shard is decoded and hashed before it is believed. The old manifest stays in force until all
-    new shards are there.
+    same revision. The old manifest stays in force until all new shards are there.
     """
     repository, last = HUBS[corpus.name]
     if files != -1 and not 1 <= files <= last:
         raise UserError(f"num_files={files}: {corpus.name} has 1 to {last:,} training files, or all of them: -n -1")
     count = last if files == -1 else files
     with locked(corpus):
-        manifest = read_manifest(corpus) if (corpus / MANIFEST).exists() else None
-        if manifest and len(manifest["train"]) > count:
+        manifest = read_manifest(corpus) if (corpus / MANIFEST).exists() else {"train": [], "validation": []}
+        if len(manifest["train"]) > count:
             count = len(manifest["train"])
             print0(f"{corpus} already has {count:,} training files: keeping them, although num_files={files}")
         wanted = [f"shard_{number:05d}.parquet" for number in (*range(count), last)]
-        entries = {entry["file"]: entry for entry in entries_on_disk(corpus, manifest)}
-        missing = [file for file in wanted if file not in entries]
-        if manifest and not missing:
+        entries = {entry["file"]: entry for entry in manifest["train"] + manifest["validation"]}
+        here = {file.name: file.stat().st_size for file in corpus.glob("*.parquet")}
+        missing = [file for file in wanted if file not in entries or here.get(file) != entries[file]["file_bytes"]]
+        if not missing:
             print0(f"{corpus}: nothing to fetch")
             return manifest
-        revision = manifest["revision"] if manifest else None
-        revision, fetched = fetch_shards(repository, revision, corpus, missing, workers)
+        listing = list_repository(repository, manifest.get("revision"))
+        entries |= fetch_shards(listing, corpus, missing, workers)
         about = {"name": corpus.name, "source": corpus.name, "arguments": {"num_files": count}}
-        about |= {"repository": repository, "revision": revision}
-        entries |= fetched
+        about |= {"repository": repository, "revision": listing.revision}
         shards = [entries[file] for file in wanted]
         return corpus_writer.save_manifest(corpus, about, shards[:-1], shards[-1:])
 
 
-def entries_on_disk(corpus: Path, manifest: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The manifest's entries whose files are there in their recorded size."""
-    entries = manifest["train"] + manifest["validation"] if manifest else []
-    files = [corpus / entry["file"] for entry in entries]
-    sizes = [file.stat().st_size if file.is_file() else None for file in files]
-    return [entry for entry, size in zip(entries, sizes, strict=True) if size == entry["file_bytes"]]
-
-
-def fetch_shards(
-    repository: str, revision: str | None, corpus: Path, shards: Sequence[str], workers: int
-) -> tuple[str, dict[str, dict[str, Any]]]:
-    """Fetch shards of one commit (None = the newest) and decode all of each; the commit, and their manifest entries."""
-    listing = list_repository(repository, revision)
+def fetch_shards(listing: Listing, corpus: Path, shards: Sequence[str], workers: int) -> dict[str, dict[str, Any]]:
+    """Fetch shards and decode all of each; their manifest entries by name."""
+    repository = f"{listing.repository} at {listing.revision}"
     absent = [shard for shard in shards if shard not in listing.files]
     if absent:
-        raise UserError(f"{repository} at {listing.revision} has no {', '.join(absent[:3])} ({len(absent):,} missing)")
+        raise UserError(f"{repository} has no {', '.join(absent[:3])} ({len(absent):,} missing)")
     size = sum(listing.files[shard].size or 0 for shard in shards)
-    print0(f"{repository} at {listing.revision}: {len(shards):,} files to fetch, {size / 1e6:,.0f} MB")
-    entries = {}
+    print0(f"{repository}: {len(shards):,} files to fetch, {size / 1e6:,.0f} MB")
     with closing(fetch_files(listing, shards, corpus, workers)) as fetched:
-        for path in fetched:
-            entries[path.name] = corpus_writer.describe_shard(path)
-    return listing.revision, entries
+        return {path.name: corpus_writer.describe_shard(path) for path in fetched}
 
 
 # -----------------------------------------------------------------------------
@@ -119,10 +105,8 @@ def fetch_shards(
 
 def build_hf(corpus: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     """Make a corpus of `num_files` shards (-1 = all) from a column of a data set's split train; return the manifest.
-
     Validation is up to one shard of the split called val or validation; where there is none, the documents whose sha256
-    is in the lowest `val_fraction` (None = 0.01) of all. Empty documents are counted. What was made with the same
-    arguments is not fetched again.
+    is in the lowest `val_fraction` (None = 0.01) of all. What was made with the same arguments is not fetched again.
     """
     import datasets
 
@@ -132,9 +116,8 @@ def build_hf(corpus: Path, arguments: dict[str, Any]) -> dict[str, Any]:
         print0(f"{corpus}: nothing to fetch")
         return manifest
     revision = list_repository(repository).revision
-    splits = persist(
-        lambda: datasets.load_dataset(repository, arguments["subset"], revision=revision, streaming=True), repository
-    )
+    load = partial(datasets.load_dataset, repository, arguments["subset"], revision=revision, streaming=True)
+    splits = persist(load, repository)
     if "train" not in splits:
         raise UserError(f"path={repository}: no split train, only {', '.join(splits)}; give another data set")
     named = next(filter(corpus_writer.is_validation_name, splits), None)
@@ -187,8 +170,7 @@ def build_docs(corpus: Path) -> dict[str, Any]:
     if not (checkout / "dev" / "gen_docs.py").exists():
         raise UserError("source=docs: made by dev/gen_docs.py, which only a checkout of nanochat has; run it from one")
     sys.path.insert(0, str(checkout))
-    manifest: dict[str, Any] = importlib.import_module("dev.gen_docs").build_docs(corpus)
-    return manifest
+    return importlib.import_module("dev.gen_docs").build_docs(corpus)
 
 
 # -----------------------------------------------------------------------------
@@ -207,14 +189,12 @@ def fetch_tasks(workers: int) -> None:
 def list_needs(data: Path) -> None:
     """Print what is here and what is missing of everything; UserError where something is missing. Asks nobody."""
     places = {data / source / MANIFEST: has_corpus(data / source, 8 if num_files is None else num_files)}
-    for data_set in task_data.DATA_SETS:
-        for split in task_data.splits_of(data_set):
-            path = task_data.rows_path(data_set, *split)
-            places[path] = path.exists()
-    places[task_data.bundle_path() / MANIFEST] = (task_data.bundle_path() / MANIFEST).exists()
+    splits = [(data_set, *split) for data_set in task_data.DATA_SETS for split in task_data.splits_of(data_set)]
+    files = [task_data.rows_path(*split) for split in splits]
+    places |= {file: file.exists() for file in (*files, task_data.bundle_path() / MANIFEST)}
     for place, here in places.items():
-        files = place.parent.rglob("*.*") if place.name == MANIFEST else [place]
-        size = sum(file.stat().st_size for file in files) if here else 0
+        parts = place.parent.rglob("*.*") if place.name == MANIFEST else [place]
+        size = sum(part.stat().st_size for part in parts) if here else 0
         print0(f"{f'{size / 1e6:>12,.1f} MB' if here else '        missing'}  {place}")
     if not all(places.values()):
         command = f"python -m nanochat.dataset --prefetch=all --source={source}"
@@ -252,10 +232,9 @@ def check_settings() -> None:
         bundle = setting == "path" and prefetch in ("all", "eval")
         if value is not None and source not in sources and not bundle:
             raise UserError(f"{setting}={value}: means nothing to source={source}, only to {' and '.join(sources)}")
-    if source == "folder" and path is None:
-        raise UserError("source=folder needs the directory with the text: --path=DIR")
-    if source == "hf" and path is None:
-        raise UserError("source=hf needs the name of a data set: --path=OWNER/NAME")
+    needed = {"folder": "the directory with the text: --path=DIR", "hf": "the name of a data set: --path=OWNER/NAME"}
+    if source in needed and path is None:
+        raise UserError(f"source={source} needs {needed[source]}")
     if source == "hf" and num_files is not None and num_files != -1 and num_files < 1:
         raise UserError(f"num_files={num_files}: expected 1 or more, or all: -n -1")
     if val_fraction is not None and not 0 < val_fraction < 1:
@@ -297,9 +276,8 @@ def main() -> None:
         if prefetch in ("all", "eval"):
             print0(f"{task_data.fetch_bundle(path)}: complete")
     except OSError as error:
-        raise UserError(
-            f"cannot write to {data.parent}: {error.strerror or error}; make room, then run the same command"
-        ) from None
+        reason = f"{error.strerror or error}; make room, then run the same command"
+        raise UserError(f"cannot write to {data.parent}: {reason}") from None
 
 
 def report_corpus(data: Path, started: float, manifest: dict[str, Any]) -> None:
