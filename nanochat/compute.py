@@ -123,8 +123,8 @@ def open_device(device_type: str, local_rank: int | None) -> torch.device:
     kinds = ("cuda", "mps", "xpu", "cpu")  # the best first. ROCm builds of torch call their devices cuda
     seen = [kind for kind in kinds if torch.get_device_module(kind).is_available()]
     if device_type not in ("auto", *seen):
-        sees = f"torch {torch.__version__} sees here: {', '.join(seen)}"
-        raise UserError(f"--device-type={device_type}: expected auto or what {sees}")
+        sees = f"torch {torch.__version__} sees {', '.join(seen)} here"
+        raise UserError(f"--device-type={device_type}: {sees}; try --device-type={seen[0]}")
     device_type = seen[0] if device_type == "auto" else device_type
     if device_type != "cuda":
         return torch.device(device_type)

@@ -38,8 +38,6 @@ from nanochat.tokenizer import Tokenizer
 Item = TypeVar("Item")
 AnyPosition = TypeVar("AnyPosition", bound="StreamPosition")
 BLOCK_BYTES = 4 << 20  # text packed and shuffled together: a million tokens, 430 rows of 2,048 or 3,400 of 256
-    4 << 20
-)  # text tokenised, packed and shuffled together: a million tokens, 430 rows of 2,048 or 3,400 of 256
 CHAT_BLOCK = 2048  # conversations rendered and packed together
 
 # -----------------------------------------------------------------------------
