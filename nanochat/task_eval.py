@@ -1,9 +1,9 @@
 """Accuracy of a model on a task, many problems at a time.
 
-Generative tasks: the engine answers, tools included, in one pool in which a new problem takes the place of each answer
-that has ended; the task judges the text. Categorical tasks: the letter with the highest logit among the problem's own
-letters, in one forward pass of problems of about the same length. Problems are dealt to ranks, and every rank gets all
-answers. A prompt that does not fit into the model's context counts as wrong and is counted.
+Generative tasks: the engine answers, tools included, and the task judges the text. Categorical tasks: the letter with
+the highest logit among the problem's own letters, in one forward pass of problems of about the same length. Problems
+are dealt to ranks, and every rank gets all answers. A prompt that does not fit into the model's context counts as wrong
+and is counted.
 """
 
 import math
@@ -32,9 +32,9 @@ class Judge(Conversations, Protocol):
 
 @dataclass
 class Answered:
-    """A problem by its number in the task, what the model answered, and which answers are right."""
+    """A problem, what the model answered, and which answers are right."""
 
-    index: int
+    index: int  # in the task
     prompt: str  # the last question
     answers: list[str]  # none where the prompt did not fit
     right: list[bool]
@@ -59,7 +59,7 @@ class TaskResult:
 
     @property
     def too_long(self) -> int:
-        """Problems whose prompts did not fit: wrong."""
+        """Problems whose prompts did not fit."""
         return sum(not problem.answers for problem in self.problems)
 
     @property
@@ -73,7 +73,6 @@ class TaskResult:
         return mean_and_error([right / self.num_samples for right in self.right])[1]
 
     def among(self, indices: Iterable[int]) -> "TaskResult":
-        """The outcome on some of the problems."""
         return replace(self, problems=[self.problems[index] for index in indices])
 
 
@@ -130,8 +129,9 @@ def evaluate_task(
         answers = {i: texts[place * num_samples :][:num_samples] for place, i in enumerate(fitting)}
     problems = []
     for i, conversation in mine.items():
+        question = [message["content"] for message in conversation["messages"] if message["role"] == "user"][-1]
         right = [bool(task.evaluate(conversation, answer)) for answer in answers.get(i, [])]
-        problems.append(Answered(i, last_question(conversation), answers.get(i, []), right))
+        problems.append(Answered(i, question, answers.get(i, []), right))
     everyone = sorted(chain(*compute.gather(problems)), key=lambda problem: problem.index)
     return TaskResult(everyone, num_samples, time.perf_counter() - began)
 
@@ -145,14 +145,9 @@ def choose_letters(
     chosen = {}
     letter_ids = {letter: engine.tokenizer.encode(letter)[0] for letter in set().union(*letters.values())}
     numbers = sorted(prompts, key=lambda number: -len(prompts[number]))  # little padding; the largest batch comes first
-    for start in range(0, len(numbers), batch_size):
-        batch = numbers[start : start + batch_size]
+    for batch in [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]:
         logits, _ = engine.prefill([prompts[number] for number in batch])  # (B, V)
         for number, row in zip(batch, logits.cpu(), strict=True):
             ids = [letter_ids[letter] for letter in letters[number]]
             chosen[number] = [letters[number][int(row[ids].argmax())]]
     return chosen
-
-
-def last_question(conversation: Conversation) -> str:
-    return str(next(m["content"] for m in reversed(conversation["messages"]) if m["role"] == "user"))

@@ -42,23 +42,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from nanochat import core_eval
 from nanochat.checkpoint_manager import find_checkpoint, open_model
 from nanochat.common import UserError, get_base_dir, print0, run_main
 from nanochat.compute import Compute, can_compile, compute_cleanup, compute_init
-from nanochat.core_eval import (
-    FEWSHOT_SEED,
-    PREFETCH,
-    SHUFFLE_SEED,
-    Answer,
-    CoreTask,
-    GPTScorer,
-    Scorer,
-    TaskScore,
-    find_bundle,
-    load_tasks,
-    mean_centred,
-    score_task,
-)
+from nanochat.core_eval import Answer, CoreTask, GPTScorer, Scorer, TaskScore, find_bundle, load_tasks, score_task
 from nanochat.files import read_sealed, seal, sha256_file, write_atomic
 from nanochat.hf_model import load_hf
 from nanochat.record import Record, open_record
@@ -82,8 +70,7 @@ def main() -> None:
     folder = get_base_dir() / "core" / name
     scores = []
     for task in there:
-        score = kept_score(task, scorer, compute, folder / f"{task.label}.json", about)
-        if score:
+        if score := kept_score(task, scorer, compute, folder / f"{task.label}.json", about):
             log_score(score, record)
             scores.append(score)
     if compute.is_master:
@@ -100,21 +87,20 @@ def choose_tasks(given: str, every_task: Sequence[CoreTask]) -> list[CoreTask]:
     labels = dict.fromkeys(by_label if given == "all" else given.split("|"))
     if unknown := [label for label in labels if label not in by_label]:
         raise UserError(f"--tasks={unknown[0]}: expected all, or some of {'|'.join(by_label)}")
-    for label in labels:
-        if not by_label[label].path.is_file():
-            print0(f"{label}: not scored, there is no {by_label[label].path}")
     there = [by_label[label] for label in labels if by_label[label].path.is_file()]
+    for label in labels:
+        if by_label[label] not in there:
+            print0(f"{label}: not scored, there is no {by_label[label].path}")
     if not there:
-        raise UserError(f"none of these tasks is there: get them with: {PREFETCH}")
+        raise UserError(f"none of these tasks is there: get them with: {core_eval.PREFETCH}")
     return there
 
 
 def worth_compiling(there: Sequence[CoreTask], compute: Compute) -> bool:
     """Whether the model can be compiled, and is asked for so many items that they make up for the time it takes."""
-    if not can_compile(compute.device):
-        return False
     most = math.inf if max_per_task == -1 else max_per_task
-    return sum(min(most, task.path.read_bytes().count(b"\n")) for task in there) >= COMPILE_ITEMS
+    items = (min(most, task.path.read_bytes().count(b"\n")) for task in there)
+    return can_compile(compute.device) and sum(items) >= COMPILE_ITEMS
 
 
 def open_scorer(compute: Compute, compiled: bool) -> tuple[str, dict[str, Any], Scorer]:
@@ -128,8 +114,8 @@ def open_scorer(compute: Compute, compiled: bool) -> tuple[str, dict[str, Any], 
     model, tokenizer = open_model(checkpoint, compute.device)
     files = {name: entry["sha256"] for name, entry in checkpoint.meta["files"].items() if "optim" not in name}
     identity = {**files, "model_config": model.config_dict()}
-    name = f"{source}-{checkpoint.tag}-{checkpoint.step:06d}"
-    return name, identity, GPTScorer(model, tokenizer, compute, batch_tokens, compiled)
+    scorer = GPTScorer(model, tokenizer, compute, batch_tokens, compiled)
+    return f"{source}-{checkpoint.tag}-{checkpoint.step:06d}", identity, scorer
 
 
 def kept_score(task: CoreTask, scorer: Scorer, compute: Compute, path: Path, about: dict[str, Any]) -> TaskScore | None:
@@ -149,7 +135,7 @@ def kept_score(task: CoreTask, scorer: Scorer, compute: Compute, path: Path, abo
 
 def log_score(score: TaskScore, record: Record) -> None:
     figures = {"n": score.n, "accuracy": score.accuracy, "stderr": score.stderr, "centered": score.centered}
-    seeds = {"shuffle_seed": SHUFFLE_SEED, "fewshot_seed": FEWSHOT_SEED}
+    seeds = {"shuffle_seed": core_eval.SHUFFLE_SEED, "fewshot_seed": core_eval.FEWSHOT_SEED}
     record.write("core_task", source=source, task=score.task, **figures, cut=score.cut, seconds=score.seconds, **seeds)
     cut = f", {score.cut} cut at the context" if score.cut else ""
     share = f"{score.accuracy:.1%} +- {score.stderr:.1%} of {score.n:,}"
@@ -158,7 +144,7 @@ def log_score(score: TaskScore, record: Record) -> None:
 
 def log_core(scores: Sequence[TaskScore], missing: Sequence[str], record: Record) -> None:
     """CORE, or what there is of it without the `missing` tasks."""
-    value, stderr = mean_centred((score.accuracy, score.stderr, score.baseline) for score in scores)
+    value, stderr = core_eval.mean_centred((score.accuracy, score.stderr, score.baseline) for score in scores)
     about = {"tasks": [score.task for score in scores], "missing": missing, "partial": bool(missing)}
     record.write("core", source=source, value=value, stderr=stderr, **about, max_per_task=max_per_task)
     few = f" (at most {max_per_task:,} items of each task)" if max_per_task > 0 else ""

@@ -94,15 +94,12 @@ def main() -> None:
 
 def chosen_tasks(given: str) -> list[str]:
     """The names that the user means; UserError for one that is none."""
-    if given in ("all", "offline"):
-        return list(EVALUATIONS if given == "all" else OFFLINE)
-    for name in given.split("|"):
-        if name not in EVALUATIONS:
-            print0(list_tasks())
-            raise UserError(
-                f"-a {name}: expected all, offline, list, or some of {'|'.join(EVALUATIONS)}", everywhere=True
-            )
-    return list(dict.fromkeys(given.split("|")))
+    names = list({"all": EVALUATIONS, "offline": OFFLINE}.get(given) or dict.fromkeys(given.split("|")))
+    if unknown := [name for name in names if name not in EVALUATIONS]:
+        print0(list_tasks())
+        known = "|".join(EVALUATIONS)
+        raise UserError(f"-a {unknown[0]}: expected all, offline, list, or some of {known}", everywhere=True)
+    return names
 
 
 def make_task(name: str) -> Task:
@@ -167,16 +164,15 @@ def report_task(name: str, task: Task, result: TaskResult, record: Record) -> No
     count = f"{result.n:,} of {of:,} (partial)" if partial else f"{result.n:,}"
     long = f", {result.too_long} prompts longer than the context" if result.too_long else ""
     print0(f"{name}: {result.accuracy:.1%} +- {result.stderr:.1%} of {count}, {result.seconds:.1f} s{long}")
-    for group in task.groups:
-        if group in scores:
-            part = scores[group]
-            print0(f"    {group}: {part['accuracy']:.1%} +- {part['stderr']:.1%} of {part['n']:,}")
+    for group in [group for group in task.groups if group in scores]:
+        part = scores[group]
+        print0(f"    {group}: {part['accuracy']:.1%} +- {part['stderr']:.1%} of {part['n']:,}")
     if pass_at:
         print0("    " + ", ".join(f"pass@{k} {value:.1%} +- {error:.1%}" for k, (value, error) in pass_at.items()))
     for shown in [problem for problem in result.problems if problem.answers][:show]:
-        values = {"prompt": shown.prompt, "answer": shown.answers[0], "correct": shown.right[0]}
-        record.write("sample", source=source, task=name, **values)
-        print0(f"    {'right' if shown.right[0] else 'wrong'}: {shown.prompt!r} -> {shown.answers[0]!r}")
+        answer, correct = shown.answers[0], shown.right[0]
+        record.write("sample", source=source, task=name, prompt=shown.prompt, answer=answer, correct=correct)
+        print0(f"    {'right' if correct else 'wrong'}: {shown.prompt!r} -> {answer!r}")
     if log_answers and record.path:
         write_answers(record.path, name, result)
 
@@ -193,7 +189,6 @@ def write_answers(record: Path, name: str, result: TaskResult) -> None:
 
 
 def report_mean(label: str, tasks: dict[str, Task], results: dict[str, TaskResult], record: Record) -> None:
-    """ChatCORE, or its categorical half."""
     value, error = mean_centred((results[name].accuracy, results[name].stderr, tasks[name].baseline) for name in tasks)
     partial = any(is_partial(task, results[name]) for name, task in tasks.items())
     kind = label.lower().replace("-", "_")
