@@ -7,23 +7,22 @@
     model_tag: str | None = None  # name of the checkpoint directory (None = d<depth>)
     settings = configure(__name__)
 
-A setting is an assignment to a lowercase name above the configure line. Everything about it is in its line: name,
-default, type (the annotation, or that of the default), help (the trailing comment). The last full-line comment above is
-its section.
+A setting is an assignment to a lowercase name above the configure line: name, default, type (the annotation, or that of
+the default), help (the trailing comment). The last full-line comment above is its section.
 
     --depth=4   --model-tag=x   --model_tag x   -g x   --dry-run   --no-dry-run   --model-tag=None   tiny.py
 
 A bare word, one without dashes, is a settings file, written like the block (`depth = 4  # why`). What comes later on
 the command line wins; several bare words for one text are joined as a shell quotes them.
 
-Promises: scripts and settings files are parsed here, never executed; every value is checked before the first is
-assigned; a mistake is one line and exit code 2. Does not: abbreviate names, nest them, read them from the environment,
-or include one settings file in another.
+Promises: scripts and settings files are parsed, never executed; every value is checked before the first is assigned; a
+mistake is one line and exit code 2. Does not: abbreviate names, read the environment, include files in files.
 """
 
 import ast
 import contextlib
 import difflib
+import io
 import math
 import operator
 import re
@@ -34,6 +33,7 @@ import textwrap
 import tokenize
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby, takewhile
 from pathlib import Path
 
 from nanochat.common import UserError, get_rank, print0
@@ -85,7 +85,7 @@ class Setting:
         return value
 
     def parse(self, text: str, given: str) -> object:
-        """The value that a command line gives as text; UserError when it does not fit."""
+        """The value of a text from the command line; UserError when it does not fit."""
         value: object = {str(other): other for other in self.others}.get(text, text)
         if value not in self.others:
             with contextlib.suppress(KeyError, ValueError):  # then it is still text, which check() refuses
@@ -105,9 +105,8 @@ class Block:
         """The setting of that name; UserError with the likeliest one otherwise."""
         if name in self.settings:
             return self.settings[name]
-        near = difflib.get_close_matches(name, self.settings, n=1)
-        if FORMER_NAMES.get(name) in self.settings:
-            near = [FORMER_NAMES[name]]
+        former = FORMER_NAMES.get(name, "")
+        near = [former] if former in self.settings else difflib.get_close_matches(name, self.settings, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise UserError(f"no setting named {name} ({given}).{hint} --help lists them all.")
 
@@ -116,8 +115,10 @@ class Block:
 # Reading a script
 
 
-def literal(node: ast.expr) -> object:
+def literal(node: ast.expr | None) -> object:
     """A literal, or sums, differences, products and quotients of number literals; ValueError for anything else."""
+    if node is None:
+        raise ValueError
     try:
         if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
             left, right = literal(node.left), literal(node.right)
@@ -140,9 +141,10 @@ def assignment(node: ast.stmt) -> tuple[str, ast.expr | None, ast.expr | None]:
 
 def ends_block(node: ast.stmt) -> bool:
     """Whether this is the configure line, a function or a class."""
-    value = assignment(node)[2]
-    is_configure = isinstance(value, ast.Call) and ast.unparse(value.func) == "configure"
-    return is_configure or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+    match assignment(node)[2]:
+        case ast.Call(func=ast.Name(id="configure")):
+            return True
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
 
 
 def read_type(annotation: ast.expr | None, default: object) -> tuple[type, tuple[object, ...], tuple[object, ...]]:
@@ -167,17 +169,11 @@ def read_type(annotation: ast.expr | None, default: object) -> tuple[type, tuple
     raise ValueError
 
 
-def read_comments(source: str, statements: Sequence[ast.stmt]) -> tuple[dict[int, str], dict[int, str]]:
-    """{line: text} of the comments on the lines of the statements, and of those between them except rules of dashes."""
-    inside = {line for node in statements for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
-    lines = source.splitlines(keepends=True)[: max(inside, default=0)]
-    trailing: dict[int, str] = {}
-    titles: dict[int, str] = {}
-    for token in tokenize.generate_tokens(iter(lines).__next__):
-        text = token.string.lstrip("#").strip()
-        if token.type == tokenize.COMMENT and re.search(r"\w", text):
-            (trailing if token.start[0] in inside else titles)[token.start[0]] = text
-    return trailing, titles
+def read_comments(source: str) -> dict[int, str]:
+    """{line: text} of all comments but rules of dashes."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    texts = {token.start[0]: token.string.lstrip("#").strip() for token in tokens if token.type == tokenize.COMMENT}
+    return {line: text for line, text in texts.items() if re.search(r"\w", text)}
 
 
 def read_short(node: ast.expr | None, settings: dict[str, Setting], where: str) -> dict[str, str]:
@@ -193,25 +189,24 @@ def read_short(node: ast.expr | None, settings: dict[str, Setting], where: str) 
 def read_block(path: Path) -> Block:
     """The settings block of a script, which is not imported; UserError with file and line when it is badly written."""
     source = path.read_text(encoding="utf-8")
-    tree = ast.parse(source, str(path))
-    body = tree.body[: next((i for i, node in enumerate(tree.body) if ends_block(node)), None)]
-    trailing, titles = read_comments(source, body)
+    tree, comments = ast.parse(source, str(path)), read_comments(source)
+    body = list(takewhile(lambda node: not ends_block(node), tree.body))
     settings: dict[str, Setting] = {}
     short: dict[str, str] = {}
+    section, end = "Settings", 0
     for node in body:
+        above, start, end = range(end + 1, node.lineno), node.lineno, node.end_lineno or node.lineno
+        section = [section, *(comments[line] for line in above if line in comments)][-1]
         name, annotation, value = assignment(node)
-        where = f"{path}:{node.lineno}: setting {name}"
+        where = f"{path}:{start}: setting {name}"
         if not name or name.startswith("_") or name != name.lower():
             continue
-        help = " ".join(text for line, text in trailing.items() if node.lineno <= line <= (node.end_lineno or 0))
-        section = next((text for line, text in reversed(titles.items()) if line < node.lineno), "Settings")
+        help = " ".join(comments[line] for line in range(start, end + 1) if line in comments)
         if name in settings:
             raise UserError(f"{where} is declared twice")
         if not help:
             raise UserError(f"{where} has no comment; it is the help text: {name} = ...  # what it does")
         try:
-            if value is None:
-                raise ValueError
             default = literal(value)
             kind, choices, others = read_type(annotation, default)
         except ValueError:
@@ -246,15 +241,12 @@ def read_settings_file(block: Block, word: str) -> dict[str, tuple[object, str]]
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             continue  # a docstring
         name, _, value = assignment(node)
-        where = f"{word}:{node.lineno}"
+        where, line = f"{word}:{node.lineno}", ast.unparse(node).splitlines()[0]
         try:
-            if not name or not value:
-                raise ValueError
             given = literal(value)
         except ValueError:
-            line = ast.unparse(node).splitlines()[0]
             raise UserError(f"{where}: `{line}`: expected name = literal value; nothing is executed") from None
-        values[name] = block.find(name, where).check(given, f"{where}: {name} = {ast.unparse(value)}"), where
+        values[name] = block.find(name, where).check(given, f"{where}: {line}"), where
     return values
 
 
@@ -288,9 +280,8 @@ def parse_args(block: Block, argv: Sequence[str]) -> dict[str, tuple[object, str
         if not equals and setting.kind is bool:
             if words and words[0].lower() in TRUTH:
                 raise UserError(f"{flag} {words[0]}: a value for a bool is not spaced; write {flag}={words[0]}")
-            given[name] = True, flag
-            continue
-        if not equals:
+            text = "true"
+        elif not equals:
             if not words or OPTION.fullmatch(words[0]):
                 about = f"{setting.type_name}, default {setting.default!r}"
                 raise UserError(f"{flag} needs a value: {flag}=VALUE ({about})")
@@ -310,13 +301,11 @@ def help_text(block: Block) -> str:
     width = max(shutil.get_terminal_size((120, 24)).columns, sum(widths) + 40)
     forms = "Settings: --name=value, --name value, or a file of `name = value` lines; the last one wins."
     lines = [block.doc, "", forms]
-    section = None
-    for row, setting in zip(rows, block.settings.values(), strict=True):
-        if setting.section != section:
-            section = setting.section
-            lines += ["", section]
-        head = "".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True))
-        lines.append(textwrap.fill(head + setting.help, width, subsequent_indent=" " * sum(widths)))
+    for section, group in groupby(zip(rows, block.settings.values(), strict=True), key=lambda pair: pair[1].section):
+        lines += ["", section]
+        for row, setting in group:
+            head = "".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True))
+            lines.append(textwrap.fill(head + setting.help, width, subsequent_indent=" " * sum(widths)))
     return "\n".join(lines).lstrip()
 
 

@@ -22,9 +22,7 @@ from nanochat.model import LanguageModel, Linear, fill
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """What is needed to rebuild the model, stored in every checkpoint. Raises UserError for shapes that cannot be
-    built.
-    """
+    """What rebuilds the model, stored in every checkpoint. Raises UserError for shapes that cannot be built."""
 
     sequence_len: int = 2048  # training context in tokens; also half of it is the window of an "S" layer
     vocab_size: int = 65536
@@ -39,15 +37,12 @@ class GPTConfig:
         if min(self.n_layer, self.n_head, self.n_kv_head, self.n_embd, self.vocab_size, self.sequence_len) < 1:
             raise UserError(f"every size of a model must be at least 1: {asdict(self)}")
         if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
-            raise UserError(
-                f"width {self.n_embd} does not split into {self.n_head} heads of even size; choose another --head-dim"
-            )
+            heads = f"{self.n_head} heads of even size"
+            raise UserError(f"width {self.n_embd} does not split into {heads}; choose another --head-dim")
         if self.n_head % self.n_kv_head:
             raise UserError(f"--kv-heads={self.n_kv_head} must divide the {self.n_head} query heads")
         if not self.window_pattern or set(self.window_pattern) - set("LS"):
-            raise UserError(
-                f"--window-pattern={self.window_pattern}: expected a word of the letters L and S, such as SSSL"
-            )
+            raise UserError(f"--window-pattern={self.window_pattern}: expected the letters L and S, such as SSSL")
 
     @property
     def head_dim(self) -> int:
@@ -76,9 +71,8 @@ def config_from_depth(
     at least 512 and a multiple of 128, else 64: a 256-wide model with two heads is worse than one with four.
     """
     if depth < 1 or aspect_ratio < 1 or (head_dim is not None and head_dim < 2):
-        raise UserError(
-            f"--depth={depth} --aspect-ratio={aspect_ratio} --head-dim={head_dim}: expected at least 1, 1 and 2"
-        )
+        sizes = f"--depth={depth} --aspect-ratio={aspect_ratio} --head-dim={head_dim}"
+        raise UserError(f"{sizes}: expected at least 1, 1 and 2")
     width = depth * aspect_ratio
     if head_dim is None:
         head_dim = 128 if width >= 512 and width % 128 == 0 else 64
@@ -159,11 +153,10 @@ class Block(nn.Module):
 
 
 # -----------------------------------------------------------------------------
+# The whole
 
 
 class GPT(LanguageModel):
-    """The model. Large ones are built on "meta": see model.build_model."""
-
     config: GPTConfig
 
     def __init__(self, config: GPTConfig):
@@ -176,9 +169,7 @@ class GPT(LanguageModel):
     def hidden(
         self, idx: Tensor, dtype: torch.dtype, positions: Tensor | None = None, caches: list[LayerCache] | None = None
     ) -> Tensor:
-        """The final normalised states (B, T, C) of tokens idx (B, T), which stand at `positions` (T,) or (B, T),
-        default 0..T-1.
-        """
+        """The final normalised states (B, T, C) of tokens idx (B, T) at `positions` (T,) or (B, T), default 0..T-1."""
         if positions is None:
             positions = torch.arange(idx.size(1), device=idx.device)
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_base)  # (T, D/2) or (B, T, D/2)

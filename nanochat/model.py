@@ -1,15 +1,14 @@
 """What every architecture shares: the loss, parameters and FLOPs, compilation, optimizers, building.
 
-A relative of GPT is a config with build(), and a LanguageModel with hidden() and init_weights(): see gpt.py. Master
-weights are fp32; a matmul runs in the dtype of its input, so `forward(..., dtype=torch.bfloat16)` is all that mixed
-precision takes. Shapes below: B batch, T time, C width, V vocabulary.
+Master weights are fp32; a matmul runs in the dtype of its input, so `forward(..., dtype=torch.bfloat16)` is all that
+mixed precision takes. Shapes below: B batch, T time, C width, V vocabulary.
 """
 
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +32,8 @@ def head_loss_slice(
     """For n tokens: their losses in nats (n,) fp32 and, if asked, d(sum of token_weights * loss)/d(logits) (n, V).
     hidden (n, C) and weight (V, C) share a dtype.
 
-    Written for one pass over the logits once compiled: the cap bounds exp() by e^15, so no maximum is subtracted;
-    tanh(z) is 2 sigmoid(2z) - 1, which vectorises; the target's own share is added afterwards. 7 ms instead of 22 for
-    1,024 x 4,096 on two cores.
+    Once compiled, one pass over the logits, 7 ms instead of 22 for 1,024 x 4,096 on two cores: the cap bounds exp() by
+    e^15, so no maximum is subtracted; tanh(z) is 2 sigmoid(2z) - 1, which vectorises; the target's share comes last.
     """
     logits = F.linear(hidden, weight)  # (n, V)
     tanh = 2 * torch.sigmoid(logits.float() * (2 / SOFTCAP)) - 1
@@ -60,39 +58,32 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        token_weights: Tensor,
-        with_grad: bool,
-        slice_fn: Callable[..., tuple[Tensor, Tensor | None]],
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, loss_slice: Callable[..., Any]
     ) -> Any:
-        w = weight.to(hidden.dtype)
-        losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if with_grad else None
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if with_grad else None
-        clamped, token_weights = targets.clamp(min=0), token_weights * (targets >= 0)
+        w, counted, with_grad = weight.to(hidden.dtype), targets >= 0, ctx.needs_input_grad[0]
+        clamped, token_weights = targets.clamp(min=0), token_weights * counted
+        losses = torch.empty_like(targets, dtype=torch.float32)
+        if with_grad:
+            grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+            ctx.save_for_backward(grad_hidden, grad_weight)  # filled below
         for rows in slice_rows(targets.numel(), weight.size(0), hidden.device):
-            losses[rows], grad = slice_fn(hidden[rows], w, clamped[rows], token_weights[rows], with_grad)
-            if grad is not None and grad_hidden is not None and grad_weight is not None:
+            losses[rows], grad = loss_slice(hidden[rows], w, clamped[rows], token_weights[rows], with_grad)
+            if with_grad:
                 torch.mm(grad, w, out=grad_hidden[rows])
                 grad_weight += grad.t() @ hidden[rows]
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        losses = losses * (targets >= 0)
+        losses = losses * counted
         ctx.mark_non_differentiable(losses)
         return (losses * token_weights).sum(), losses
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: Any, scale: Tensor, _: Any) -> Any:
         grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grads[0]
-        return grad_hidden * scale.to(grad_hidden.dtype), grad_weight * scale, None, None, None, None
+        return grad_hidden * scale.to(grad_hidden.dtype), grad_weight * scale, None, None, None
 
 
 def slice_rows(tokens: int, vocab_size: int, device: torch.device) -> list[slice]:
-    """Slices of the loss, of equal length (one compiled shape) but the last: their fp32 logits stay near 16 MB on CPU
-    (the L3 cache) and 512 MB elsewhere.
+    """Slices of equal length (one compiled shape) but the last, whose fp32 logits take at most about 16 MB on CPU (the
+    L3 cache) and 512 MB elsewhere.
     """
     most = max(1, (16 if device.type == "cpu" else 512) * 2**20 // (4 * vocab_size))
     n = math.ceil(tokens / math.ceil(tokens / most))
@@ -146,48 +137,38 @@ class LanguageModel(nn.Module):
         idx: Tensor,
         targets: Tensor | None = None,
         weights: Tensor | None = None,
-        loss_reduction: str = "mean",
+        loss_reduction: Literal["mean", "sum", "none"] = "mean",
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Logits (B, T, V) of idx (B, T); with targets (B, T) their cross-entropy in nats instead, targets below 0
-        ignored.
-
-        loss_reduction "sum" weighs each token's loss by `weights` (B, T) (default 1) and adds up: what training uses,
-        dividing once by the number of tokens in the whole step over all ranks. "mean" divides by the tokens counted
-        here. "none" gives the losses (B, T), without a gradient.
+        """Logits (B, T, V) of idx (B, T), or with targets (B, T) their cross-entropy in nats, targets below 0 ignored:
+        the "mean" of those counted, the losses (B, T) without a gradient ("none"), or the "sum" of `weights` (B, T),
+        default 1, times losses. Training sums, and divides once by the tokens of the whole step over all ranks.
         """
         hidden = self.hidden(idx, dtype)
         if targets is None:
             return self.logits(hidden)
-        hidden, head, flat = hidden.flatten(0, 1), self.lm_head.weight, targets.reshape(-1)
-        token_weights = torch.ones(flat.shape, device=flat.device) if weights is None else weights.reshape(-1).float()
-        with_grad = torch.is_grad_enabled() and loss_reduction != "none"
-        loss, losses = HeadLoss.apply(hidden, head, flat, token_weights, with_grad, self.loss_slice)
-        if loss_reduction == "sum":
-            return loss
-        if loss_reduction == "mean":
-            return loss / (targets >= 0).sum().clamp(min=1)
-        assert loss_reduction == "none", loss_reduction
-        return losses.view(targets.shape)
+        flat, head = targets.flatten(), self.lm_head.weight
+        token_weights = torch.ones(flat.shape, device=flat.device) if weights is None else weights.flatten().float()
+        loss, losses = HeadLoss.apply(hidden.flatten(0, 1), head, flat, token_weights, self.loss_slice)
+        if loss_reduction == "none":
+            return losses.view(targets.shape)
+        return loss if loss_reduction == "sum" else loss / (flat >= 0).sum().clamp(min=1)
 
     def compile_parts(self) -> None:
-        """Compile the block and the loss slice in place, for fixed shapes. Parameter names do not change. What gathers
-        a sharded block's weights stays outside of the compiled graph.
-        """
+        """Compile blocks and loss in place, for fixed shapes; parameters keep their names, gathering stays outside."""
         for block in self.blocks:
             block.forward = torch.compile(block.forward, dynamic=False)
         self.loss_slice = torch.compile(head_loss_slice, dynamic=False)
 
     def inference_copy(self, dtype: torch.dtype) -> Self:
-        """A separate model with the same weights in `dtype`, whole, eager and without gradients. Later training does
-        not reach it. Collective for a sharded model.
-        """
-        model: Self = build_model(self.config, self.device, dtype=dtype)
+        """A separate model with today's weights in `dtype`: whole, eager, without gradients. Collective if sharded."""
+        with torch.device("meta"):
+            model: Self = self.config.build().to(dtype)
+        model.to_empty(device=self.device).eval().requires_grad_(False)
         weights = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, weight in whole_weights(self):
-                weights[name].copy_(weight)
-        return model.eval().requires_grad_(False)
+        for name, weight in whole_weights(self):
+            weights[name].copy_(weight)
+        return model
 
     def config_dict(self) -> dict[str, Any]:
         return asdict(self.config)
@@ -207,9 +188,8 @@ class LanguageModel(nn.Module):
         return self.num_params() - self.wte.weight.numel()
 
     def estimate_flops(self) -> int:
-        """Training FLOPs per token at full context, forward and backward: 6 per matmul weight, and 12 C min(window, T)
-        per layer for the attention scores and their sums (PaLM, arXiv 2204.02311, appendix B; not halved for
-        causality).
+        """Training FLOPs per token at full context: 6 per matmul weight, and 12 C window per layer for attention (PaLM,
+        arXiv 2204.02311, appendix B; not halved for causality).
         """
         return 6 * self.num_matmul_params() + 12 * self.config.n_embd * sum(self.config.windows())
 
@@ -239,23 +219,17 @@ Model = TypeVar("Model", bound=LanguageModel, covariant=True)
 
 
 class Config(Protocol[Model]):
-    """A dataclass that every checkpoint holds, and that knows its class of model."""
+    """A dataclass that every checkpoint holds, and that knows its model."""
 
     def build(self) -> Model: ...
 
 
 def build_model(
-    config: Config[Model],
-    device: torch.device,
-    seed: int | None = None,
-    place: Place | None = None,
-    dtype: torch.dtype = torch.float32,
+    config: Config[Model], device: torch.device, seed: int | None = None, place: Place | None = None
 ) -> Model:
-    """A model on `device`, or where sharding.placement() puts it: initialised from `seed`, or with memory only when
-    weights are about to be loaded.
-    """
+    """A model on `device`, or where sharding.placement() puts it: initialised from `seed`, or for weights to load."""
     with torch.device("meta"):
-        model = config.build().to(dtype)
+        model = config.build()
     if place:
         place(model)
     else:
@@ -266,9 +240,7 @@ def build_model(
 
 
 def fill(weight: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
-    """Let `draw` write a weight. Of a split one the whole is drawn and this rank's rows are kept: the same model on any
-    ranks.
-    """
+    """Let `draw` write a weight; a split one is drawn whole and cut: the same model on any number of ranks."""
     whole = torch.empty(weight.shape, device=compute_device(weight)) if is_split(weight) else weight
     draw(whole)
     local(weight).copy_(whole[own_rows(weight)])

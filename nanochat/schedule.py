@@ -1,7 +1,6 @@
 """Pure numbers, no torch: how many steps, how they are split over ranks, and how rates move along the run.
 
-Every schedule is a function of (step, num_steps) with 0 <= step < num_steps, so a resumed run needs nothing but its
-step.
+Schedules are functions of (step, num_steps) with 0 <= step < num_steps: a resumed run needs nothing but its step.
 """
 
 import math
@@ -32,9 +31,8 @@ class BatchPlan:
     def __str__(self) -> str:
         ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
         micro = f"{self.grad_accum_steps} micro-batch{'es' if self.grad_accum_steps > 1 else ''}"
-        return (
-            f"{self.tokens:,} tokens = {micro} x {self.device_batch_size} rows x {self.sequence_len} tokens x {ranks}"
-        )
+        rows = f"{self.device_batch_size} rows x {self.sequence_len} tokens"
+        return f"{self.tokens:,} tokens = {micro} x {rows} x {ranks}"
 
 
 def plan_batches(total_batch_size: int, device_batch_size: int, sequence_len: int, world_size: int) -> BatchPlan:
@@ -42,18 +40,14 @@ def plan_batches(total_batch_size: int, device_batch_size: int, sequence_len: in
     asked (six GPUs rarely divide a power of two): print the plan, never assert divisibility.
     """
     if min(total_batch_size, device_batch_size, sequence_len) < 1:
-        raise UserError(
-            f"--total-batch-size={total_batch_size} --device-batch-size={device_batch_size} "
-            f"--max-seq-len={sequence_len}: each must be at least 1"
-        )
+        batch = f"--total-batch-size={total_batch_size} --device-batch-size={device_batch_size}"
+        raise UserError(f"{batch} --max-seq-len={sequence_len}: each must be at least 1")
     micro_batch = device_batch_size * sequence_len * world_size
     return BatchPlan(device_batch_size, sequence_len, world_size, max(1, round(total_batch_size / micro_batch)))
 
 
 def one_horizon(**horizons: float | None) -> dict[str, float]:
-    """{name: value} of the horizon that is set, or nothing; None and -1 mean not set. Raises UserError for several, and
-    for one that is not more than 0.
-    """
+    """{name: value} of the one horizon that is set, if any; None and -1: not set. UserError for several, or 0."""
     given = {name: value for name, value in horizons.items() if value is not None and value != -1}
     if len(given) > 1 or any(value <= 0 for value in given.values()):
         flags = " ".join(f"--{name.replace('_', '-')}={value}" for name, value in given.items())
@@ -72,25 +66,23 @@ def plan_horizon(
     """Steps, and the arithmetic that gave them, from at most one of: steps, training FLOPs, tokens per parameter (20,
     Chinchilla's, arXiv 2203.15556, where none is set). Raises UserError as one_horizon does.
     """
-    given = one_horizon(
-        num_iterations=num_iterations, target_flops=target_flops, target_param_data_ratio=target_param_data_ratio
-    )
-    if "num_iterations" in given:
-        return int(given["num_iterations"]), f"{num_iterations:,} steps as asked"
-    if "target_flops" in given:
-        steps = given["target_flops"] / (flops_per_token * tokens_per_step)
-        formula = f"{target_flops:.3g} FLOPs / ({flops_per_token:,} per token x {tokens_per_step:,} tokens per step)"
-    else:
-        ratio = given.get("target_param_data_ratio", 20)
-        steps = ratio * num_params / tokens_per_step
-        formula = f"{ratio:g} tokens x {num_params:,} parameters / {tokens_per_step:,} tokens per step"
+    horizons = {"num_iterations": num_iterations, "target_flops": target_flops}
+    match one_horizon(**horizons, target_param_data_ratio=target_param_data_ratio):
+        case {"num_iterations": steps}:
+            return int(steps), f"{steps:,} steps as asked"
+        case {"target_flops": flops}:
+            steps = flops / (flops_per_token * tokens_per_step)
+            formula = f"{flops:.3g} FLOPs / ({flops_per_token:,} per token x {tokens_per_step:,} tokens per step)"
+        case given:
+            ratio = given.get("target_param_data_ratio", 20)
+            steps = ratio * num_params / tokens_per_step
+            formula = f"{ratio:g} tokens x {num_params:,} parameters / {tokens_per_step:,} tokens per step"
     return max(1, round(steps)), formula
 
 
 def trapezoid(step: int, num_steps: int, warmup_ratio: float, warmdown_ratio: float, final_fraction: float) -> float:
     """Learning rate multiplier: up to 1 over the first warmup_ratio of the run, flat, then linearly down to
-    final_fraction over the last warmdown_ratio. Never 0 at the first step, never negative, the same shape at any
-    length.
+    final_fraction over the last warmdown_ratio. Never 0 at the first step, never negative.
     """
     warmup_steps, warmdown_steps = warmup_ratio * num_steps, warmdown_ratio * num_steps
     up = min(1.0, (step + 1) / warmup_steps) if warmup_steps >= 1 else 1.0
@@ -98,12 +90,9 @@ def trapezoid(step: int, num_steps: int, warmup_ratio: float, warmdown_ratio: fl
     return up * (left + (1 - left) * final_fraction)
 
 
-def muon_momentum(step: int, num_steps: int, low: float = 0.85, high: float = 0.95, warmup_steps: int = 300) -> float:
-    """Muon's momentum: from low to high over the first 300 steps (nanochat), or a fifth of a run that is shorter than
-    1,500.
-    """
-    rise = max(1.0, min(warmup_steps, num_steps / 5))
-    return low + (high - low) * min(1.0, step / rise)
+def muon_momentum(step: int, num_steps: int, low: float = 0.85, high: float = 0.95) -> float:
+    """Muon's momentum: from low to high over the first 300 steps (nanochat), or a fifth of a run below 1,500."""
+    return low + (high - low) * min(1.0, step / max(1.0, min(300, num_steps / 5)))
 
 
 def cosine_to_zero(step: int, num_steps: int) -> float:

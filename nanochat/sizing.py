@@ -1,15 +1,14 @@
 """The cards, how much memory a run takes, and the rows that fit. torch is imported where it is used: cards need none.
 
 The memory is an estimate: on the CPU, whose allocator can be asked, from 1 % below to 11 % above what 32 kinds of steps
-held (docs/how-to/choose-a-machine.md). Not in it: the interpreter and torch (0.5 GB of a CPU process), a GPU's driver
-and kernels, NCCL's buffers, fragments, an optimizer step of next to no rows. The margin is for those, and on a GPU a
-real step decides.
+held (docs/how-to/choose-a-machine.md). The margin is for what is not in it: the interpreter and torch (0.5 GB of a CPU
+process), a GPU's driver and kernels, NCCL's buffers, fragments. On a GPU a real step decides.
 """
 
 import gc
 import os
 from bisect import bisect_right
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -47,7 +46,7 @@ CARDS = (
 
 
 def find_card(device_name: str) -> Card | None:
-    """The card of a device, by the device's own name in any case; None when it is not in the table."""
+    """The card of a device by its own name, in any case; None when it is not in the table."""
     return next((card for card in CARDS if card.name.lower() in device_name.lower()), None)
 
 
@@ -74,17 +73,14 @@ def optimizer_bytes(model: "LanguageModel", world_size: int) -> float:
     return (4 * (model.num_params() - tables) + 8 * tables) / world_size
 
 
-def estimate_memory(
-    model: "LanguageModel", device_batch_size: int, sequence_len: int, setup: Setup
-) -> dict[str, float]:
-    """{what: bytes on one rank} of a training step at its fullest moment, which is mostly the last loss, when all
-    activations are there.
+def estimate_memory(model: "LanguageModel", rows: int, sequence_len: int, setup: Setup) -> dict[str, float]:
+    """{what: bytes on one rank} of a training step at its fullest moment: mostly the last loss, with all activations.
 
     Of each token the backward pass needs about 18 C numbers per layer: inputs and outputs of both norms 4, queries,
     keys and values 5, attention's output 1, MLP 8. Eager ones are a fifth more, because norms keep fp32. Attention
     without a kernel keeps scores, and keys and values once for every 128 queries.
     """
-    config, size, tokens = model.config, setup.itemsize, device_batch_size * sequence_len
+    config, size, tokens = model.config, setup.itemsize, rows * sequence_len
     C, L, V = config.n_embd, config.n_layer, config.vocab_size
     parameters, tables = model.num_params(), 2 * V * C
     cast = size if size < 4 else 0  # bytes of a number's copy in the matmuls' dtype
@@ -126,11 +122,9 @@ def most_rows(model: "LanguageModel", sequence_len: int, setup: Setup, budget: f
     if not most:
         saving = {"--recompute": setup.recompute, "--shard on several": setup.shard, "--offload": setup.offload}
         untried = "".join(f"{name}, " for name, used in saving.items() if not used)
-        raise UserError(
-            f"d{model.config.n_layer}: not one row of {sequence_len} tokens fits, it needs {need(1) / 1e9:.1f} of "
-            f"{budget / 1e9:.1f} GB on each of {setup.world_size}; try {untried}a smaller --depth or --max-seq-len",
-            everywhere=True,
-        )
+        what = f"d{model.config.n_layer}: not one row of {sequence_len} tokens fits"
+        lacks = f"it needs {need(1) / 1e9:.1f} of {budget / 1e9:.1f} GB on each of {setup.world_size}"
+        raise UserError(f"{what}, {lacks}; try {untried}a smaller --depth or --max-seq-len", everywhere=True)
     return most
 
 
@@ -155,9 +149,9 @@ def choose_device_batch(
     compute: "Compute",
     compiled: bool,
 ) -> int:
-    """Rows per rank and micro-batch, the same on every rank: as asked, or for auto what the estimate has room for; on a
-    GPU a step with it is tried, and half as many while the memory does not suffice. A step keeps near total_batch_size.
-    Raises UserError where not even one row fits. A sharded model is not tried: its ranks wait for each other in it.
+    """Rows per rank and micro-batch, the same on every rank: as asked, or for auto what the estimate has room for, and
+    near total_batch_size a step. On a GPU a step is tried, and half the rows while it does not fit, but not of a
+    sharded model, in whose passes ranks wait for each other. Raises UserError where not even one row fits.
     """
     if asked != "auto":
         return asked
@@ -182,19 +176,16 @@ def choose_device_batch(
 
 
 def memory_budget(compute: "Compute") -> float:
-    """Bytes that a rank may use: nine tenths of the smallest GPU, or of what this machine has left, shared by its
-    ranks.
-    """
+    """Bytes a rank may use: of the smallest GPU, or its share of what this machine has left, all but the margin."""
     import torch
 
     from nanochat.compute import local_world_size
 
-    sizes = torch.zeros(compute.world_size, dtype=torch.float64)
     if compute.device.type == "cuda":
-        sizes[compute.rank] = torch.cuda.get_device_properties(compute.device).total_memory
+        size = float(torch.cuda.get_device_properties(compute.device).total_memory)
     else:
-        sizes[compute.rank] = available_memory() / local_world_size()
-    return compute.sum(sizes).min().item() * (1 - MARGIN)
+        size = available_memory() / local_world_size()
+    return min(compute.gather(size)) * (1 - MARGIN)
 
 
 def available_memory() -> int:
@@ -207,33 +198,39 @@ def available_memory() -> int:
 
 
 def step_fits(model: "LanguageModel", rows: int, sequence_len: int, compute: "Compute") -> bool:
-    """Whether a step of two micro-batches fits, on every rank. Its tokens come from a generator of their own, its
-    optimizers have rates of 0 and are thrown away: the weights keep their bits. Not guarded: a rank that runs out of
-    memory in the optimizer step alone, while the others wait for it.
+    """Whether a step of two micro-batches fits, on every rank. Its tokens have a generator of their own, its optimizers
+    rates of 0: the weights keep their bits. Not guarded: a rank that runs out of memory in the optimizer step alone,
+    while the others wait for it.
     """
     import torch
 
-    shape, generator = (rows, sequence_len + 1), torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, shape, generator=generator)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (rows, sequence_len + 1), generator=generator)
     optimizers: list[Any] = []
-    fits = False
-    with suppress(torch.OutOfMemoryError):
-        tokens = tokens.to(model.device)
-        optimizers = model.setup_optimizers(0.0, 0.0, 0.0, dtype=compute.dtype)
+
+    def gradients() -> None:
+        x = tokens.to(model.device)
+        optimizers.extend(model.setup_optimizers(0.0, 0.0, 0.0, dtype=compute.dtype))
         for _ in range(2):
-            model(tokens[:, :-1], tokens[:, 1:], loss_reduction="sum", dtype=compute.dtype).backward()
-        fits = True
-    if not compute.any(not fits):
-        fits = False
-        with suppress(torch.OutOfMemoryError):
-            for optimizer in optimizers:
-                optimizer.reduce_gradients(2.0 * rows * sequence_len)
-            for optimizer in optimizers:
-                optimizer.step()
-            fits = True
+            model(x[:, :-1], x[:, 1:], loss_reduction="sum", dtype=compute.dtype).backward()
+
+    def update() -> None:
+        for optimizer in optimizers:
+            optimizer.reduce_gradients(2.0 * rows * sequence_len)
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def fits(part: Callable[[], None]) -> bool:
+        try:
+            part()
+        except torch.OutOfMemoryError:
+            return not compute.any(True)
+        return not compute.any(False)
+
+    fit = fits(gradients) and fits(update)
     model.zero_grad(set_to_none=True)
     optimizers.clear()
     gc.collect()
     if compute.device.type == "cuda":
         torch.cuda.empty_cache()
-    return not compute.any(not fits)
+    return fit
