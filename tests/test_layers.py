@@ -24,9 +24,9 @@ STORY = ["speedrun.sh", "scripts/base_train.py"] + [
 ]
 BUDGETS = {
     "files of the trunk": 25,
-    "lines of the trunk": 5820,
-    "lines of the story": 2660,
-    "lines of the library": 9050,
+    "lines of the trunk": 5420,  # to become 5,100
+    "lines of the story": 2500,
+    "lines of the library": 8400,  # to become 7,500
     "parameters of a library function": 7,
 }
 
