@@ -95,13 +95,7 @@ from nanochat.train import (
     update,
 )
 
-PROMPTS = (
-    "The",
-    "If the file does not exist,",
-    "The capital of France is",
-    "Once upon a time",
-    "Returns the number of",
-)
+STARTS = ("The", "If the file does not exist,", "The capital of France is", "Once upon a time", "Returns the number of")
 
 
 def main() -> None:
@@ -219,7 +213,7 @@ def show_samples(model: GPT, tokenizer: Tokenizer, compute: Compute, run: Run) -
     engine = engine_on_master(model, None, compute)
     if not engine:
         return
-    for prompt in PROMPTS:
+    for prompt in STARTS:
         ids = tokenizer.encode(prompt, prepend="<|bos|>")
         samples, _ = engine.generate_batch([ids], Sampling(max_tokens=48, temperature=0.7, top_k=50))
         text = tokenizer.decode(samples[0])
