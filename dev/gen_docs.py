@@ -46,15 +46,9 @@ NOT_EVERYWHERE = {"idlelib", "tkinter", "turtledemo", "lib2to3", "ensurepip", "d
 SKIPPED_FOLDERS = NOT_DOCUMENTATION | NOT_EVERYWHERE | {"site-packages", "dist-packages"}
 DOCUMENT_BYTES = 100_000  # a longer module is cut before a heading
 SHORTEST_DOCUMENT = 200  # characters; below are lone one-liners
-LETTERS = (
-    0.65  # least share of letters in a paragraph's visible characters: prose has 0.9, code 0.75, drawn formulas 0.3
-)
+LETTERS = 0.65  # least share in a paragraph's visible characters: prose has 0.9, code 0.75, drawn formulas 0.3
 ASCII = 0.97  # least share of ASCII in a document
-VERSION_NOTES = {
-    "versionadded": "New in version",
-    "versionchanged": "Changed in version",
-    "deprecated": "Deprecated since version",
-}
+VERSION_NOTES = {"versionadded": "New in", "versionchanged": "Changed in", "deprecated": "Deprecated since"}
 
 Section = tuple[str, str]  # heading, raw documentation string
 
@@ -81,12 +75,10 @@ def build_docs(corpus: Path) -> dict[str, Any]:
     return manifest
 
 
-def find_packages(packages: Collection[str] = PACKAGES) -> dict[str, Path]:
-    """Where each installed package of the list has its files (a folder, or one .py file), validation first, then
-    "python".
-    """
+def find_packages() -> dict[str, Path]:
+    """Where each installed package of the list, and "python", has its files: a folder, or one .py file."""
     places = {}
-    for package in sorted(packages, key=lambda package: package not in VALIDATION):
+    for package in PACKAGES:
         spec = find_spec(MODULES.get(package, package))  # of a top-level name: looks, does not import
         if spec and spec.origin:
             file = Path(spec.origin)
@@ -104,10 +96,8 @@ def package_versions(places: Collection[str]) -> dict[str, str]:
 def collect_docs(
     places: dict[str, Path], validation: Collection[str], sizes: Counter[str], left_out: Counter[str]
 ) -> Iterator[tuple[bool, str]]:
-    """Yield (is for validation, document), validation packages first; adds up bytes per package in `sizes` and reasons
-    in `left_out`.
-
-    A documentation string is used once, where it is met first, so what validates is never trained on.
+    """Yield (is for validation, document); adds up bytes per package in `sizes` and reasons in `left_out`. Validation
+    comes first, and a documentation string is used once, where it is met first: so what validates is never trained on.
     """
     seen: set[bytes] = set()
     for package in sorted(places, key=lambda package: package not in validation):
@@ -140,9 +130,7 @@ def list_modules(package: str, place: Path) -> Iterator[tuple[Path, str]]:
 
 
 def read_sections(file: Path, module: str) -> list[Section]:
-    """The documentation strings of one file with their headings. Raises SyntaxError or ValueError where it is no
-    Python.
-    """
+    """The documentation strings of one file with their headings; SyntaxError or ValueError where it is no Python."""
     text = file.read_text(encoding="utf-8")
     if '"""' not in text and "'''" not in text:
         return []
@@ -184,9 +172,8 @@ def argument_names(arguments: ast.arguments) -> str:
 
 
 def call_sections(call: ast.Call, owner: str, templates: dict[str, str]) -> Iterator[Section]:
-    """Yield the section of a call that documents a compiled function: torch's `add_docstr(torch.abs, "text
-    {input}".format(...))` and numpy's `add_newdoc("numpy.linalg", "name", ("method", "text"))`; nothing for other
-    calls.
+    """Yield the section of a call that documents a compiled function: torch's `add_docstr(torch.abs, "text {input}"
+    .format(...))` and numpy's `add_newdoc("numpy.linalg", "name", ("method", "text"))`; nothing for other calls.
     """
     called = ast.unparse(call.func)
     if not re.search(r"add_?(doc|newdoc)", called) or len(call.args) < 2:
@@ -203,9 +190,7 @@ def call_sections(call: ast.Call, owner: str, templates: dict[str, str]) -> Iter
 
 
 def literal_text(node: ast.expr | None, templates: dict[str, str] | None = None) -> str | None:
-    """A string written out in the source, alone, added to others, or as "{name}".format(...); None for
-    anything else.
-    """
+    """A string written out in the source, alone, added to others, or as "{name}".format(...); else None."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
@@ -218,9 +203,7 @@ def literal_text(node: ast.expr | None, templates: dict[str, str] | None = None)
 
 
 def docstring_templates(text: str) -> dict[str, str]:
-    """The descriptions that torch's sources paste into many documentation strings: `name (type): text` in
-    parse_kwargs(...).
-    """
+    """What torch's sources paste into many documentation strings: `name (type): text` in parse_kwargs(...)."""
     templates: dict[str, str] = {}
     for block in re.findall(r'parse_kwargs\(\s*r?"""(.*?)"""', text, re.DOTALL):
         for entry in re.split(r"\n    (?! )", block):
@@ -252,9 +235,9 @@ def make_documents(sections: list[Section], seen: set[bytes], left_out: Counter[
     parts: list[str] = []
     for heading, raw in sections:
         text = clean(raw, left_out)
-        digest = hashlib.sha256(" ".join(text.split()).encode()).digest()
         if not text:
             continue
+        digest = hashlib.sha256(" ".join(text.split()).encode()).digest()
         if digest in seen:
             left_out["repeated documentation strings"] += 1
             continue
@@ -301,8 +284,8 @@ def is_title(paragraph: str) -> bool:
 
 
 def strip_markup(text: str) -> str:
-    """Take reStructuredText's marks away: underlines of titles, roles, directives (formulas and pictures with what they
-    show), double backquotes.
+    """Take reStructuredText's marks away: underlines of titles, roles, double backquotes, directives (formulas and
+    pictures with what they show).
 
     "Returns\\n-------\\n:class:`~torch.Tensor`: the ``value``::" becomes "Returns:\\n\\n`torch.Tensor`: the `value`:".
     """
@@ -312,7 +295,7 @@ def strip_markup(text: str) -> str:
     text = re.sub(r":(?:\w+:)?\w+:`[~!]?([^`<]+?)(?:\s*<[^`>]*>)?`", r"`\1`", text)
     text = re.sub(r"(?m)^( *)\.\. (note|warning|tip|seealso|important)::", r"\1\2:", text)
     for directive, words in VERSION_NOTES.items():
-        text = re.sub(rf"(?m)^( *)\.\. {directive}:: *(\S*)", rf"\1{words} \2:", text)
+        text = re.sub(rf"(?m)^( *)\.\. {directive}:: *(\S*)", rf"\1{words} version \2:", text)
     text = re.sub(r"(?m)^ *(?:\.\. [\w:-]+::.*|\.\. _.*|:\w+:\s*$)", "", text)
     text = re.sub(r"``([^`\n]+)``", r"`\1`", text)
     text = re.sub(r"([`\]])__?(?!\w)", r"\1", text)

@@ -24,10 +24,10 @@ device_type: Literal["auto", "cuda", "mps", "xpu", "cpu"] = "auto"  # cuda also 
 dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # what matmuls compute in
 settings = configure(__name__)
 
-import itertools
 import lzma
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
@@ -55,19 +55,16 @@ def main() -> None:
         for name, stride in (("bpb", max(1, T // 2)), ("bpb_quick", T)):
             windows = validation_windows(iter_text(shards), tokenizer, T, stride, split_tokens)
             result = evaluate_bpb(model, windows, tokenizer, compute, batch_size)
-            about = {"stderr": result.stderr, "documents": result.documents, "bytes": result.bytes}
-            record.write(
-                name, split=split, **{name: result.bpb}, **about, tokens=result.tokens, window=T, stride=stride
-            )
+            about = asdict(result)
+            about[name] = about.pop("bpb")
+            record.write(name, split=split, **about, window=T, stride=stride)
             error = "" if result.stderr is None else f" +- {result.stderr:.4f}"
-            print0(
-                f"{split} {name} {result.bpb:.4f}{error}: {result.bytes:,} bytes, each scored once, documents: "
-                f"{result.documents:,}, windows of {T}, stride {stride}"
-            )
+            scored = f"{result.bytes:,} bytes, each scored once, documents: {result.documents:,}"
+            print0(f"{split} {name} {result.bpb:.4f}{error}: {scored}, windows of {T}, stride {stride}")
     if baselines and compute.is_master:
         measured = {"byte_unigram": byte_unigram_bpb(iter_text(text.val))}
         print0(f"to beat: byte frequencies {measured['byte_unigram']:.4f}")
-        size = sum(entry["text_bytes"] for entry in text.manifest["train"])
+        size = text.manifest["totals"]["train"]["text_bytes"]
         if size <= XZ_WINDOW:
             measured["xz"] = xz_bpb(iter_text(text.train), iter_text(text.val))
             print0(f"to beat: xz -9 of train + val, the part for val {measured['xz']:.4f}")
@@ -91,11 +88,12 @@ def xz_bpb(train: Iterable[pa.Array], validation: Iterable[pa.Array]) -> float:
     """Bits per validation byte that `xz -9` adds when the validation text follows the training text: it may copy from
     everything the model was trained on, within its 64 MB dictionary. Takes about two seconds per MB of training text.
     """
-    train_bytes = "".join(itertools.chain.from_iterable(text.to_pylist() for text in train)).encode()
-    val_bytes = "".join(itertools.chain.from_iterable(text.to_pylist() for text in validation)).encode()
+    known, new = (
+        "".join(document for text in texts for document in text.to_pylist()).encode() for texts in (train, validation)
+    )
     with ThreadPoolExecutor(2) as pool:  # lzma releases the GIL
-        alone, both = pool.map(lambda data: len(lzma.compress(data, preset=9)), (train_bytes, train_bytes + val_bytes))
-    return 8 * (both - alone) / len(val_bytes)
+        alone, both = pool.map(lambda data: len(lzma.compress(data, preset=9)), (known, known + new))
+    return 8 * (both - alone) / len(new)
 
 
 if __name__ == "__main__":

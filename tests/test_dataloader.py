@@ -15,10 +15,22 @@ from hypothesis import strategies as st
 from nanochat import dataloader
 from nanochat.common import UserError
 from nanochat.compute import Compute
-from nanochat.dataloader import Block, Position, pack_bos, pack_flat, prefetch, stream, text_blocks, training_stream
+from nanochat.dataloader import (
+    Block,
+    Position,
+    chat_stream,
+    pack_bos,
+    pack_flat,
+    prefetch,
+    stream,
+    text_blocks,
+    training_stream,
+)
 from nanochat.schedule import BatchPlan
 from tests.corpora import flip_bit, sealed, texts_of, write_parquet
 from tests.reference.byte_tokenizer import ByteTokenizer
+from tests.test_chat_loader import CHATS
+from tests.test_conversation import BYTES
 
 BOS, T = 256, 8
 documents = st.lists(st.lists(st.integers(0, 255), max_size=40), max_size=30)
@@ -83,12 +95,20 @@ def test_flat_packing_is_the_stream(first, second):
 
 
 # -----------------------------------------------------------------------------
+# The stream
+
+CPU = Compute(torch.device("cpu"), torch.float32)
+PLAN = BatchPlan(2, T, 1, 1)
+KINDS = pytest.mark.parametrize("kind", ["bos", "flat", "chats", "chats with all tokens"])
+# The files are only read, so that they need not be new for every example.
+few_examples = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     """Two shards of 40 documents, small row groups and small blocks, so that a few batches cross every border."""
     monkeypatch.setattr(dataloader, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(dataloader, "CHAT_BLOCK", 16)
     rng = np.random.default_rng(0)
     paths = []
     for shard in range(2):
@@ -97,25 +117,30 @@ def files(tmp_path, monkeypatch):
     return sealed(*paths)
 
 
-def batches(files, count, rank=0, world_size=1, rows=2, start=None, packing="bos"):
-    compute = Compute(torch.device("cpu"), torch.float32, rank, world_size)
-    plan = BatchPlan(rows, T, world_size, 1)
-    return list(islice(training_stream(files, ByteTokenizer(), plan, compute, packing, 1, start), count))
+def batches(files, count, rank=0, world_size=1, rows=2, start=None, kind="bos"):
+    compute = replace(CPU, rank=rank, world_size=world_size)
+    if kind in ("bos", "flat"):
+        plan = BatchPlan(rows, T, world_size, 1)
+        stream = training_stream(files, ByteTokenizer(), plan, compute, kind, 1, start)
+    else:
+        plan = BatchPlan(rows, 31, world_size, 1)
+        stream = chat_stream(CHATS, BYTES, plan, compute, kind != "chats", 1, start)
+    return list(islice(stream, count))
 
 
 def through_json(position):
-    return Position.from_json(json.loads(json.dumps(asdict(position))))
+    return position.from_json(json.loads(json.dumps(asdict(position))))
 
 
-@pytest.mark.parametrize("packing", ["bos", "flat"])
-# The files are only read, so that they need not be new for every example.
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@KINDS
+@few_examples
 @given(k=st.integers(0, 250), n=st.integers(1, 60))
-def test_a_restart_continues_with_the_very_next_row(files, packing, k, n):
+def test_a_restart_continues_with_the_very_next_row(files, kind, k, n):
     """nanochat forgets its packing buffer and its place in the row group: 1,000 to 2,000 documents per rank."""
-    whole = batches(files, k + n, packing=packing)
+    whole = batches(files, k + n, kind=kind)
+    assert whole[-1][2].epoch > 0 or k + n < (30 if "chats" in kind else 200)
     start = through_json(whole[k - 1][2]) if k else None
-    resumed = batches(files, n, start=start, packing=packing)
+    resumed = batches(files, n, start=start, kind=kind)
     for (x, y, p), (rx, ry, rp) in zip(whole[k:], resumed, strict=True):
         assert torch.equal(x, rx) and torch.equal(y, ry) and p == rp
 
@@ -129,16 +154,16 @@ def test_ranks_see_together_what_one_rank_sees(files, world_size):
         assert all(per_rank[rank][step][2] == alone[step][2] for rank in range(world_size))
 
 
-@pytest.mark.parametrize("packing", ["bos", "flat"])
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@KINDS
+@few_examples
 @given(k=st.integers(1, 80), before=st.sampled_from([1, 2, 3, 6]), after=st.sampled_from([1, 2, 3, 6]))
-def test_ranks_may_change_at_any_batch(files, packing, k, before, after):
+def test_ranks_may_change_at_any_batch(files, kind, k, before, after):
     """Six rows a step, dealt to 1, 2, 3 or 6 ranks: the position is the same, and so are the rows after it."""
-    alone = batches(files, k + 5, rows=6, packing=packing)
-    stopped = batches(files, k, before - 1, before, rows=6 // before, packing=packing)[-1][2]
+    alone = batches(files, k + 5, rows=6, kind=kind)
+    stopped = batches(files, k, before - 1, before, rows=6 // before, kind=kind)[-1][2]
     assert stopped == alone[k - 1][2]
     start, rows = through_json(stopped), 6 // after
-    ranks = [batches(files, 5, rank, after, rows, start, packing) for rank in range(after)]
+    ranks = [batches(files, 5, rank, after, rows, start, kind) for rank in range(after)]
     for step in range(5):
         for part in range(2):
             assert torch.equal(torch.cat([ranks[rank][step][part] for rank in range(after)]), alone[k + step][part])
@@ -152,9 +177,8 @@ def test_a_damaged_shard_stops_the_stream_before_its_first_token(files):
     inside = next(position for _, _, position in whole if position.shard == 1 and position.row_group > 0)
     flip_bit(files.paths[1], 1 / 3)
     seen = []
-    compute = Compute(torch.device("cpu"), torch.float32, 0, 1)
     with pytest.raises(UserError, match=f"{files.paths[1]}: changed since"):
-        for _, _, position in training_stream(files, ByteTokenizer(), BatchPlan(2, T, 1, 1), compute, seed=1):
+        for _, _, position in training_stream(files, ByteTokenizer(), PLAN, CPU, seed=1):
             seen.append(position)
     assert seen == [position for _, _, position in whole[: len(seen)]] and seen[-1].shard == 0
     with pytest.raises(UserError, match=f"{files.paths[1]}: changed since"):
@@ -214,8 +238,7 @@ def test_prefetch_hands_over_errors_and_lets_go_of_its_thread():
 
 def test_a_stream_that_is_closed_leaves_no_thread(files):
     """Runs that build a second stream, such as a timed trial before training, kept the first one's thread."""
-    compute = Compute(torch.device("cpu"), torch.float32, 0, 1)
-    stream = training_stream(files, ByteTokenizer(), BatchPlan(2, T, 1, 1), compute)
+    stream = training_stream(files, ByteTokenizer(), PLAN, CPU)
     next(stream)
     assert any(thread.name.startswith("prefetch") for thread in threading.enumerate())
     stream.close()

@@ -9,9 +9,11 @@ import threading
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -24,30 +26,31 @@ from tasks.customjson import CustomJSON
 from tests.corpora import run_dataset
 from tests.tiny import ROOT, environment
 
+
+def run_command(monkeypatch: pytest.MonkeyPatch, module: ModuleType, settings: dict[str, Any]) -> None:
+    """A command with some settings and otherwise the defaults, in this process."""
+    for name, value in settings.items():
+        monkeypatch.setattr(module, name, value)
+    module.main()
+
+
 # -----------------------------------------------------------------------------
 # import_task_data
 
 
 def table(dataset: str, subset: str, split: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pq.read_table(rows_path(dataset, subset, split)).to_pylist()
-    return rows
+    return pq.read_table(rows_path(dataset, subset, split)).to_pylist()
 
 
 def import_folder(monkeypatch: pytest.MonkeyPatch, folder: Path, overwrite: bool = False) -> None:
-    monkeypatch.setattr(import_task_data, "folder", str(folder))
-    monkeypatch.setattr(import_task_data, "overwrite", overwrite)
-    import_task_data.main()
+    run_command(monkeypatch, import_task_data, {"folder": str(folder), "overwrite": overwrite})
 
 
-def test_all_published_files_are_recognised(
-    shared_data: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_published_files_are_recognised(shared_data, base_dir, monkeypatch, capsys):
     import_folder(monkeypatch, shared_data)
-    counts = {
-        path.relative_to(base_dir / "task_data").as_posix(): pq.read_metadata(path).num_rows
-        for path in (base_dir / "task_data").rglob("*.parquet")
-    }
-    assert counts == {
+    folder = base_dir / "task_data"
+    files = folder.rglob("*.parquet")
+    assert {file.relative_to(folder).as_posix(): pq.read_metadata(file).num_rows for file in files} == {
         "gsm8k/main/train.parquet": 7473,
         "gsm8k/main/test.parquet": 1319,
         "mmlu/all/dev.parquet": 285,
@@ -62,8 +65,7 @@ def test_all_published_files_are_recognised(
     output = capsys.readouterr().out
     assert "7,658 rows, 6,384 fewer than published, from 29 files such as" in output
     assert "1,056 rows, 63 fewer than published" in output
-    assert "7,473 rows, from" in output
-    assert "files with other names" in output
+    assert "7,473 rows, from" in output and "files with other names" in output
     assert table("words", "default", "all")[:3] == [{"word": "a"}, {"word": "aa"}, {"word": "aaa"}]
 
 
@@ -74,11 +76,8 @@ CHAT = [{"content": "Hi", "role": "user"}, {"content": "Hello", "role": "assista
 
 def write_originals(folder: Path) -> None:
     """The forms in which the files were first published, and some that are nothing."""
-    arc = {
-        "id": "x",
-        "question": {"stem": "Which?", "choices": [{"text": "a", "label": "1"}, {"text": "b", "label": "2"}]},
-        "answerKey": "2",
-    }
+    question = {"stem": "Which?", "choices": [{"text": "a", "label": "1"}, {"text": "b", "label": "2"}]}
+    arc = {"id": "x", "question": question, "answerKey": "2"}
     humaneval = {name: name for name in ("task_id", "prompt", "canonical_solution", "test", "entry_point")}
     texts = {
         "a/train.jsonl": json.dumps(GSM8K_ROW) + "\n",
@@ -101,23 +100,16 @@ def write_originals(folder: Path) -> None:
         archive.writestr("words_alpha.txt", "b\n")
 
 
-def test_the_forms_of_first_publication_give_the_hubs_rows(
-    tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_forms_of_first_publication_give_the_hubs_rows(tmp_path, base_dir, monkeypatch, capsys):
     write_originals(tmp_path / "in")
     import_folder(monkeypatch, tmp_path / "in")
     assert table("openai/gsm8k", "main", "train") == [GSM8K_ROW]
     assert table("allenai/ai2_arc", "ARC-Challenge", "validation") == [ARC_ROW]
     assert table("allenai/ai2_arc", "ARC-Easy", "validation") == [ARC_ROW]
-    assert table("cais/mmlu", "auxiliary_train", "train") == [
-        {"question": "Who?", "subject": "", "choices": ["w", "x", "y", "z"], "answer": 0}
-    ]
-    rows = table("cais/mmlu", "all", "validation")
-    assert [(row["subject"], row["question"], row["answer"]) for row in rows] == [
-        ("anatomy", "Why?", 3),
-        ("astronomy", "Why, say?", 1),
-        ("astronomy", "How?", 3),
-    ]
+    who = {"question": "Who?", "subject": "", "choices": ["w", "x", "y", "z"], "answer": 0}
+    assert table("cais/mmlu", "auxiliary_train", "train") == [who]
+    rows = [(row["subject"], row["question"], row["answer"]) for row in table("cais/mmlu", "all", "validation")]
+    assert rows == [("anatomy", "Why?", 3), ("astronomy", "Why, say?", 1), ("astronomy", "How?", 3)]
     assert table("HuggingFaceTB/smol-smoltalk", "default", "test") == [{"messages": CHAT}]
     assert table("openai/openai_humaneval", "openai_humaneval", "test")[0]["entry_point"] == "entry_point"
     assert table("words", "default", "all") == [{"word": "a"}, {"word": "ab"}]
@@ -125,16 +117,12 @@ def test_the_forms_of_first_publication_give_the_hubs_rows(
     said = capsys.readouterr().out
     assert f"left out {tmp_path}/in/b/train.jsonl: taken from {tmp_path}/in/a/train.jsonl" in said
     assert f"left out {tmp_path}/in/words_alpha.zip: taken from" in said
-    assert (
-        f"left out {tmp_path}/in/mmlu/dev/law_dev.csv: not as mmlu/*_{{dev,val,test}}.csv (ValueError: a row of 3"
-        in said
-    )
+    law = f"left out {tmp_path}/in/mmlu/dev/law_dev.csv"
+    assert f"{law}: not as mmlu/*_{{dev,val,test}}.csv (ValueError: a row of 3" in said
     assert "not looked at: 1 files with other names" in said
 
 
-def test_splits_that_are_there_are_kept_unless_asked_otherwise(
-    tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_splits_that_are_there_are_kept_unless_asked_otherwise(tmp_path, base_dir, monkeypatch, capsys):
     (tmp_path / "words_alpha.txt").write_text("one\n")
     import_folder(monkeypatch, tmp_path)
     (tmp_path / "words_alpha.txt").write_text("two\n")
@@ -145,9 +133,7 @@ def test_splits_that_are_there_are_kept_unless_asked_otherwise(
     assert table("words", "default", "all") == [{"word": "two"}]
 
 
-def test_damaged_files_are_left_out_and_said(
-    tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_files_are_left_out_and_said(tmp_path, base_dir, monkeypatch, capsys):
     (tmp_path / "HumanEval.jsonl.gz").write_bytes(b"\x1f\x8b\x08 cut short")
     (tmp_path / "words_alpha.zip").write_bytes(b"no zip")
     (tmp_path / "train.jsonl").write_text('{"question": "x"')
@@ -162,8 +148,6 @@ def test_damaged_files_are_left_out_and_said(
 # -----------------------------------------------------------------------------
 # gen_synthetic_data
 
-Answer = Callable[[int], tuple[int, str]]  # number of the request -> status, what the model says
-
 
 def conversation(number: int) -> str:
     """A right answer, as a model gives it."""
@@ -175,7 +159,8 @@ class Endpoint:
     """An OpenAI-compatible endpoint on this machine that answers what a test says."""
 
     def __init__(self) -> None:
-        self.answer: Answer = lambda number: (200, conversation(number))
+        # number of the request -> status, what the model says
+        self.answer: Callable[[int], tuple[int, str]] = lambda number: (200, conversation(number))
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.lock = threading.Lock()
@@ -203,42 +188,32 @@ class Endpoint:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01})
-        self.thread.start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
 
 
 @pytest.fixture
-def endpoint() -> Iterator[Endpoint]:
+def endpoint():
     endpoint = Endpoint()
-    yield endpoint
-    endpoint.close()
+    with endpoint.server as server, ThreadPoolExecutor(1) as pool:
+        pool.submit(server.serve_forever, poll_interval=0.01)
+        yield endpoint
+        server.shutdown()
 
 
 @pytest.fixture
-def generate(
-    endpoint: Endpoint, tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., list[Any]]:
+def generate(endpoint, tmp_path, base_dir, monkeypatch):
     """The command with some settings; returns the lines of its file."""
 
     def generate(**values: Any) -> list[Any]:
         file = tmp_path / "new" / "out.jsonl"
         usual = {"base_url": endpoint.url, "model": "large", "api_key_env": None, "num": 5, "out": str(file)}
-        for name, value in (usual | {"workers": 2, "RETRY_SECONDS": 0.01} | values).items():
-            monkeypatch.setattr(gen_synthetic_data, name, value)
-        gen_synthetic_data.main()
+        usual |= {"workers": 2, "RETRY_SECONDS": 0.01}
+        run_command(monkeypatch, gen_synthetic_data, usual | values)
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
     return generate
 
 
-def test_conversations_are_asked_for_and_written(
-    endpoint: Endpoint, generate: Callable[..., list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_conversations_are_asked_for_and_written(endpoint, generate, tmp_path, monkeypatch):
     monkeypatch.setenv("MY_KEY", "s3cret")
     (tmp_path / "about.txt").write_text("It is called Zippy.")
     lines = generate(api_key_env="MY_KEY", about=str(tmp_path / "about.txt"), temperature=0.7)
@@ -251,7 +226,7 @@ def test_conversations_are_asked_for_and_written(
     assert len(prompts) == 5 and all("It is called Zippy." in prompt for prompt in prompts)
 
 
-def test_the_prompts_are_varied_and_the_same_every_time() -> None:
+def test_the_prompts_are_varied_and_the_same_every_time():
     prompts = [gen_synthetic_data.make_prompt(i, "x") for i in range(300)]
     assert prompts == [gen_synthetic_data.make_prompt(i, "x") for i in range(300)]
     assert len(set(prompts)) > 290
@@ -260,9 +235,7 @@ def test_the_prompts_are_varied_and_the_same_every_time() -> None:
         assert all(any(f"{axis}: {value}\n" in prompt for prompt in prompts) for value in values)
 
 
-def test_it_goes_on_where_it_stopped(
-    endpoint: Endpoint, generate: Callable[..., list[Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_goes_on_where_it_stopped(endpoint, generate, tmp_path, capsys):
     first = generate(num=3)
     file = tmp_path / "new" / "out.jsonl"
     file.write_text(file.read_text() + '[{"role": "us')  # a crash in the middle of a line
@@ -282,28 +255,18 @@ BAD_ANSWERS = {
     "expected a list of": json.dumps({"text": "x"}),
     "message 1 has role": json.dumps([{"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}]),
     "message 2 has content": json.dumps([{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]),
-    "does not begin with the user and end with the assistant": json.dumps(
-        [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
-    ),
+    "does not begin with the user and end with the assistant": json.dumps([*CHAT, CHAT[0]]),
 }
 
 
 @pytest.mark.parametrize(("reason", "text"), BAD_ANSWERS.items())
-def test_bad_answers_are_asked_for_again_and_counted(
-    endpoint: Endpoint,
-    generate: Callable[..., list[Any]],
-    capsys: pytest.CaptureFixture[str],
-    reason: str,
-    text: str,
-) -> None:
+def test_bad_answers_are_asked_for_again_and_counted(endpoint, generate, capsys, reason, text):
     endpoint.answer = lambda number: (200, text if number < 2 else f"```json\n{conversation(number)}\n```")
     assert len(generate(num=3, workers=1)) == 3
     assert f"2 times bad answer: {reason}" in capsys.readouterr().out
 
 
-def test_a_model_that_never_answers_right_is_said_at_the_end(
-    endpoint: Endpoint, generate: Callable[..., list[Any]], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_that_never_answers_right_is_said_at_the_end(endpoint, generate, capsys):
     endpoint.answer = lambda number: (200, conversation(number) if number == 0 else "No.")
     with pytest.raises(UserError, match="num=3: 2 are missing, 5 bad answers to each"):
         generate(num=3, workers=1)
@@ -311,18 +274,14 @@ def test_a_model_that_never_answers_right_is_said_at_the_end(
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_busy_endpoint_is_asked_again(
-    endpoint: Endpoint, generate: Callable[..., list[Any]], capsys: pytest.CaptureFixture[str], status: int
-) -> None:
+def test_a_busy_endpoint_is_asked_again(endpoint, generate, capsys, status):
     endpoint.answer = lambda number: (status, "busy") if number in (0, 1, 3) else (200, conversation(number))
     assert len(generate(num=2, workers=1)) == 2
     assert f"3 times no answer: HTTP {status}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("status", "attempts"), [(401, 1), (404, 1), (302, 1), (500, 5)])
-def test_a_refusing_endpoint_ends_it_and_keeps_what_there_is(
-    endpoint: Endpoint, generate: Callable[..., list[Any]], tmp_path: Path, status: int, attempts: int
-) -> None:
+def test_a_refusing_endpoint_ends_it_and_keeps_what_there_is(endpoint, generate, tmp_path, status, attempts):
     """A redirect is a refusal: the key goes nowhere but where the user said."""
     endpoint.answer = lambda number: (status, "wrong key\nsorry") if number else (200, conversation(number))
     with pytest.raises(UserError, match=r"what there is is kept, run the same command to go on") as error:
@@ -332,7 +291,7 @@ def test_a_refusing_endpoint_ends_it_and_keeps_what_there_is(
     assert len(CustomJSON(tmp_path / "new" / "out.jsonl")) == 1
 
 
-def test_ctrl_c_keeps_what_is_done(endpoint: Endpoint, tmp_path: Path, base_dir: Path) -> None:
+def test_ctrl_c_keeps_what_is_done(endpoint, tmp_path, base_dir):
     release = threading.Event()
 
     def answer(number: int) -> tuple[int, str]:
@@ -373,9 +332,7 @@ def test_ctrl_c_keeps_what_is_done(endpoint: Endpoint, tmp_path: Path, base_dir:
         ({"about": "/nowhere.txt"}, "about=/nowhere.txt"),
     ],
 )
-def test_wrong_settings_are_one_line(
-    endpoint: Endpoint, generate: Callable[..., list[Any]], values: dict[str, Any], message: str
-) -> None:
+def test_wrong_settings_are_one_line(endpoint, generate, values, message):
     with pytest.raises(UserError, match=message):
         generate(**values)
     assert not endpoint.requests
@@ -386,14 +343,12 @@ def test_wrong_settings_are_one_line(
 
 
 @pytest.fixture
-def repackage(tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+def repackage(tmp_path, base_dir, monkeypatch):
     """The command with some settings; returns the directory that it made."""
 
     def repackage(out: str = "out", **values: Any) -> Path:
         usual = {"path": str(tmp_path / "in"), "out": str(tmp_path / out), "shard_chars": 30_000, "seed": 42}
-        for name, value in (usual | values).items():
-            monkeypatch.setattr(repackage_data, name, value)
-        repackage_data.main()
+        run_command(monkeypatch, repackage_data, usual | values)
         return tmp_path / out
 
     return repackage
@@ -404,9 +359,7 @@ def write_lines(file: Path, texts: list[str | None]) -> None:
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
 
-def test_text_becomes_shards_as_people_know_them(
-    tmp_path: Path, repackage: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_text_becomes_shards_as_people_know_them(tmp_path, repackage, capsys):
     texts = [f"document é {i:05d}" for i in range(9000)]  # 16 characters each
     write_lines(tmp_path / "in" / "a.jsonl", [*texts[:4000], None, " "])
     write_lines(tmp_path / "in" / "b.jsonl", [*texts[4000:]])
@@ -434,9 +387,7 @@ def test_text_becomes_shards_as_people_know_them(
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_the_same_text_and_seed_give_the_same_bytes_whatever_the_buffer(
-    tmp_path: Path, repackage: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_text_and_seed_give_the_same_bytes_whatever_the_buffer(tmp_path, repackage, monkeypatch):
     write_lines(tmp_path / "in" / "a.jsonl", [f"document {i}" for i in range(3000)])
     first = repackage("one", shard_chars=5000)
     monkeypatch.setattr(repackage_data, "BUFFER_BYTES", 100)
@@ -447,9 +398,7 @@ def test_the_same_text_and_seed_give_the_same_bytes_whatever_the_buffer(
     assert (first / names[0]).read_bytes() != (other / names[0]).read_bytes()
 
 
-def test_a_corpus_keeps_its_validation_apart(
-    tmp_path: Path, base_dir: Path, repackage: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_corpus_keeps_its_validation_apart(tmp_path, base_dir, repackage, monkeypatch):
     """And what is made is a folder from which the same corpus can be made again."""
     write_lines(tmp_path / "in" / "a.jsonl", [f"document {i}" for i in range(100)])
     write_lines(tmp_path / "in" / "val.jsonl", ["to validate"])
@@ -469,9 +418,7 @@ def test_a_corpus_keeps_its_validation_apart(
         ({"out": ""}, "exists"),
     ],
 )
-def test_repackaging_mistakes_leave_nothing_behind(
-    tmp_path: Path, repackage: Callable[..., Path], values: dict[str, Any], message: str
-) -> None:
+def test_repackaging_mistakes_leave_nothing_behind(tmp_path, repackage, values, message):
     write_lines(tmp_path / "in" / "a.jsonl", ["x"])
     with pytest.raises(UserError, match=message):
         repackage(**values)
@@ -482,7 +429,7 @@ def test_repackaging_mistakes_leave_nothing_behind(
 
 
 @pytest.mark.parametrize("module", ["import_task_data", "gen_synthetic_data", "repackage_data"])
-def test_the_commands_run_as_modules_and_answer_mistakes_in_one_line(base_dir: Path, module: str) -> None:
+def test_the_commands_run_as_modules_and_answer_mistakes_in_one_line(base_dir, module):
     command = [sys.executable, "-m", f"dev.{module}"]
     result = subprocess.run(command, cwd=ROOT, env=environment(base_dir), capture_output=True, text=True)
     assert result.returncode == 2
