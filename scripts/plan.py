@@ -5,8 +5,8 @@
     python -m scripts.plan --table --gpus=6 --card="RX 7900 XTX"     # d4 to d32, one line each
 
 Arithmetic alone, without a GPU or data; settings with a name of base_train's mean the same there. The memory is an
-estimate (docs/how-to/choose-a-machine.md), the time rests on an assumed share of the card's peak, printed with it. The
-last line is the command that starts the run.
+estimate (docs/how-to/choose-a-machine.md), the time rests on an assumed share of the card's peak. The last line is the
+command that starts the run.
 """
 
 from typing import Literal
@@ -49,7 +49,7 @@ settings = configure(__name__)
 
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -90,8 +90,8 @@ class Plan(NamedTuple):
 
 
 def main() -> None:
-    positive = {"gpus": gpus, "vram_gb": vram_gb, "device_batch_size": device_batch_size, "keep_last": keep_last}
-    for name, value in {**positive, "mfu": mfu}.items():
+    for name in ("gpus", "vram_gb", "device_batch_size", "keep_last", "mfu"):
+        value: Any = settings[name]
         if value not in (None, "auto") and value <= 0:
             raise UserError(f"--{name.replace('_', '-')}={value}: expected more than 0")
     if mfu is not None and mfu > 1:
@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def find_machine() -> Card:
-    """The card as the table has it, with the memory as given; 0 for what is not known. No name is guessed."""
+    """The card as the table has it, with the memory as given; 0 for what is not known."""
     found = sizing.find_card(card) if card else Card("CPU" if device_type == "cpu" else "GPU", 0, 0)
     if not found:
         names = ", ".join(known.name for known in CARDS)
@@ -119,7 +119,6 @@ def make_plan(layers: int, machine: Card) -> Plan:
     config = config_from_depth(layers, vocab_size, max_seq_len, aspect_ratio, head_dim, kv_heads, window_pattern)
     with torch.device("meta"):
         model = GPT(config)
-    flops, parameters = model.estimate_flops(), model.num_params()
     sharded = shard and gpus > 1
     setup = Setup(
         world_size=gpus,
@@ -136,15 +135,10 @@ def make_plan(layers: int, machine: Card) -> Plan:
     else:
         rows = 32 if device_batch_size == "auto" else device_batch_size
         batch = plan_batches(total_batch_size, rows, max_seq_len, gpus)
-    steps, formula = plan_horizon(
-        batch.tokens, flops, parameters, num_iterations, target_flops, target_param_data_ratio
-    )
+    flops, params = model.estimate_flops(), model.num_params()
+    steps, formula = plan_horizon(batch.tokens, flops, params, num_iterations, target_flops, target_param_data_ratio)
     memory = sizing.estimate_memory(model, batch.device_batch_size, max_seq_len, setup)
     return Plan(model, setup, most, batch, memory, steps, formula)
-
-
-# -----------------------------------------------------------------------------
-# One run
 
 
 def show_plan(plan: Plan, machine: Card) -> None:
@@ -153,9 +147,8 @@ def show_plan(plan: Plan, machine: Card) -> None:
     peak = f", {machine.tflops:g} TFLOP/s in bf16 by data sheet" if machine.tflops else ""
     print0(f"machine: {gpus} x {machine.name}{memory}{peak}")
     heads = f"{config.n_head} heads of {config.head_dim}" + f", {config.n_kv_head} for keys and values" * bool(kv_heads)
-    print0(
-        f"model: d{config.n_layer}, width {config.n_embd}, {heads}, vocabulary {vocab_size:,}, context {max_seq_len}"
-    )
+    sizes = f"vocabulary {vocab_size:,}, context {max_seq_len}"
+    print0(f"model: d{config.n_layer}, width {config.n_embd}, {heads}, {sizes}")
     parts = " + ".join(f"{part} {count:,}" for part, count in plan.model.count_parameters().items())
     print0(f"parameters: {parameters:,} = {parts}")
     show_memory(plan, machine)
@@ -169,10 +162,8 @@ def show_plan(plan: Plan, machine: Card) -> None:
     epochs = f"; all there are: {plan.shards / MOST_SHARDS:.1f} epochs" if plan.shards > MOST_SHARDS else ""
     print0(f"text: python -m nanochat.dataset -n {text}   # at {CHARS_PER_TOKEN} characters per token{epochs}")
     text_gb, checkpoint_gb = text * SHARD_BYTES / 1e9, (4 * parameters + sizing.optimizer_bytes(plan.model, 1)) / 1e9
-    print0(
-        f"disk: {text_gb + keep_last * checkpoint_gb:.1f} GB = {text_gb:.1f} of text + {keep_last} checkpoints of "
-        f"{checkpoint_gb:.2f}; one more while saving"
-    )
+    disk_gb, checkpoints = text_gb + keep_last * checkpoint_gb, f"{keep_last} checkpoints of {checkpoint_gb:.2f}"
+    print0(f"disk: {disk_gb:.1f} GB = {text_gb:.1f} of text + {checkpoints}; one more while saving")
     print0(f"start: {command(plan)}")
 
 
@@ -197,10 +188,8 @@ def show_memory(plan: Plan, machine: Card) -> None:
         host = 8 * plan.model.num_params() / gpus + sizing.optimizer_bytes(plan.model, gpus)
         print0(f"  {host / 1e9:8.2f} GB  of the host's memory for each rank: weights, gradients, optimizer state")
     if plan.most:
-        print0(
-            f"fits: {plan.most} rows in {machine.gb * (1 - MARGIN):.1f} GB, {machine.gb:g} less {MARGIN:.0%} for "
-            "driver, libraries, buffers and fragments"
-        )
+        room = f"{machine.gb * (1 - MARGIN):.1f} GB, {machine.gb:g} less {MARGIN:.0%}"
+        print0(f"fits: {plan.most} rows in {room} for driver, libraries, buffers and fragments")
         if rows > plan.most:
             print0(f"warning: --device-batch-size={rows} does not fit; at most --device-batch-size={plan.most}")
 
@@ -217,25 +206,19 @@ def show_time(plan: Plan, machine: Card) -> None:
             hours = plan.flops / (tflops * 1e12 * share * gpus) / 3600
             rate = plan.tokens / hours / 3600
             cost = f", {hours * gpus * price:,.0f} dollars at {price:g} an hour and card" if price is not None else ""
-            print0(
-                f"time: {hours:,.1f} hours on {gpus} x {name} at {rate:,.0f} tokens/s, assumed {share:.0%} MFU{cost}"
-            )
+            pace = f"{rate:,.0f} tokens/s, assumed {share:.0%} MFU"
+            print0(f"time: {hours:,.1f} hours on {gpus} x {name} at {pace}{cost}")
 
 
 def command(plan: Plan) -> str:
     """What starts this run: the settings that base_train has too, without those that are its defaults."""
-    start = "python -m scripts.base_train"
-    if gpus > 1:
-        start = f"torchrun --standalone --nproc_per_node={gpus} -m scripts.base_train --"
+    start = f"torchrun --standalone --nproc_per_node={gpus}" if gpus > 1 else "python"
     theirs = read_block(Path(__file__).with_name("base_train.py")).settings
     ours = {**settings, "device_batch_size": plan.batch.device_batch_size}
     always = ("depth", "device_batch_size")
     told = [name for name in ours if name in theirs and (name in always or ours[name] != theirs[name].default)]
-    return " ".join([start, *(f"--{name.replace('_', '-')}={ours[name]}" for name in told)])
-
-
-# -----------------------------------------------------------------------------
-# Many
+    flags = " ".join(f"--{name.replace('_', '-')}={ours[name]}" for name in told)
+    return f"{start} -m scripts.base_train {'-- ' * (gpus > 1)}{flags}"
 
 
 def show_table(machine: Card) -> None:
@@ -247,12 +230,10 @@ def show_table(machine: Card) -> None:
         except UserError as error:
             print0(f"d{layers:<5} -  {error}")
             continue
-        batch = plan.batch
-        print0(
-            f"d{layers:<5} {plan.model.config.n_embd:5} {plan.model.num_params():12,} "
-            f"{sum(plan.memory.values()) / 1e9:5.1f} {batch.device_batch_size:6} x {batch.grad_accum_steps:<13} "
-            f"{batch.tokens:12,} {plan.steps:10,} {plan.tokens / 1e9:6.1f}B {plan.shards:7,} {plan.flops:9.2e}"
-        )
+        batch, gb = plan.batch, sum(plan.memory.values()) / 1e9
+        size = f"d{layers:<5} {plan.model.config.n_embd:5} {plan.model.num_params():12,} {gb:5.1f}"
+        step = f"{batch.device_batch_size:6} x {batch.grad_accum_steps:<13} {batch.tokens:12,}"
+        print0(f"{size} {step} {plan.steps:10,} {plan.tokens / 1e9:6.1f}B {plan.shards:7,} {plan.flops:9.2e}")
 
 
 if __name__ == "__main__":

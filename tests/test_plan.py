@@ -22,9 +22,12 @@ from nanochat.sizing import Setup, choose_device_batch, estimate_memory, step_fi
 ROOT = Path(__file__).parent.parent
 
 
+def run(*words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
 def plan(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "scripts.plan", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return run("-m", "scripts.plan", *words)
 
 
 def shape(config: GPTConfig) -> GPT:
@@ -39,8 +42,7 @@ def test_cards() -> None:
 
 
 def test_cards_need_no_torch() -> None:
-    program = "import sys, nanochat.sizing; assert not {'torch', 'numpy'} & set(sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+    assert run("-c", "import sys, nanochat.sizing; assert not {'torch', 'numpy'} & set(sys.modules)").returncode == 0
 
 
 # -----------------------------------------------------------------------------
@@ -52,11 +54,11 @@ WAYS = {
     "plain": (["eager", "compiled"], [1, 1]),
     "saving": (["eager+recompute", "compiled+shard", "eager+shard+recompute"], [1, 2, 3]),
 }
-Row = tuple[GPTConfig, int, str, int, float]  # shape, rows, how tests.step_memory runs it, ranks, MB measured
+Row = tuple[GPTConfig, int, str, int, float, float]  # shape, rows, how step_memory runs it, ranks, MB measured, planned
 
 
-def measurements() -> list[tuple[Row, float]]:
-    """Each documented measurement, and the MB that are documented as planned for it."""
+def measurements() -> list[Row]:
+    """Each documented measurement."""
     found = []
     for line in DOCUMENT.read_text(encoding="utf-8").splitlines():
         cells = [cell.strip().replace(",", "") for cell in line.strip("|").split("|")]
@@ -69,27 +71,22 @@ def measurements() -> list[tuple[Row, float]]:
         modes, ranks = WAYS["plain" if len(cells) == 9 else "saving"]
         for column, (mode, count) in enumerate(zip(modes, ranks, strict=True)):
             measured, planned = map(float, cells[5 + 2 * column : 7 + 2 * column])
-            found.append(((config, rows, f"{dtype} {mode}", count, measured), planned))
+            found.append((config, rows, f"{dtype} {mode}", count, measured, planned))
     return found
 
 
 def estimated(config: GPTConfig, rows: int, how: str, ranks: int) -> float:
     """MB that the estimate gives."""
-    setup = Setup(
-        world_size=ranks,
-        itemsize=2 if "bfloat16" in how else 4,
-        compiled="compiled" in how,
-        cpu=True,
-        shard="shard" in how,
-        recompute="recompute" in how,
-    )
+    size, shard, recompute = 2 if "bfloat16" in how else 4, "shard" in how, "recompute" in how
+    compiled = "compiled" in how
+    setup = Setup(world_size=ranks, itemsize=size, compiled=compiled, cpu=True, shard=shard, recompute=recompute)
     return sum(estimate_memory(shape(config), rows, config.sequence_len, setup).values()) / 1e6
 
 
 def test_the_estimate_is_near_what_was_measured_and_hardly_ever_below() -> None:
     documented = measurements()
     assert len(documented) == 32
-    for (config, rows, how, ranks, measured), planned in documented:
+    for config, rows, how, ranks, measured, planned in documented:
         estimate = estimated(config, rows, how, ranks)
         assert estimate == pytest.approx(planned, abs=0.06), (config, how)
         assert 0.99 <= estimate / measured <= 1.11, (config, how)
@@ -98,12 +95,11 @@ def test_the_estimate_is_near_what_was_measured_and_hardly_ever_below() -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("number", [0, 5, 12, 19, 20, 23, 25, 28])
 def test_a_step_takes_what_the_documentation_says(number: int) -> None:
-    config, rows, how, ranks, documented = measurements()[number][0]
+    config, rows, how, ranks, documented, _ = measurements()[number]
     dtype, mode = how.split()
     launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"] if ranks > 1 else []
     arguments = [json.dumps(config.__dict__), str(rows), dtype, mode]
-    command = [sys.executable, "-m", *launcher, "tests.step_memory", *arguments]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    result = run("-m", *launcher, "tests.step_memory", *arguments, timeout=600)
     assert result.returncode == 0, result.stderr
     counted = json.loads(re.findall(r"\{.lasting.+\}", result.stdout)[-1])
     measured = (counted["lasting"] + max(counted["gradients"], counted["update"])) / 1e6
@@ -133,24 +129,24 @@ def test_slices_of_the_loss_are_as_large_as_the_estimate_takes_them_for(device: 
 
 
 @pytest.mark.parametrize(
-    ("cards", "gigabytes", "rows", "micro_batches", "tokens"),
+    ("cards", "gigabytes", "expected"),  # rows, micro-batches, tokens
     [
-        (6, 24, 6, 7, 516_096),
-        (5, 24, 5, 10, 512_000),
-        (1, 24, 5, 51, 522_240),
-        (8, 80, 32, 1, 524_288),
-        (7, 24, 6, 6, 516_096),
+        (6, 24, (6, 7, 516_096)),
+        (5, 24, (5, 10, 512_000)),
+        (1, 24, (5, 51, 522_240)),
+        (8, 80, (32, 1, 524_288)),
+        (7, 24, (6, 6, 516_096)),
     ],
 )
 def test_any_number_of_cards_steps_by_about_as_many_tokens(
-    cards: int, gigabytes: int, rows: int, micro_batches: int, tokens: int
+    cards: int, gigabytes: int, expected: tuple[int, int, int]
 ) -> None:
     model, setup, budget = shape(config_from_depth(20, 65536, 2048)), Setup(world_size=cards), gigabytes * 0.9e9
     most = sizing.most_rows(model, 2048, setup, budget)
     need, more = (sum(estimate_memory(model, n, 2048, setup).values()) for n in (most, most + 1))
     assert need <= budget < more
     batch = sizing.choose_batch(524288, most, 2048, cards)
-    assert (batch.device_batch_size, batch.grad_accum_steps, batch.tokens) == (rows, micro_batches, tokens)
+    assert (batch.device_batch_size, batch.grad_accum_steps, batch.tokens) == expected
 
 
 def test_every_plan_of_rows_is_one_that_base_train_makes() -> None:
@@ -169,7 +165,6 @@ def test_much_memory_is_no_reason_to_be_far_from_the_total() -> None:
 
 
 def test_the_known_launcher_of_six_cards_is_the_same_arithmetic() -> None:
-    """Six 24 GB cards, six rows each, 393,216 tokens asked for: five micro-batches, 368,640 tokens."""
     batch = plan_batches(393216, 6, 2048, 6)
     assert (batch.grad_accum_steps, batch.tokens) == (5, 368_640)
 
@@ -210,10 +205,7 @@ def test_the_command_that_a_plan_ends_with_is_one_of_base_train(words: list[str]
     [
         (["--card=RTX 9999"], "--card='RTX 9999' is not in the table; give --vram-gb=GB, or one of: GB200"),
         (["--depth=32", "--vram-gb=8"], "a smaller --depth or --max-seq-len"),
-        (
-            ["--num-iterations=5", "--target-flops=1e18"],
-            "--target-flops=1e+18: give at most one horizon",
-        ),
+        (["--num-iterations=5", "--target-flops=1e18"], "--target-flops=1e+18: give at most one horizon"),
         (["--gpus=0"], "--gpus=0: expected more than 0"),
         (["--mfu=40"], "--mfu=40.0: expected a share"),
         (["--window-pattern=X"], "letters L and S"),
@@ -221,9 +213,7 @@ def test_the_command_that_a_plan_ends_with_is_one_of_base_train(words: list[str]
 )
 def test_a_mistake_is_one_line(words: list[str], says: str) -> None:
     result = plan(*words)
-    assert result.returncode == 2
-    assert says in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1) and says in result.stderr
 
 
 def test_a_device_batch_that_does_not_fit_is_said() -> None:
@@ -233,8 +223,7 @@ def test_a_device_batch_that_does_not_fit_is_said() -> None:
 
 def test_what_does_not_fit_is_told_only_the_settings_that_are_still_off() -> None:
     words = ["--depth=48", "--gpus=6", "--vram-gb=24"]
-    said = "try --recompute, --shard on several, --offload, a smaller --depth"
-    assert said in plan(*words).stderr
+    assert "try --recompute, --shard on several, --offload, a smaller --depth" in plan(*words).stderr
     assert "try --offload, a smaller --depth" in plan(*words, "--shard", "--recompute").stderr
     offloaded = plan(*words, "--shard", "--recompute", "--offload").stdout
     assert "of the host's memory for each rank" in offloaded
@@ -252,48 +241,43 @@ def test_the_table_has_a_line_for_each_depth() -> None:
 # The device batch of a run
 
 
-def tiny_model() -> tuple[GPT, Compute]:
+COMPUTE = Compute(torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def model() -> GPT:
     config = GPTConfig(sequence_len=32, vocab_size=300, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
-    return build_model(config, torch.device("cpu"), seed=0), Compute(torch.device("cpu"), torch.float32)
+    return build_model(config, COMPUTE.device, seed=0)
 
 
-def test_a_step_on_trial_leaves_no_trace() -> None:
-    model, compute = tiny_model()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    state = torch.get_rng_state()
-    assert step_fits(model, 3, 32, compute)
+def test_a_step_on_trial_leaves_no_trace(model: GPT) -> None:
+    before, state = {name: tensor.clone() for name, tensor in model.state_dict().items()}, torch.get_rng_state()
+    assert step_fits(model, 3, 32, COMPUTE)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_step_that_runs_out_of_memory_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, compute = tiny_model()
+def test_a_step_that_runs_out_of_memory_does_not_fit(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = model.hidden
 
-    def small(idx: torch.Tensor, *rest: object) -> torch.Tensor:
+    def small(idx: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if idx.size(0) > 4:
             raise torch.OutOfMemoryError
-        return whole(idx, *rest)  # type: ignore[arg-type]
+        return whole(idx, dtype)
 
     monkeypatch.setattr(model, "hidden", small)
-    assert not step_fits(model, 5, 32, compute)
-    assert step_fits(model, 4, 32, compute)
+    assert not step_fits(model, 5, 32, COMPUTE)
+    assert step_fits(model, 4, 32, COMPUTE)
 
 
-def test_on_a_cpu_the_plan_decides(capsys: pytest.CaptureFixture[str]) -> None:
-    model, compute = tiny_model()
-    assert choose_device_batch("auto", model, 32 * 16, 32, compute, compiled=False) == 16
+def test_on_a_cpu_the_plan_decides_unless_asked(model: GPT, capsys: pytest.CaptureFixture[str]) -> None:
+    assert choose_device_batch(7, model, 512, 32, COMPUTE, compiled=False) == 7
+    assert choose_device_batch("auto", model, 32 * 16, 32, COMPUTE, compiled=False) == 16
     assert "device batch: 16 rows" in capsys.readouterr().out
 
 
-def test_what_was_asked_for_is_taken() -> None:
-    model, compute = tiny_model()
-    assert choose_device_batch(7, model, 512, 32, compute, compiled=False) == 7
-
-
-def test_a_model_without_room_for_one_row_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, compute = tiny_model()
+def test_a_model_without_room_for_one_row_is_refused(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nanochat.sizing.available_memory", lambda: 100_000)
     with pytest.raises(UserError, match="d2: not one row of 32 tokens fits"):
-        choose_device_batch("auto", model, 512, 32, compute, compiled=False)
+        choose_device_batch("auto", model, 512, 32, COMPUTE, compiled=False)
