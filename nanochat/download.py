@@ -27,6 +27,7 @@ from nanochat.common import UserError
 from nanochat.files import one_line, sha256_file, whole
 
 PAUSES = (1, 5)  # seconds before the second and the third attempt, where the server does not say how long to wait
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the last by ulimit -f
 ARRIVING = ".arriving"  # where files grow, in the folder that they are for
 
 
@@ -120,11 +121,7 @@ def persist(ask: Callable[[], Any], what: str) -> Any:
             cause = gave_up and error.__cause__ or error
         response = getattr(cause, "response", None)
         status = getattr(response, "status_code", 500)
-        if isinstance(cause, OSError) and cause.errno in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EFBIG,
-        ):  # the last by ulimit
+        if isinstance(cause, OSError) and cause.errno in FULL:
             raise UserError(f"no room for {what} ({cause.strerror}); make room, then run the same command")
         if isinstance(cause, OfflineModeIsEnabled):
             raise UserError(f"cannot get {what}: HF_HUB_OFFLINE is set; fetch it where there is a network")
