@@ -1,4 +1,4 @@
-"""Documents or conversations in, training batches out: one global stream, the same on every rank.
+"""Documents in, training batches out: one global stream, the same on every rank.
 
 A numbered pipeline of generators, each resumable from what it yields:
 
@@ -7,7 +7,7 @@ A numbered pipeline of generators, each resumable from what it yields:
     3. pack      the block into rows of T + 1 tokens                               pack_bos or pack_flat
     4. deal      its rows, in an order drawn by seed, to batches: B rows for each rank  stream
 
-Conversations go the same way, 2,048 to a block, rendered with their loss mask and packed whole (pack_chats).
+Conversations go the same way (chat_train.py).
 
 Promises: N ranks see together exactly what one rank sees, and a position resumes any number of them at any batch; every
 token of every document is trained on once per epoch (a row cut short at the end of a block is carried into the next);
@@ -30,7 +30,6 @@ from torch import Tensor
 
 from nanochat.common import UserError
 from nanochat.compute import Compute
-from nanochat.conversation import Conversations, Rendered, render_conversations
 from nanochat.corpus import DocumentIndex, Shards, read_blocks
 from nanochat.schedule import BatchPlan
 from nanochat.tokenizer import Tokenizer
@@ -38,7 +37,6 @@ from nanochat.tokenizer import Tokenizer
 Item = TypeVar("Item")
 AnyPosition = TypeVar("AnyPosition", bound="StreamPosition")
 BLOCK_BYTES = 4 << 20  # text packed and shuffled together: a million tokens, 430 rows of 2,048 or 3,400 of 256
-CHAT_BLOCK = 2048  # conversations rendered and packed together
 
 # -----------------------------------------------------------------------------
 # One stream
@@ -243,104 +241,3 @@ def training_stream(
     for rows, position in prefetch(batches, depth=4):
         tokens = to_device(rows, compute)
         yield tokens[:, :-1], tokens[:, 1:], position
-
-
-# -----------------------------------------------------------------------------
-# Conversations
-
-
-@dataclass(frozen=True)
-class ChatPosition(StreamPosition):
-    """Where a stream of conversations stands, with counters over all blocks before this one."""
-
-    PLACE = ("conversation",)
-    conversation: int = 0  # first one of the current block
-    conversations: int = 0  # read,
-    conversations_cut: int = 0  # of these, longer than a row and therefore cut at its end,
-    tokens_cut: int = 0  # and the tokens that this cost;
-    left_out: int = 0  # without a supervised token, such as a question that fills the row
-    tokens_padded: int = 0  # places at the ends of rows where nothing fitted
-
-    def describe(self) -> str:
-        """One line on how conversations were cut, for the log and the report."""
-        return (
-            f"epoch {self.epoch + 1}, {self.conversations:,} conversations in finished blocks: "
-            f"{self.conversations_cut:,} cut ({self.tokens_cut:,} tokens), {self.left_out:,} left out for want of a "
-            f"supervised token, {self.tokens_padded:,} places padded"
-        )
-
-
-def pack_chats(rendered: Sequence[Rendered], sequence_len: int, pad: int, all_tokens: bool) -> np.ndarray:
-    """Best fit, whole conversations only: (R, 2, T + 1), the ids and the targets of each row. The longest conversation
-    that fits into what is left of a row comes next; what nothing fits into is padding. Targets are the ids where they
-    are trained and -1 elsewhere. Conversations must have at most T + 1 tokens.
-    """
-    T = sequence_len
-    waiting = sorted(rendered, key=lambda item: len(item.ids))
-    lengths = [len(item.ids) for item in waiting]
-    rows: list[np.ndarray] = []
-    filled = T + 1  # tokens in the last row
-    while waiting:
-        fit = bisect_right(lengths, T + 1 - filled) - 1
-        if fit < 0:
-            rows.append(np.full((2, T + 1), [[pad], [-1]], dtype=np.int32))
-            filled = 0
-            continue
-        item, begin, filled = waiting.pop(fit), filled, filled + lengths.pop(fit)
-        ids, targets = rows[-1][:, begin:filled]
-        ids[:] = item.ids
-        np.copyto(targets, item.ids, where=item.mask | all_tokens)
-    return np.array(rows, dtype=np.int32).reshape(-1, 2, T + 1)
-
-
-def chat_blocks(
-    conversations: Conversations, tokenizer: Tokenizer, sequence_len: int, all_tokens: bool, start: ChatPosition
-) -> Iterator[Block[ChatPosition]]:
-    """Blocks of conversations: rows (R, 2, T + 1), ids and targets."""
-    after = start
-    for number in range(start.conversation, len(conversations), CHAT_BLOCK):
-        first = replace(after, rows_used=0, conversation=number)
-        numbers = range(number, min(number + CHAT_BLOCK, len(conversations)))
-        messages = [conversations[number]["messages"] for number in numbers]
-        rendered = render_conversations(messages, tokenizer, sequence_len + 1)
-        kept = [item for item in rendered if all_tokens or item.has_target]
-        rows = pack_chats(kept, sequence_len, tokenizer.get_bos_token_id(), all_tokens)
-        after = replace(
-            first,
-            conversations=first.conversations + len(rendered),
-            conversations_cut=first.conversations_cut + sum(item.tokens_cut > 0 for item in rendered),
-            tokens_cut=first.tokens_cut + sum(item.tokens_cut for item in rendered),
-            left_out=first.left_out + len(rendered) - len(kept),
-            tokens_padded=first.tokens_padded + rows[:, 0].size - sum(len(item.ids) for item in kept),
-        )
-        yield Block(rows, first, after)
-
-
-def chat_stream(
-    conversations: Conversations,
-    tokenizer: Tokenizer,
-    batch: BatchPlan,
-    compute: Compute,
-    all_tokens: bool,
-    seed: int = 42,
-    start: ChatPosition | None = None,
-) -> Iterator[tuple[Tensor, Tensor, ChatPosition]]:
-    """Yield (inputs (B, T), targets (B, T), position after them) forever, like training_stream, from conversations:
-    anything with len() and [i] that gives {"messages": [...]}. Targets are -1 where nothing is learned: everywhere but
-    in what the assistant says, or with all_tokens only in the padding.
-    """
-    blocks = partial(chat_blocks, conversations, tokenizer, batch.sequence_len, all_tokens)
-    too_little = (
-        f"no conversation of {len(conversations)} has a supervised token within {batch.sequence_len} tokens; "
-        "raise --max-seq-len or choose another mixture"
-    )
-    batches = stream(blocks, start or ChatPosition(), batch, compute.rank, seed, too_little)
-    for rows, position in prefetch(batches, depth=4):
-        tokens = to_device(rows, compute)
-        yield tokens[:, 0, :-1], tokens[:, 1, 1:], position
-
-
-def rows_in_epoch(conversations: Conversations, tokenizer: Tokenizer, sequence_len: int, all_tokens: bool) -> int:
-    """How many rows one epoch has: counted where it is a single block, else estimated from the first one."""
-    block = next(chat_blocks(conversations, tokenizer, sequence_len, all_tokens, ChatPosition()))
-    return max(1, round(len(block.rows) * max(1.0, len(conversations) / CHAT_BLOCK)))

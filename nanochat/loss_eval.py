@@ -17,10 +17,8 @@ import pyarrow as pa
 import torch
 
 from nanochat.compute import Compute, collective
-from nanochat.conversation import Conversations
-from nanochat.dataloader import ChatPosition, chat_blocks, to_device
+from nanochat.dataloader import to_device
 from nanochat.gpt import GPT
-from nanochat.schedule import BatchPlan
 from nanochat.tokenizer import Tokenizer
 
 
@@ -125,33 +123,3 @@ def ratio_over_documents(sums: np.ndarray) -> BitsPerByte:
     bpb = bits.sum() / total
     stderr = math.sqrt(n / (n - 1) * ((bits - bpb * lengths) ** 2).sum()) / total if n > 1 else None
     return BitsPerByte(float(bpb), stderr, int(lengths.sum()), int(sums[:, 2].sum()), n)
-
-
-@torch.no_grad()
-def evaluate_chats(
-    model: GPT,
-    conversations: Conversations,
-    tokenizer: Tokenizer,
-    batch: BatchPlan,
-    compute: Compute,
-    all_tokens: bool,
-    poll: Callable[[], None] | None = None,
-) -> float:
-    """Nats per supervised token over all conversations, packed as in training, each once; otherwise like evaluate_bpb.
-    Batches are padded, so that a compiled model sees one shape.
-    """
-    totals, B = torch.zeros(2, dtype=torch.float64), batch.device_batch_size
-    for block in chat_blocks(conversations, tokenizer, batch.sequence_len, all_tokens, ChatPosition()):
-        for start in range(0, len(block.rows), B * compute.world_size):
-            if poll:
-                poll()
-            mine = block.rows[start + compute.rank * B :][:B]
-            padded = np.full((B, *mine.shape[1:]), [[0], [-1]])
-            padded[: len(mine)] = mine
-            rows = to_device(padded, compute)
-            targets = rows[:, 1, 1:]
-            with collective():
-                loss = model(rows[:, 0, :-1], targets, loss_reduction="sum", dtype=compute.dtype)
-            totals += torch.stack([loss, (targets >= 0).sum()]).double().cpu()
-    loss_sum, count = compute.sum(totals).tolist()
-    return float(loss_sum / max(1.0, count))

@@ -17,13 +17,11 @@ from torch import Tensor
 from nanochat.adamw import AdamW
 from nanochat.common import NotFinite, StepFailed, UserError, print0
 from nanochat.compute import Compute, can_compile, collective, synchronize
-from nanochat.conversation import decode_parts, parts_text, render_for_completion
-from nanochat.engine import Engine, Sampling
+from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.muon import Muon
 from nanochat.record import StepResult
-from nanochat.run import Run
-from nanochat.schedule import BatchPlan, cosine_to_zero, muon_momentum, one_horizon, trapezoid
+from nanochat.schedule import BatchPlan, cosine_to_zero, muon_momentum, trapezoid
 from nanochat.sharding import is_sharded
 from nanochat.signals import stop_votes, stopped_by
 from nanochat.tokenizer import Tokenizer
@@ -234,36 +232,6 @@ def steps_for_minutes(
     return num_steps, f"{minutes:g} minutes at the pace of a few trial steps, which are undone"
 
 
-def plan_chats(
-    num_iterations: int | None,
-    minutes: float | None,
-    rows_in_epoch: int,
-    model: GPT,
-    stream: Stream,
-    batch: BatchPlan,
-    compute: Compute,
-) -> tuple[int, str]:
-    """Steps of a stage that trains on conversations, and where the number comes from: as given, or as many as fit into
-    `minutes` (the caller restores the weights), or one epoch. Raises UserError as one_horizon() does.
-    """
-    given = one_horizon(num_iterations=num_iterations, minutes=minutes)
-    if "minutes" in given:
-        return steps_for_minutes(given["minutes"], model, stream, batch, compute)
-    if "num_iterations" in given:
-        return int(given["num_iterations"]), "as given"
-    steps = max(1, round(rows_in_epoch / batch.rows))
-    return steps, f"one epoch of about {rows_in_epoch:,} rows / {batch.rows} rows per step"
-
-
-def row_length(model: GPT, max_seq_len: int | None) -> int:
-    """Tokens per row of a chat stage: as asked, at most the model's context. Raises UserError for more."""
-    context = model.config.sequence_len
-    if max_seq_len is not None and not 2 <= max_seq_len <= context:
-        allowed = f"expected 2 to {context}, the context this model was trained with"
-        raise UserError(f"--max-seq-len={max_seq_len}: {allowed}")
-    return max_seq_len or context
-
-
 def compile_model(model: GPT, device: torch.device) -> None:
     """torch.compile where its backend has what it needs; a CPU without a C++ compiler trains eagerly, and says so."""
     if can_compile(device):
@@ -280,16 +248,3 @@ def engine_on_master(model: GPT, tokenizer: Tokenizer | None, compute: Compute) 
     """An engine with a copy of the weights on rank 0, None elsewhere; all ranks call it, for a sharded model."""
     engine = Engine(model, tokenizer, compute.dtype) if compute.is_master or is_sharded(model) else None
     return engine if compute.is_master else None
-
-
-def show_chats(questions: Sequence[str], model: GPT, tokenizer: Tokenizer, compute: Compute, run: Run) -> None:
-    """What the model answers to a few questions, the likeliest token each time; from rank 0, called by all."""
-    engine = engine_on_master(model, tokenizer, compute)
-    if not engine:
-        return
-    prompts = [render_for_completion([{"role": "user", "content": question}], tokenizer) for question in questions]
-    answers, _ = engine.generate_batch(prompts, Sampling(max_tokens=96, temperature=0))
-    for question, answer in zip(questions, answers, strict=True):
-        text = parts_text(decode_parts(answer, tokenizer))
-        run.record.write("sample", step=run.done, prompt=question, text=text)
-        print0(f"  {question!r} -> {text!r}")

@@ -61,6 +61,7 @@ from typing import Any
 
 import torch
 
+from nanochat.chat_train import show_chats
 from nanochat.checkpoint_manager import find_checkpoint, open_model
 from nanochat.common import UserError, print0, run_main
 from nanochat.compute import Compute, compute_init
@@ -71,7 +72,7 @@ from nanochat.run import Run, open_run
 from nanochat.schedule import one_horizon
 from nanochat.task_eval import pass_at_k
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import Rates, Spikes, Sums, agree, every, show_chats, update, zero_sums
+from nanochat.train import Rates, Spikes, Sums, agree, every, update, zero_sums
 from tasks.common import Task
 from tasks.gsm8k import extract_answer
 from tasks.mixtures import rl_task

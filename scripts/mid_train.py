@@ -60,12 +60,19 @@ resume_from_step: int | None = None  # continue from this step
 fresh = False  # start over although this tag has checkpoints; they are kept under another name
 settings = configure(__name__)
 
+from nanochat.chat_train import (
+    ChatPosition,
+    chat_stream,
+    evaluate_chats,
+    plan_chats,
+    row_length,
+    rows_in_epoch,
+    show_chats,
+)
 from nanochat.checkpoint_manager import find_checkpoint, open_model, restore_model, restore_optimizers
 from nanochat.common import print0, run_main
 from nanochat.compute import Compute, compute_init
 from nanochat.conversation import Conversations, fingerprint
-from nanochat.dataloader import ChatPosition, chat_stream, rows_in_epoch
-from nanochat.loss_eval import evaluate_chats
 from nanochat.run import open_run
 from nanochat.schedule import BatchPlan, plan_batches
 from nanochat.sharding import placement
@@ -78,10 +85,7 @@ from nanochat.train import (
     agree,
     compile_model,
     every,
-    plan_chats,
     rates_at,
-    row_length,
-    show_chats,
     update,
 )
 from tasks.mixtures import SAMPLES, mid_mixture

@@ -8,12 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat import dataloader
+from nanochat import chat_train
+from nanochat.chat_train import ChatPosition, chat_blocks, chat_stream, evaluate_chats, pack_chats, rows_in_epoch
 from nanochat.common import UserError
 from nanochat.compute import Compute
 from nanochat.conversation import Rendered, render_conversation
-from nanochat.dataloader import ChatPosition, chat_blocks, chat_stream, pack_chats, rows_in_epoch
-from nanochat.loss_eval import evaluate_chats
 from nanochat.schedule import BatchPlan
 from tests.test_conversation import BYTES
 from tests.test_gpt import SMALL, small_model
@@ -79,7 +78,7 @@ def test_nothing_to_learn_is_an_error_and_not_an_endless_loop():
 def test_an_epoch_is_counted_in_rows(monkeypatch):
     rows = next(chat_blocks(CHATS, BYTES, T, False, ChatPosition())).rows
     assert rows_in_epoch(CHATS, BYTES, T, False) == len(rows)
-    monkeypatch.setattr(dataloader, "CHAT_BLOCK", 25)
+    monkeypatch.setattr(chat_train, "CHAT_BLOCK", 25)
     assert rows_in_epoch(CHATS, BYTES, T, False) == pytest.approx(len(rows), rel=0.15)
 
 

@@ -12,13 +12,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanochat import dataloader
+from nanochat import chat_train, dataloader
+from nanochat.chat_train import chat_stream
 from nanochat.common import UserError
 from nanochat.compute import Compute
 from nanochat.dataloader import (
     Block,
     Position,
-    chat_stream,
     pack_bos,
     pack_flat,
     prefetch,
@@ -108,7 +108,7 @@ few_examples = settings(max_examples=15, deadline=None, suppress_health_check=[H
 def files(tmp_path, monkeypatch):
     """Two shards of 40 documents, small row groups and small blocks, so that a few batches cross every border."""
     monkeypatch.setattr(dataloader, "BLOCK_BYTES", 200)
-    monkeypatch.setattr(dataloader, "CHAT_BLOCK", 16)
+    monkeypatch.setattr(chat_train, "CHAT_BLOCK", 16)
     rng = np.random.default_rng(0)
     paths = []
     for shard in range(2):

@@ -12,10 +12,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TRUNK = """
 common configurator files record schedule compute sharding muon adamw model attention gpt sizing
-tokenizer conversation corpus dataloader loss_eval calculator engine core_eval checkpoint_manager signals run train
+tokenizer corpus dataloader loss_eval calculator engine core_eval checkpoint_manager signals run train
 """.split()
 LEAVES = """
-task_eval hf_model download corpus_writer task_data dataset jail_stub execution report_page report server
+conversation chat_train task_eval hf_model download corpus_writer task_data dataset jail_stub execution report_page
+report server
 """.split()
 # What one reads to understand and change the training of a model.
 STORY = ["speedrun.sh", "scripts/base_train.py"] + [
@@ -24,9 +25,9 @@ STORY = ["speedrun.sh", "scripts/base_train.py"] + [
 ]
 BUDGETS = {
     "files of the trunk": 25,
-    "lines of the trunk": 5420,  # to become 5,100
+    "lines of the trunk": 5100,
     "lines of the story": 2500,
-    "lines of the library": 8400,  # to become 7,500
+    "lines of the library": 8430,  # to become 7,500
     "parameters of a library function": 7,
 }
 

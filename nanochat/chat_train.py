@@ -1,0 +1,211 @@
+"""What the chat stages have beside the trunk: rows of whole conversations, their horizon, their validation, samples.
+
+Conversations go through dataloader.stream like documents, 2,048 to a block, rendered with their loss mask and packed
+whole. An N-rank run sees together what one rank sees, and a ChatPosition resumes it at any batch, as there.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanochat.common import UserError, print0
+from nanochat.compute import Compute, collective
+from nanochat.conversation import (
+    Conversations,
+    Rendered,
+    decode_parts,
+    parts_text,
+    render_conversations,
+    render_for_completion,
+)
+from nanochat.dataloader import Block, StreamPosition, prefetch, stream, to_device
+from nanochat.engine import Sampling
+from nanochat.gpt import GPT
+from nanochat.run import Run
+from nanochat.schedule import BatchPlan, one_horizon
+from nanochat.tokenizer import Tokenizer
+from nanochat.train import Stream, engine_on_master, steps_for_minutes
+
+CHAT_BLOCK = 2048  # conversations rendered and packed together
+
+# -----------------------------------------------------------------------------
+# Rows
+
+
+@dataclass(frozen=True)
+class ChatPosition(StreamPosition):
+    """Where a stream of conversations stands, with counters over all blocks before this one."""
+
+    PLACE = ("conversation",)
+    conversation: int = 0  # first one of the current block
+    conversations: int = 0  # read,
+    conversations_cut: int = 0  # of these, longer than a row and therefore cut at its end,
+    tokens_cut: int = 0  # and the tokens that this cost;
+    left_out: int = 0  # without a supervised token, such as a question that fills the row
+    tokens_padded: int = 0  # places at the ends of rows where nothing fitted
+
+    def describe(self) -> str:
+        """One line on how conversations were cut, for the log and the report."""
+        return (
+            f"epoch {self.epoch + 1}, {self.conversations:,} conversations in finished blocks: "
+            f"{self.conversations_cut:,} cut ({self.tokens_cut:,} tokens), {self.left_out:,} left out for want of a "
+            f"supervised token, {self.tokens_padded:,} places padded"
+        )
+
+
+def pack_chats(rendered: Sequence[Rendered], sequence_len: int, pad: int, all_tokens: bool) -> np.ndarray:
+    """Best fit, whole conversations only: (R, 2, T + 1), the ids and the targets of each row. The longest conversation
+    that fits into what is left of a row comes next; what nothing fits into is padding. Targets are the ids where they
+    are trained and -1 elsewhere. Conversations must have at most T + 1 tokens.
+    """
+    T = sequence_len
+    waiting = sorted(rendered, key=lambda item: len(item.ids))
+    lengths = [len(item.ids) for item in waiting]
+    rows: list[np.ndarray] = []
+    filled = T + 1  # tokens in the last row
+    while waiting:
+        fit = bisect_right(lengths, T + 1 - filled) - 1
+        if fit < 0:
+            rows.append(np.full((2, T + 1), [[pad], [-1]], dtype=np.int32))
+            filled = 0
+            continue
+        item, begin, filled = waiting.pop(fit), filled, filled + lengths.pop(fit)
+        ids, targets = rows[-1][:, begin:filled]
+        ids[:] = item.ids
+        np.copyto(targets, item.ids, where=item.mask | all_tokens)
+    return np.array(rows, dtype=np.int32).reshape(-1, 2, T + 1)
+
+
+def chat_blocks(
+    conversations: Conversations, tokenizer: Tokenizer, sequence_len: int, all_tokens: bool, start: ChatPosition
+) -> Iterator[Block[ChatPosition]]:
+    """Blocks of conversations: rows (R, 2, T + 1), ids and targets."""
+    after = start
+    for number in range(start.conversation, len(conversations), CHAT_BLOCK):
+        first = replace(after, rows_used=0, conversation=number)
+        numbers = range(number, min(number + CHAT_BLOCK, len(conversations)))
+        messages = [conversations[number]["messages"] for number in numbers]
+        rendered = render_conversations(messages, tokenizer, sequence_len + 1)
+        kept = [item for item in rendered if all_tokens or item.has_target]
+        rows = pack_chats(kept, sequence_len, tokenizer.get_bos_token_id(), all_tokens)
+        after = replace(
+            first,
+            conversations=first.conversations + len(rendered),
+            conversations_cut=first.conversations_cut + sum(item.tokens_cut > 0 for item in rendered),
+            tokens_cut=first.tokens_cut + sum(item.tokens_cut for item in rendered),
+            left_out=first.left_out + len(rendered) - len(kept),
+            tokens_padded=first.tokens_padded + rows[:, 0].size - sum(len(item.ids) for item in kept),
+        )
+        yield Block(rows, first, after)
+
+
+def chat_stream(
+    conversations: Conversations,
+    tokenizer: Tokenizer,
+    batch: BatchPlan,
+    compute: Compute,
+    all_tokens: bool,
+    seed: int = 42,
+    start: ChatPosition | None = None,
+) -> Iterator[tuple[Tensor, Tensor, ChatPosition]]:
+    """Yield (inputs (B, T), targets (B, T), position after them) forever, like training_stream, from conversations:
+    anything with len() and [i] that gives {"messages": [...]}. Targets are -1 where nothing is learned: everywhere but
+    in what the assistant says, or with all_tokens only in the padding.
+    """
+    blocks = partial(chat_blocks, conversations, tokenizer, batch.sequence_len, all_tokens)
+    too_little = (
+        f"no conversation of {len(conversations)} has a supervised token within {batch.sequence_len} tokens; "
+        "raise --max-seq-len or choose another mixture"
+    )
+    batches = stream(blocks, start or ChatPosition(), batch, compute.rank, seed, too_little)
+    for rows, position in prefetch(batches, depth=4):
+        tokens = to_device(rows, compute)
+        yield tokens[:, 0, :-1], tokens[:, 1, 1:], position
+
+
+def rows_in_epoch(conversations: Conversations, tokenizer: Tokenizer, sequence_len: int, all_tokens: bool) -> int:
+    """How many rows one epoch has: counted where it is a single block, else estimated from the first one."""
+    block = next(chat_blocks(conversations, tokenizer, sequence_len, all_tokens, ChatPosition()))
+    return max(1, round(len(block.rows) * max(1.0, len(conversations) / CHAT_BLOCK)))
+
+
+# -----------------------------------------------------------------------------
+# For how long, and how well
+
+
+def plan_chats(
+    num_iterations: int | None,
+    minutes: float | None,
+    rows_in_epoch: int,
+    model: GPT,
+    stream: Stream,
+    batch: BatchPlan,
+    compute: Compute,
+) -> tuple[int, str]:
+    """Steps of a stage that trains on conversations, and where the number comes from: as given, or as many as fit into
+    `minutes` (the caller restores the weights), or one epoch. Raises UserError as one_horizon() does.
+    """
+    given = one_horizon(num_iterations=num_iterations, minutes=minutes)
+    if "minutes" in given:
+        return steps_for_minutes(given["minutes"], model, stream, batch, compute)
+    if "num_iterations" in given:
+        return int(given["num_iterations"]), "as given"
+    steps = max(1, round(rows_in_epoch / batch.rows))
+    return steps, f"one epoch of about {rows_in_epoch:,} rows / {batch.rows} rows per step"
+
+
+def row_length(model: GPT, max_seq_len: int | None) -> int:
+    """Tokens per row of a chat stage: as asked, at most the model's context. Raises UserError for more."""
+    context = model.config.sequence_len
+    if max_seq_len is not None and not 2 <= max_seq_len <= context:
+        allowed = f"expected 2 to {context}, the context this model was trained with"
+        raise UserError(f"--max-seq-len={max_seq_len}: {allowed}")
+    return max_seq_len or context
+
+
+@torch.no_grad()
+def evaluate_chats(
+    model: GPT,
+    conversations: Conversations,
+    tokenizer: Tokenizer,
+    batch: BatchPlan,
+    compute: Compute,
+    all_tokens: bool,
+    poll: Callable[[], None] | None = None,
+) -> float:
+    """Nats per supervised token over all conversations, packed as in training, each once; otherwise like evaluate_bpb.
+    Batches are padded, so that a compiled model sees one shape.
+    """
+    totals, B = torch.zeros(2, dtype=torch.float64), batch.device_batch_size
+    for block in chat_blocks(conversations, tokenizer, batch.sequence_len, all_tokens, ChatPosition()):
+        for start in range(0, len(block.rows), B * compute.world_size):
+            if poll:
+                poll()
+            mine = block.rows[start + compute.rank * B :][:B]
+            padded = np.full((B, *mine.shape[1:]), [[0], [-1]])
+            padded[: len(mine)] = mine
+            rows = to_device(padded, compute)
+            targets = rows[:, 1, 1:]
+            with collective():
+                loss = model(rows[:, 0, :-1], targets, loss_reduction="sum", dtype=compute.dtype)
+            totals += torch.stack([loss, (targets >= 0).sum()]).double().cpu()
+    loss_sum, count = compute.sum(totals).tolist()
+    return float(loss_sum / max(1.0, count))
+
+
+def show_chats(questions: Sequence[str], model: GPT, tokenizer: Tokenizer, compute: Compute, run: Run) -> None:
+    """What the model answers to a few questions, the likeliest token each time; from rank 0, called by all."""
+    engine = engine_on_master(model, tokenizer, compute)
+    if not engine:
+        return
+    prompts = [render_for_completion([{"role": "user", "content": question}], tokenizer) for question in questions]
+    answers, _ = engine.generate_batch(prompts, Sampling(max_tokens=96, temperature=0))
+    for question, answer in zip(questions, answers, strict=True):
+        text = parts_text(decode_parts(answer, tokenizer))
+        run.record.write("sample", step=run.done, prompt=question, text=text)
+        print0(f"  {question!r} -> {text!r}")
