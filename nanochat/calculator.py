@@ -8,14 +8,16 @@ powers, functions, variables.
 import ast
 import re
 from collections.abc import Callable
-from decimal import Decimal, localcontext
+from decimal import Decimal, Inexact, localcontext
 from fractions import Fraction
 
 MAX_CHARS = 256  # no honest expression is longer, and with it time, memory and nesting are bounded
+PLACES = 1000  # more than any result with a finite decimal form has, whose expression is that short
 DIGITS = 12  # significant digits of a quotient that does not end, such as 1/3
+THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+NUMBER = re.compile(r"\d+\.?\d*|\.\d+")
 ARITHMETIC = re.compile(r"[-+*/%(). \d]+", re.ASCII)
 COUNT = re.compile(r"""\s*(['"])([^'"\\\n]*)\1\s*\.\s*count\s*\(\s*(['"])([^'"\\\n]*)\3\s*\)\s*""")
-LEADING_ZEROS = re.compile(r"(?<![\d.])0+(?=\d)")  # 05 is a number to people but not to Python's parser
 OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: lambda a, b: a + b,
     ast.Sub: lambda a, b: a - b,
@@ -27,17 +29,18 @@ OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
 
 def use_calculator(expression: str) -> str | None:
     """The value of an expression as text, or None where it is none: "12*(3+4)" gives "84", "7/2" gives "3.5", "1/3"
-    gives "0.333333333333", and "'strawberry'.count('r')" gives "3". Commas between digits are left out ("1,000").
+    gives "0.333333333333", and "'strawberry'.count('r')" gives "3". A comma separates thousands ("1,000") or is none.
     """
     if len(expression) > MAX_CHARS:
         return None
     if match := COUNT.fullmatch(expression):
         return str(match[2].count(match[4]))
-    plain = re.sub(r"(?<=\d),(?=\d)", "", expression).strip()
+    plain = THOUSANDS.sub(lambda number: number[0].replace(",", ""), expression).strip()
     if not ARITHMETIC.fullmatch(plain):
         return None
     try:
-        return format_fraction(evaluate(ast.parse(LEADING_ZEROS.sub("", plain), mode="eval").body))
+        quoted = NUMBER.sub(r"('\g<0>')", plain)  # as text: Python's parser rounds decimals and refuses 05
+        return format_fraction(evaluate(ast.parse(quoted, mode="eval").body))
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
         return None
 
@@ -45,8 +48,8 @@ def use_calculator(expression: str) -> str | None:
 def evaluate(node: ast.expr) -> Fraction:
     """The exact value of a parsed expression; ValueError for anything but numbers and OPERATORS."""
     match node:
-        case ast.Constant(value=int() | float() as value):
-            return Fraction(str(value))
+        case ast.Constant(value=str() as number):
+            return Fraction(number)
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -evaluate(operand)
         case ast.UnaryOp(op=ast.UAdd(), operand=operand):
@@ -57,9 +60,10 @@ def evaluate(node: ast.expr) -> Fraction:
 
 
 def format_fraction(value: Fraction) -> str:
-    """Exact where it is whole or its decimal form ends within DIGITS significant digits, else rounded to them."""
-    if value.denominator == 1:
-        return str(value.numerator)
-    with localcontext() as context:
-        context.prec = DIGITS
-        return format((Decimal(value.numerator) / Decimal(value.denominator)).normalize(), "f")
+    """Exact where the decimal form ends, else rounded to DIGITS significant digits."""
+    with localcontext(prec=PLACES) as context:
+        context.clear_flags()
+        quotient = Decimal(value.numerator) / Decimal(value.denominator)
+        if context.flags[Inexact]:
+            context.prec = DIGITS
+        return format(quotient.normalize(), "f")
