@@ -58,13 +58,14 @@ def one_horizon(**horizons: float | None) -> dict[str, float]:
 def plan_horizon(
     tokens_per_step: int,
     flops_per_token: int,
-    num_params: int,
+    params: tuple[int, str],
     num_iterations: int | None = None,
     target_flops: float | None = None,
     target_param_data_ratio: float | None = None,
 ) -> tuple[int, str]:
     """Steps, and the arithmetic that gave them, from at most one of: steps, training FLOPs, tokens per parameter (20,
-    Chinchilla's, arXiv 2203.15556, where none is set). Raises UserError as one_horizon does.
+    Chinchilla's, arXiv 2203.15556, where none is set). `params` are those of model.ratio_params(). Raises UserError as
+    one_horizon does.
     """
     horizons = {"num_iterations": num_iterations, "target_flops": target_flops}
     match one_horizon(**horizons, target_param_data_ratio=target_param_data_ratio):
@@ -75,8 +76,9 @@ def plan_horizon(
             formula = f"{flops:.3g} FLOPs / ({flops_per_token:,} per token x {tokens_per_step:,} tokens per step)"
         case given:
             ratio = given.get("target_param_data_ratio", 20)
-            steps = ratio * num_params / tokens_per_step
-            formula = f"{ratio:g} tokens x {num_params:,} parameters / {tokens_per_step:,} tokens per step"
+            count, which = params
+            steps = ratio * count / tokens_per_step
+            formula = f"{ratio:g} tokens x {count:,} {which} / {tokens_per_step:,} tokens per step"
     return max(1, round(steps)), formula
 
 

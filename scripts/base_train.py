@@ -32,6 +32,7 @@ window_pattern = "L"  # tiled over the layers: L sees the full context, S half o
 num_iterations: int | None = None  # optimizer steps (the only one that changes the plan of a resumed run)
 target_flops: float | None = None  # training FLOPs, for scaling laws
 target_param_data_ratio: float | None = None  # tokens per parameter
+ratio_counts: Literal["all", "matmuls"] = "all"  # parameters of the ratio: all, or without the embedding (nanochat: 12)
 minutes: float | None = None  # training time, turned into steps once; evaluation, saving, compiling not counted
 # Batch
 device_batch_size: int | Literal["auto"] = 32  # rows per rank and micro-batch (auto = the most that fit)
@@ -173,7 +174,7 @@ def plan_steps(model: GPT, text: Corpus, tokenizer: Tokenizer, batch: BatchPlan,
     others = {"num_iterations": num_iterations, "target_flops": target_flops}
     given = one_horizon(**others, target_param_data_ratio=target_param_data_ratio, minutes=minutes)
     if "minutes" not in given:
-        return plan_horizon(batch.tokens, model.estimate_flops(), model.num_params(), **given)
+        return plan_horizon(batch.tokens, model.estimate_flops(), model.ratio_params(ratio_counts), **given)
     stream = open_stream(text, tokenizer, batch, compute, Position())
     num_steps, formula = steps_for_minutes(given["minutes"], model, stream, batch, compute)
     model.init_weights(seed)

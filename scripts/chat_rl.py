@@ -69,7 +69,7 @@ from nanochat.conversation import decode_parts, fingerprint, parts_text, render_
 from nanochat.engine import Engine, Sampling
 from nanochat.gpt import GPT
 from nanochat.run import Run, open_run
-from nanochat.schedule import one_horizon
+from nanochat.schedule import cosine_to_zero, one_horizon
 from nanochat.task_eval import pass_at_k
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Rates, Spikes, Sums, agree, every, update, zero_sums
@@ -112,7 +112,7 @@ def main() -> None:
             vitals = measure(groups, compute)
             sums = policy_gradient(model, groups, compute)
             agreed = agree(sums, run.watch.received, optimizers, compute)  # raises on every rank or on none
-            multipliers = Rates(lr=1 - number / num_steps, momentum=0.95, weight_decay=1.0)
+            multipliers = rates_of(number, num_steps)
             result = update(optimizers, agreed, multipliers, compute, spikes, skip_spikes)
             dead_steps = 0 if vitals["groups_with_signal"] else dead_steps + 1
             run.end_step(result, {"dead_steps": dead_steps}, describe(vitals), lr=round(multipliers.lr, 6), **vitals)
@@ -134,6 +134,11 @@ def check_settings() -> None:
             f"--examples-per-step={examples_per_step} --num-samples={num_samples} --eval-examples={eval_examples} "
             f"--eval-samples={eval_samples} --device-batch-size={device_batch_size}: expected at least 1, num-samples 2"
         )
+
+
+def rates_of(number: int, num_steps: int) -> Rates:
+    """The schedules of RL, at a step."""
+    return Rates(lr=1 - number / num_steps, momentum=0.95, weight_decay=cosine_to_zero(number, num_steps))
 
 
 # -----------------------------------------------------------------------------

@@ -34,6 +34,7 @@ window_pattern = "L"  # tiled over the layers: L sees the full context, S half o
 num_iterations: int | None = None  # optimizer steps
 target_flops: float | None = None  # training FLOPs
 target_param_data_ratio: float | None = None  # tokens per parameter
+ratio_counts: Literal["all", "matmuls"] = "all"  # parameters of the ratio: all, or without the embedding (nanochat: 12)
 # Batch
 device_batch_size: int | Literal["auto"] = "auto"  # rows per rank and micro-batch (auto = the most that fit)
 total_batch_size = 524288  # tokens per step over all ranks (rounded to whole micro-batches, which is printed)
@@ -135,7 +136,7 @@ def make_plan(layers: int, machine: Card) -> Plan:
     else:
         rows = 32 if device_batch_size == "auto" else device_batch_size
         batch = plan_batches(total_batch_size, rows, max_seq_len, gpus)
-    flops, params = model.estimate_flops(), model.num_params()
+    flops, params = model.estimate_flops(), model.ratio_params(ratio_counts)
     steps, formula = plan_horizon(batch.tokens, flops, params, num_iterations, target_flops, target_param_data_ratio)
     memory = sizing.estimate_memory(model, batch.device_batch_size, max_seq_len, setup)
     return Plan(model, setup, most, batch, memory, steps, formula)

@@ -142,3 +142,8 @@ def test_mistakes_are_one_line(stage, home):
         stage("sft", "wrong", minutes=1.0)
     with pytest.raises(UserError, match="--num-samples=1"):
         stage("rl", "wrong", num_samples=1)
+
+
+def test_weight_decay_of_rl_falls_to_0_as_its_line_says():
+    decays = [chat_rl.rates_of(step, 10).weight_decay for step in range(10)]
+    assert decays[0] == 1 and decays == sorted(decays, reverse=True) and decays[-1] < 0.05

@@ -7,7 +7,7 @@ from nanochat import attention
 from nanochat.attention import causal_attention, causal_mask
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig, config_from_depth
-from nanochat.model import HeadLoss, build_model, head_loss_slice
+from nanochat.model import SOFTCAP, HeadLoss, build_model, head_loss_slice
 from tests.reference import attention as slow
 
 CPU = torch.device("cpu")
@@ -108,6 +108,30 @@ def test_loss_in_slices_equals_the_dense_one(tokens):
     torch.testing.assert_close((losses * weights).sum(), loss, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(hidden.grad.double(), h64.grad, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(weight.grad.double(), w64.grad, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_likely_tokens_keep_their_gradient_in_bfloat16(compiled):
+    """It was the sum of two halves near 1, rounded to bf16 each: 0 for most tokens above 0.998, so most of a chat."""
+    g = torch.Generator().manual_seed(0)
+    wanted = torch.tensor([0.5, 0.9, 0.99, 0.999, 0.9999]).repeat_interleave(8)
+    n, vocab = len(wanted), 512
+    logits = torch.randn(n, vocab, generator=g) - 3
+    targets, rows = torch.randint(0, vocab, (n,), generator=g), torch.arange(n)
+    logits[rows, targets] = -torch.inf
+    odds = wanted / (1 - wanted) * (SOFTCAP * torch.tanh(logits / SOFTCAP)).exp().sum(-1)
+    logits[rows, targets] = SOFTCAP * torch.atanh(odds.log() / SOFTCAP)
+    hidden, weight = logits.bfloat16(), torch.eye(vocab).bfloat16()
+    loss_slice = torch.compile(head_loss_slice) if compiled else head_loss_slice
+    _, grad = loss_slice(hidden, weight, targets, torch.ones(n), True)
+
+    exact = hidden.double().requires_grad_()
+    capped = SOFTCAP * torch.tanh(exact / SOFTCAP)
+    torch.nn.functional.cross_entropy(capped, targets, reduction="sum").backward()
+    assert (capped.detach().softmax(-1)[rows, targets] - wanted).abs().max() < 0.02
+    error = grad.double() - exact.grad
+    assert (error.norm(dim=-1) < 0.01 * exact.grad.norm(dim=-1)).all()
+    assert (error.sum(-1).abs() < 0.01 * exact.grad.abs().sum(-1)).all()
 
 
 def test_reductions_agree_and_ignored_targets_count_nothing():

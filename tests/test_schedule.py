@@ -1,5 +1,7 @@
 """The arithmetic that every stage shares."""
 
+from functools import partial
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,11 +69,12 @@ def test_batch_of_nothing_is_refused():
 
 
 def test_horizons():
-    assert plan_horizon(1000, 600, 5000, num_iterations=7)[0] == 7
-    assert plan_horizon(1000, 600, 5000, target_flops=6e6)[0] == 10
-    assert plan_horizon(1000, 600, 5000, target_param_data_ratio=20)[0] == 100
-    assert plan_horizon(1000, 600, 5000) == plan_horizon(1000, 600, 5000, num_iterations=-1)  # -1: not set
-    assert plan_horizon(1000, 600, 5000)[0] == 100
+    plan = partial(plan_horizon, 1000, 600, (5000, "parameters"))
+    assert plan(num_iterations=7)[0] == 7
+    assert plan(target_flops=6e6)[0] == 10
+    assert plan(target_param_data_ratio=20)[0] == 100
+    assert plan() == plan(num_iterations=-1)  # -1: not set
+    assert plan() == (100, "20 tokens x 5,000 parameters / 1,000 tokens per step")
     for wrong in ({"num_iterations": 3, "target_flops": 1e9}, {"num_iterations": 0}, {"target_flops": -2.0}):
         with pytest.raises(UserError, match="give at most one horizon, and more than 0"):
-            plan_horizon(1000, 600, 5000, **wrong)
+            plan(**wrong)
