@@ -10,5 +10,7 @@
 #   text: 20 x 1.88 B = 37.6 B tokens x about 4.8 characters = 180 B characters / 250 M per shard = 722 shards, 800 with a reserve; 80 GB
 #   horizon: 20 x 1.88 B / 524,288 = 71,680 steps; a checkpoint every 2,000 is one every 70 minutes
 set -euo pipefail
+cd "$(dirname "$0")"
+source dev/stages.sh # answers --help
 export DEPTH="${DEPTH:-32}" DEVICE_BATCH_SIZE="${DEVICE_BATCH_SIZE:-8}" SHARDS="${SHARDS:-800}"
-exec bash "$(dirname "$0")/speedrun.sh"
+exec bash speedrun.sh

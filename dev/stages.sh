@@ -19,7 +19,24 @@ mistake() {
   exit 2
 }
 
-export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+# A launcher takes variables and no arguments but --help: the comment that it begins with, and its variables. (It went to the
+# checkout's root before this.)
+variables() { sed -nE 's/^([A-Z_]+)="\$\{\1:-(.*)\}" +# (.*)/  \1=\2\t\3/p' "$1" | expand -t 40; }
+case "${1:-}" in
+  "") ;;
+  -h | --help)
+    cd "$OLDPWD" && sed -nE '2,${/^#/!q; /^#SBATCH|^# shellcheck/d; s/^# ?//p;}' "$0" && variables "$0"
+    exit
+    ;;
+  *) mistake "$* is not taken; settings are variables before the command, which --help shows" ;;
+esac
+
+NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-~/.cache/nanochat}"
+if [[ "$NANOCHAT_BASE_DIR" =~ ^~[A-Za-z0-9._-]* ]]; then # in quotes, so that bash left it as it was; Python reads it like this
+  eval "home=$BASH_REMATCH"
+  NANOCHAT_BASE_DIR="$home${NANOCHAT_BASE_DIR#"$BASH_REMATCH"}"
+fi
+export NANOCHAT_BASE_DIR
 export PYTHONUNBUFFERED=1 # the log is to be complete when a stage is killed
 SWITCHES="tok base mid sft rl eval report"
 STAGES="${STAGES-$SWITCHES}"

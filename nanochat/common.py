@@ -124,7 +124,7 @@ def into_nothing(stream: TextIO) -> None:
 
 def get_base_dir() -> Path:
     """$NANOCHAT_BASE_DIR, or ~/.cache/nanochat. Created if absent; raises UserError where that is impossible."""
-    base_dir = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser().absolute()
+    base_dir = Path(os.path.expanduser(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat")).absolute()
     try:
         base_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -121,7 +121,7 @@ def check_cpu(cgroup: Path = Path("/sys/fs/cgroup/cpu.max")) -> Finding:
 
 def check_disk() -> Finding:
     """Where everything goes: may it be written, is there room, will it stay. Leaves nothing behind."""
-    base_dir = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser().absolute()
+    base_dir = Path(os.path.expanduser(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat")).absolute()
     mend = "export NANOCHAT_BASE_DIR=DIR, a directory of yours on a large disk"
     try:
         place = next(path for path in (base_dir, *base_dir.parents) if path.exists())

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from nanochat.checkpoint_manager import STAGES
+from nanochat.common import STAGES, get_base_dir
 from nanochat.configurator import parse_args, read_block
 from nanochat.sizing import choose_batch
 from tests import tiny
@@ -86,15 +86,15 @@ class Checkout:
         (self.bin / "activate").write_text(f'export VIRTUAL_ENV="{self.bin.parent}"\nexport PATH="{self.bin}:$PATH"\n')
         (self.path / "dev" / "setup.sh").write_text('echo "setup $TORCH_BUILD" >>"$CALLS"\n')
 
-    def run(self, script: str, **settings: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(**self.start(script, **settings), capture_output=True, timeout=60)
+    def run(self, script: str, *words: str, **settings: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(**self.start(script, *words, **settings), capture_output=True, timeout=60)
 
-    def start(self, script: str, **settings: object) -> dict[str, Any]:
+    def start(self, script: str, *words: str, **settings: object) -> dict[str, Any]:
         """What subprocess is to start a launcher with. ROOT and PYTHON are for what is not faked."""
         outer = {"PATH": "/usr/bin:/bin", "HOME": self.path, "CALLS": self.calls_file, "NANOCHAT_BASE_DIR": self.base}
         outer |= {"ROOT": ROOT, "PYTHON": sys.executable, **settings}
         environment = {name: str(value) for name, value in outer.items()}
-        return {"args": ["bash", str(self.path / script)], "cwd": self.path, "env": environment, "text": True}
+        return {"args": ["bash", str(self.path / script), *words], "cwd": self.path, "env": environment, "text": True}
 
     def calls(self, word: str = "") -> list[list[str]]:
         """The commands so far in which a word occurs."""
@@ -145,13 +145,6 @@ def refused(result: subprocess.CompletedProcess[str], said: str) -> None:
     """Exit code 2 and one line."""
     assert result.returncode == 2
     assert said in result.stderr and result.stderr.count("\n") == 1
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 # -----------------------------------------------------------------------------
@@ -282,6 +275,28 @@ def test_no_stage_enabled_is_an_error(checkout, launcher):
     assert not checkout.calls()
 
 
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_an_argument_does_not_start_what_it_was_not_meant_for(checkout, launcher):
+    """--help installed and trained, --depth=12 trained a d20."""
+    result = checkout.run(launcher, "--help")
+    assert (result.returncode, result.stderr) == (0, "") and f"bash {launcher}" in result.stdout
+    assert ("DEPTH=20 " in result.stdout) == (launcher == "speedrun.sh") and "!/usr" not in result.stdout
+    refused(
+        checkout.run(launcher, "--depth=12"), f"{Path(launcher).name}: --depth=12 is not taken; settings are variables"
+    )
+    assert not checkout.calls() and not checkout.base.exists()
+
+
+@pytest.mark.parametrize("folder", ["~/x y", "~root-less/x", "~"])
+def test_a_quoted_tilde_is_the_same_place_for_bash_and_python(checkout, monkeypatch, folder):
+    monkeypatch.setenv("HOME", str(checkout.path / "home"))
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", folder)
+    monkeypatch.chdir(checkout.path)
+    settings = {"STAGES": "tok", "HOME": checkout.path / "home", "NANOCHAT_BASE_DIR": folder}
+    assert checkout.run("speedrun.sh", **settings).returncode == 0
+    assert (get_base_dir() / "logs" / "tok_train.done").exists()
+
+
 def test_unknown_stages_and_missing_checkpoints_are_named(checkout, speedrun):
     refused(speedrun(STAGES="base,midd"), 'STAGES="base midd": there is no midd, only: tok base')
     missing = f"a checkpoint in {checkout.base}/base_checkpoints/d20, which mid starts from; add base"
@@ -301,7 +316,7 @@ def test_a_signal_to_all_waits_for_the_stage_to_save_and_ends_with_its_code(chec
     program(checkout.bin / "torchrun", f"#!/bin/bash\n{saving}")
     process = subprocess.Popen(**checkout.start("speedrun.sh"), stdout=subprocess.PIPE, start_new_session=True)
     log = checkout.base / "logs/base_train.log"
-    wait_until(lambda: log.exists() and "\ntraining" in log.read_text())
+    tiny.wait_until(lambda: log.exists() and "\ntraining" in log.read_text())
     os.killpg(process.pid, 15)
     process.communicate(timeout=20)
     assert process.returncode == 143
@@ -658,7 +673,7 @@ def test_a_preempted_job_saves_is_queued_again_and_finishes(base_dir, tmp_path, 
     environment |= {"STAGES": "tok base", "HORIZON": "--num-iterations=300"}
     job = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     log = base_dir / "logs/base_train.log"
-    wait_until(lambda: log.exists() and "step 15/300" in log.read_text())
+    tiny.wait_until(lambda: log.exists() and "step 15/300" in log.read_text())
     for pid in (tmp_path / "pids").read_text().split()[-2:]:  # what Slurm does: every task of the step
         os.kill(int(pid), 15)
     assert job.wait(timeout=60) == 143

@@ -5,6 +5,8 @@ import os
 import random
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,14 @@ def run_here(monkeypatch: pytest.MonkeyPatch, script: Any, values: dict[str, Any
         monkeypatch.setattr(script, name, value)
     monkeypatch.setattr(script, "settings", settings)
     script.main()
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Poll until it holds; fails when it does not in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.01)
 
 
 def torchrun(base_dir: Path, ranks: int, *command: str) -> subprocess.CompletedProcess[str]:

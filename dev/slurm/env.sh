@@ -11,7 +11,7 @@ if [ -z "${NANOCHAT_BASE_DIR:-}" ]; then
   exit 2
 fi
 case "$NANOCHAT_BASE_DIR/" in
-  "$PWD"/*)
+  "$PWD"/* | [!/~]*)
     echo "NANOCHAT_BASE_DIR=$NANOCHAT_BASE_DIR lies in the checkout, of which each job takes a copy; name another directory" >&2
     exit 2
     ;;
