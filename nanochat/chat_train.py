@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanochat.checkpoint_manager import Checkpoint, find_checkpoint
 from nanochat.common import UserError, print0
 from nanochat.compute import Compute, collective
 from nanochat.conversation import (
@@ -136,6 +137,20 @@ def rows_in_epoch(conversations: Conversations, tokenizer: Tokenizer, sequence_l
 
 # -----------------------------------------------------------------------------
 # For how long, and how well
+
+
+def find_start(
+    stage: str, source: str, source_tag: str | None, model_tag: str | None, step: int | None
+) -> tuple[Checkpoint, str]:
+    """The checkpoint that a stage starts from, and the tag of what it makes. Raises UserError where these would be
+    steps of one directory: there --fresh would move the start aside, and --resume continue it.
+    """
+    start = find_checkpoint(source, source_tag or model_tag, step)
+    tag = model_tag or start.tag
+    if (source, start.tag) == (stage, tag):
+        ways = f"name both: --source-tag={tag} --model-tag=NEW"
+        raise UserError(f"--source={source} --model-tag={tag}: this stage would write over its own start; {ways}")
+    return start, tag
 
 
 def plan_chats(

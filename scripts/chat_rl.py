@@ -22,8 +22,8 @@ dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # what matmuls compute i
 seed = 42  # of the samples
 # Start
 source: Literal["mid", "sft", "rl"] = "sft"  # stage of the checkpoint to start from
-model_tag: str | None = None  # name of its directory, and of the new one (None = the one saved last)
-step: int | None = None  # step of the checkpoint to start from (None = the last)
+source_tag: str | None = None  # name of its directory (None = --model-tag, without that the one saved last)
+step: int | None = None  # its step (None = the last)
 # Problems
 task: Literal["GSM8K", "Arithmetic-Hard", "Arithmetic"] = "GSM8K"  # where prompts and rewards come from
 examples_per_step = 16  # prompts per step over all ranks
@@ -46,6 +46,7 @@ eval_examples = 400  # problems of an evaluation
 eval_samples = 8  # answers to each: pass@k for k = 1, 2, 4, ... up to this many
 max_dead_steps = 5  # give up after so many steps in a row in which no prompt taught anything
 # Checkpoints
+model_tag: str | None = None  # name of the new directory (None = that of the checkpoint to start from)
 save_every = 60  # steps between checkpoints (-1 = only at the end)
 save_minutes = -1.0  # minutes between checkpoints (-1 = by steps alone); both may be given
 save_best = False  # save after each evaluation with the best pass@1 so far, and never delete that one
@@ -61,8 +62,8 @@ from typing import Any
 
 import torch
 
-from nanochat.chat_train import show_chats
-from nanochat.checkpoint_manager import find_checkpoint, open_model
+from nanochat.chat_train import find_start, show_chats
+from nanochat.checkpoint_manager import open_model
 from nanochat.common import UserError, print0, run_main
 from nanochat.compute import Compute, compute_init
 from nanochat.conversation import decode_parts, fingerprint, parts_text, render_for_completion
@@ -81,7 +82,7 @@ from tasks.mixtures import rl_task
 def main() -> None:
     compute = compute_init(device_type, dtype, seed)
     check_settings()
-    start = find_checkpoint(source, model_tag, step)
+    start, tag = find_start("rl", source, source_tag, model_tag, step)
     model, tokenizer = open_model(start, compute.device, "train")
     problems, held_out = rl_task(task, "train"), rl_task(task, "dev")
     print0(f"steps of {examples_per_step} prompts x {num_samples} samples; {len(problems):,} problems")
@@ -91,7 +92,7 @@ def main() -> None:
     identity |= {"seed": seed, "examples_per_step": examples_per_step, "num_samples": num_samples}
     identity |= {"started_from": start.identity}
 
-    with open_run("rl", start.tag, settings, identity, compute) as run:
+    with open_run("rl", tag, settings, identity, compute) as run:
         given = one_horizon(num_iterations=num_iterations)
         once = max(1, len(problems) // examples_per_step)
         num_steps, _ = run.horizon or (int(given.get("num_iterations", once)), "")

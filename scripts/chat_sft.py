@@ -21,8 +21,8 @@ seed = 42  # of the order of the rows
 dry_run = False  # train, but write no checkpoint
 # Start
 source: Literal["base", "mid", "sft"] = "mid"  # stage of the checkpoint to start from
-model_tag: str | None = None  # name of its directory, and of the new one (None = the one saved last)
-step: int | None = None  # step of the checkpoint to start from (None = the last)
+source_tag: str | None = None  # name of its directory (None = --model-tag, without that the one saved last)
+step: int | None = None  # its step (None = the last)
 warm_start = True  # take over the optimizers' moments
 # Conversations
 mixture = "default"  # default: nanochat's, downloaded; offline: generated here; or a file of your own (jsonl)
@@ -50,6 +50,7 @@ recompute = False  # keep only each block's input, and compute the rest again in
 # Evaluation
 eval_every = 100  # steps between validations on held-out conversations (-1 = only at the end)
 # Checkpoints
+model_tag: str | None = None  # name of the new directory (None = that of the checkpoint to start from)
 save_every = -1  # steps between checkpoints (-1 = only at the end)
 save_minutes = -1.0  # minutes between checkpoints (-1 = by steps alone); both may be given
 save_best = False  # save after each validation that is the best so far, and never delete that one
@@ -63,12 +64,13 @@ from nanochat.chat_train import (
     ChatPosition,
     chat_stream,
     evaluate_chats,
+    find_start,
     plan_chats,
     row_length,
     rows_in_epoch,
     show_chats,
 )
-from nanochat.checkpoint_manager import find_checkpoint, open_model, restore_model, restore_optimizers
+from nanochat.checkpoint_manager import open_model, restore_model, restore_optimizers
 from nanochat.common import print0, run_main
 from nanochat.compute import Compute, compute_init
 from nanochat.conversation import Conversations, fingerprint
@@ -92,7 +94,7 @@ from tasks.mixtures import SAMPLES, sft_mixture
 
 def main() -> None:
     compute = compute_init(device_type, dtype, seed)
-    start = find_checkpoint(source, model_tag, step)
+    start, tag = find_start("sft", source, source_tag, model_tag, step)
     model, tokenizer = open_model(start, compute.device, "train", placement(compute, shard, offload))
     model.recompute = recompute
     conversations, held_out = sft_mixture(mixture, "train"), sft_mixture(mixture, "dev")
@@ -108,7 +110,7 @@ def main() -> None:
     identity = {"model_config": model.config_dict(), "rows_per_step": batch.rows, "row_length": T, "seed": seed}
     identity |= {"conversations": fingerprint(conversations), "started_from": start.identity}
 
-    with open_run("sft", start.tag, settings, identity, compute) as run:
+    with open_run("sft", tag, settings, identity, compute) as run:
         trial = open_stream(conversations, tokenizer, batch, compute, ChatPosition())
         epoch = rows_in_epoch(conversations, tokenizer, T, all_tokens=False)
         num_steps, formula = run.horizon or plan_chats(num_iterations, minutes, epoch, model, trial, batch, compute)

@@ -36,7 +36,14 @@ SCRIPTS = {name: stage.script.removeprefix("scripts.") for name, stage in STAGES
 SCRIPTS |= {name: name for name in ("base_loss", "base_eval", "chat_eval")}
 FOLDERS = {name: stage.folder for name, stage in STAGES.items()}
 COMMON: dict[str, Any] = {"device_type": "cpu", "dtype": "float32", "eval_every": -1}
-CHAT = {**COMMON, "source": "base", "compile": False, "device_batch_size": 2, "total_batch_size": 1024}
+CHAT = {
+    **COMMON,
+    "source": "base",
+    "source_tag": "t",
+    "compile": False,
+    "device_batch_size": 2,
+    "total_batch_size": 1024,
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "base": {
         **COMMON,
@@ -47,7 +54,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sft": CHAT,
     "rl": {
         **COMMON,
-        **{"source": "base", "task": "Arithmetic", "examples_per_step": 3, "num_samples": 4, "max_new_tokens": 6},
+        **{
+            "source": "base",
+            "source_tag": "t",
+            "task": "Arithmetic",
+            "examples_per_step": 3,
+            "num_samples": 4,
+            "max_new_tokens": 6,
+        },
         **{"eval_examples": 2, "eval_samples": 2, "max_dead_steps": 100},
     },
     **{name: {"device_type": "cpu", "dtype": "float32"} for name in ("base_loss", "base_eval", "chat_eval")},
@@ -120,12 +134,6 @@ class Faults:
             question = {"role": "user", "content": f"Say {word} and add 1 to {i}" + "." * (i % 50)}
             chats.append([question, {"role": "assistant", "content": answer}])
         (self.base_dir / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-
-
-def start_from_t(base_dir: Path, tag: str) -> None:
-    """Give a tag the base model `t` to start from: a chat stage has its tag from there."""
-    if not (base_dir / FOLDERS["base"] / tag).exists():
-        (base_dir / FOLDERS["base"] / tag).symlink_to(base_dir / FOLDERS["base"] / "t")
 
 
 def find_config(faults: Faults, stage: str, tag: str) -> GPTConfig:

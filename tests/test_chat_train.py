@@ -11,7 +11,7 @@ from nanochat.common import Stopped, UserError
 from nanochat.compute import Compute
 from scripts import chat_rl, chat_sft, mid_train
 from tests import tiny
-from tests.faults import FOLDERS, SETTINGS, start_from_t
+from tests.faults import FOLDERS, SETTINGS
 from tests.rewarded_rl import even_length
 from tests.test_gpt import small_model
 
@@ -32,7 +32,6 @@ def stage(home, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(home))
 
     def run(name: str, tag: str, **changes: object) -> bytes:
-        start_from_t(home, tag)
         usual = {**DEFAULTS[name], **SETTINGS[name], "model_tag": tag, "num_iterations": 6, "save_every": 3}
         usual |= {"max_new_tokens": 20} if name == "rl" else {"mixture": str(home / "chats.jsonl")}
         tiny.run_here(monkeypatch, SCRIPTS[name], usual | changes)
@@ -131,6 +130,17 @@ def test_a_batch_without_a_supervised_token_changes_no_weight(home):
     result = train.update(optimizers, agreed, train.Rates(1.0, 0.9, 1.0), compute)
     assert result.tokens == 0 and result.loss == 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_sft_of_an_sft_model_keeps_its_start(stage, home):
+    """--fresh moved the start away, --resume never fitted, and another --model-tag was another start."""
+    stage("sft", "first", num_iterations=2)
+    with pytest.raises(UserError, match="over its own start; name both: --source-tag=first --model-tag=NEW"):
+        stage("sft", "first", source="sft", source_tag=None, num_iterations=2, fresh=True)
+    again = {"source": "sft", "source_tag": "first", "num_iterations": 4, "save_every": 2}
+    whole = stage("sft", "second", **again)
+    assert stage("sft", "second", **again, resume_from_step=2) == whole
+    assert [path.name for path in (home / FOLDERS["sft"] / "first").glob("step_*")] == ["step_000002"]
 
 
 def test_mistakes_are_one_line(stage, home):

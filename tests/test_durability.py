@@ -20,7 +20,7 @@ import pytest
 from nanochat import checkpoint_manager as manager
 from nanochat.common import UserError
 from tests import tiny
-from tests.faults import FOLDERS, Faults, start_from_t
+from tests.faults import FOLDERS, Faults
 
 STEPS, SAVE_EVERY = 8, 2
 QUICK, LONG = 2, 20
@@ -55,8 +55,6 @@ class Lab:
             self.settings |= {"mixture": str(home / "chats.jsonl")}
 
     def start(self, tag: str, ranks: int = 1, **changes: Any) -> list[int]:
-        if self.stage != "base":
-            start_from_t(self.home, tag)
         fault = {key: changes.pop(key) for key in list(changes) if key in FAULT_NAMES}
         resume = {"resume": bool(self.steps(tag))} if "resume_from_step" not in changes else {}
         return self.faults.start(self.stage, {**self.settings, "model_tag": tag, **resume, **changes}, ranks, **fault)

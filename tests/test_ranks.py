@@ -11,7 +11,7 @@ import pytest
 from nanochat.task_data import write_rows
 from tests import faults as forked
 from tests import tiny
-from tests.faults import STEPS, Faults, check_losses, find_config, optimizer_bytes, start_from_t
+from tests.faults import STEPS, Faults, check_losses, find_config, optimizer_bytes
 
 ROWS = {"total_batch_size": 12 * 64, "max_seq_len": 64, "init_lr_frac": 1.0, "eval_every": 10}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -41,8 +41,6 @@ def train(faults: Faults, stage: str, ranks: int) -> dict[str, list[dict[str, An
     """{kind: events} of a run, which happens once."""
     tag = f"{stage}{ranks}"
     settings = {**SETTINGS[stage], "num_iterations": STEPS, "model_tag": tag}
-    if stage != "base":
-        start_from_t(faults.base_dir, tag)
     if stage != "rl":
         settings["device_batch_size"] = 6 // ranks
     if stage in ("mid", "sft"):

@@ -12,7 +12,7 @@ import pytest
 
 from nanochat.gpt import GPTConfig
 from tests import tiny
-from tests.faults import STEPS, Faults, check_losses, find_config, optimizer_bytes, start_from_t
+from tests.faults import STEPS, Faults, check_losses, find_config, optimizer_bytes
 
 # On three ranks: 320 rows in parts of 107, 107 and 106; with one key/value head of four channels, the last rank has no
 # row of c_k and c_v. Validation after half the steps leaves embedding and head whole, samples take a copy of the model.
@@ -31,7 +31,6 @@ def settings_of(faults: Faults, stage: str, tag: str, ranks: int) -> dict[str, A
     settings: dict[str, Any] = {"num_iterations": STEPS, "model_tag": tag, "device_batch_size": 6 // ranks}
     if stage == "base":
         return {**BASE, "sample_every": STEPS, **settings}
-    start_from_t(faults.base_dir, tag)
     return {**CHAT, **settings, "mixture": str(faults.base_dir / "chats.jsonl")}
 
 
