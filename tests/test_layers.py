@@ -27,7 +27,7 @@ BUDGETS = {
     "files of the trunk": 25,
     "lines of the trunk": 5100,
     "lines of the story": 2500,
-    "lines of the library": 8430,  # to become 7,500
+    "lines of the library": 8500,  # to become 7,500
     "parameters of a library function": 7,
 }
 
