@@ -221,22 +221,24 @@ def notes(runs: Sequence[Compared]) -> list[str]:
 def curves(runs: Sequence[Compared]) -> list[Curve]:
     """Loss by tokens; bits per byte by tokens, FLOPs and training time; those that have points."""
     longest = max(run.ends[2] for run in runs)
-    scale, unit = next((s, name) for s, name in ((3600, "hours"), (60, "minutes"), (0, "seconds")) if longest >= 2 * s)
+    units = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
+    scale, unit = next((scale, unit) for scale, unit in units if longest >= 2 * scale or scale == 1)
     drawn = []
     for title, axis, x in (
         ("Loss by tokens", 0, "tokens"),
         ("Validation by tokens", 0, "tokens"),
-        ("Validation by compute", 1, "FLOPs"),
+        ("Validation by compute", 1, "log₁₀ of FLOPs"),
         ("Validation by training time", 2, unit),
     ):
         is_loss, series = title == "Loss by tokens", []
         for hue, run in enumerate(runs):
             at = run.curve("step", "smooth_loss", axis) if is_loss else run.quick(axis)
-            at = [(spent / (scale or 1), value) for spent, value in at] if axis == 2 else at
+            if axis:
+                at = [(math.log10(spent) if axis == 1 else spent / scale, value) for spent, value in at]
             series += [Series(run.name, "line", at, hue)]
             series += [] if is_loss else [Series("", "dot", at, hue)]
         label = "nats per token, smoothed" if is_loss else "bits per byte, quick"
-        drawn.append(Curve(title, label, [one for one in series if one.points], x, log=x == "FLOPs"))
+        drawn.append(Curve(title, label, [one for one in series if one.points], x))
     return [curve for curve in drawn if curve.series]
 
 

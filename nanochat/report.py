@@ -7,7 +7,6 @@ The newest run of each stage counts; a run that was stopped and resumed is one r
 Stages it does not know appear among runs and settings only. Runs side by side: python -m dev.compare_runs.
 """
 
-import sys
 from typing import Literal
 
 from nanochat.configurator import configure
@@ -19,9 +18,6 @@ action: Literal["generate", "reset"] = "generate"  # generate: print and write; 
 # Cost
 dollars_per_hour: float | None = None  # of one GPU, or of a machine without (None = the list price, where it is known)
 
-if __name__ == "__main__" and "compare" in sys.argv[1:2]:
-    print("report: compare is a command of its own: python -m dev.compare_runs TAG TAG", file=sys.stderr)
-    sys.exit(2)
 settings = configure(__name__)
 
 import math
@@ -30,6 +26,7 @@ import textwrap
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from nanochat import report_page as page
@@ -172,29 +169,21 @@ def core_tasks(runs: Sequence[Events]) -> list[str]:
     return [page.table(["", "right, %", "centred", "n"], rows, "lrrr")] if rows else []
 
 
-def smoothed(values: Sequence[tuple[float, float]], beta: float = 0.9) -> list[tuple[float, float]]:
-    """Exponential mean of the values, its start-up bias removed: as training smooths its losses."""
-    mean, result = 0.0, []
-    for count, (x, y) in enumerate(values, 1):
-        mean = beta * mean + (1 - beta) * y
-        result.append((x, mean / (1 - beta**count)))
-    return result
-
-
-def learning(events: Events, title: str, unit: str, key: str, marks: Sequence[Series]) -> Curve:
-    """A figure of every step, as it was and smoothed; marks; where the run was resumed."""
+def learning(events: Events, title: str, unit: str, key: str = "loss", marks: Iterable[Series] = ()) -> Curve:
+    """A figure of every step, as it was and smoothed (others than losses: the mean of ten); validation in its unit,
+    spikes, more marks, and where the run was resumed.
+    """
     each = points(events, "step", key)
-    smooth = points(events, "step", "smooth_loss") if key == "loss" else smoothed(each)
-    flags = [(step, smooth[0][1]) for step in resumes(events) if smooth]
-    lines = [Series("smoothed", "line", smooth), Series("each step", "faint", each)]
-    return Curve(title, unit, [*lines, *marks, Series("resumed", "flag", flags)])
-
-
-def loss_curve(events: Events, title: str, unit: str) -> Curve:
-    """With validation where it is in the same unit, and spikes."""
-    spiked = points([event for event in events if event.get("spike")], "step", "loss")
-    marks = [Series("validation", "mark", points(events, "eval", "val_loss")), Series("spike", "cross", spiked)]
-    return learning(events, title, unit, "loss", marks)
+    smooth = [(x, fmean(y for _, y in each[max(0, i - 9) : i + 1])) for i, (x, _) in enumerate(each)]
+    series = [
+        Series("smoothed", "line", points(events, "step", "smooth_loss") if key == "loss" else smooth),
+        Series("each step", "faint", each),
+        Series("validation", "mark", points(events, "eval", "val_loss")),
+        Series("spike", "cross", points([event for event in events if event.get("spike")], "step", key)),
+        *marks,
+        Series("resumed", "flag", [(step, smooth[0][1]) for step in resumes(events) if smooth]),
+    ]
+    return Curve(title, unit, series)
 
 
 def curves(found: dict[str, Events]) -> list[Curve]:
@@ -202,17 +191,17 @@ def curves(found: dict[str, Events]) -> list[Curve]:
     evaluations: those that have points.
     """
     quick, final = (points(found["base"], "eval", key) for key in ("val_bpb_quick", "val_bpb"))
-    validation = [Series("", "line", quick), Series("quick", "mark", quick)]
+    validation = [Series("quick", "line", quick), Series("", "mark", quick)]
     evals = [(event["step"], event["pass_at"]) for event in of_kind(found["rl"], "eval") if "pass_at" in event]
     ks, solved = sorted({k for _, pass_at in evals for k in pass_at}, key=int), []
     for k in dict.fromkeys([*ks[:1], *ks[-1:]]):
         at = [(step, pass_at[k]["value"]) for step, pass_at in evals if k in pass_at]
         solved.append(Series(f"pass@{k}", "mark" if k == ks[0] else "ring", at))
     drawn = [
-        loss_curve(found["base"], "Base: loss", "nats per token"),
+        learning(found["base"], "Base: loss", "nats per token"),
         Curve("Base: validation", "bits per byte", [*validation, Series("final, long context", "ring", final)]),
-        loss_curve(found["mid"], "Mid: loss", "nats per token trained on"),
-        loss_curve(found["sft"], "SFT: loss", "nats per token trained on"),
+        learning(found["mid"], "Mid: loss", "nats per token trained on"),
+        learning(found["sft"], "SFT: loss", "nats per token trained on"),
         learning(found["rl"], "RL: reward", "mean reward, share solved", "reward", solved),
     ]
     drawn = [curve for curve in drawn if curve.series[0].points]
@@ -287,21 +276,16 @@ def runs_table(runs: Sequence[Events]) -> str:
     for run in runs:
         _, memory = row([run], "", "end", "peak_memory_bytes", ".2f", 1e-9)
         rows.append([run[0]["stage"], run[0]["tag"], command(run), duration(seconds_of(run)), memory, outcome(run)])
-    # Some write their record when the work is done, so a run's start is reckoned from its end.
-    span = max(run[-1]["time"] for run in runs) - min(run[-1]["time"] - seconds_of(run) for run in runs)
-    rows.append(["all", "", "", duration(sum(map(seconds_of, runs))), "", f"{duration(span)} from start to end"])
     return page.table(["stage", "tag", "command", "time", "peak GB", ""], rows, "llcrrl")
 
 
 def machine(runs: Sequence[Events], dollars: float | None) -> str:
     """Where it ran, with what and for how much; several where they differ between runs."""
     starts = [run[0] for run in runs]
-    told = {"hardware": [*map(hardware, starts)], "processor": [*map(processor, starts)]}
-    if told["hardware"] == told["processor"]:
-        del told["hardware"]
-    told |= {"system": [start["platform"] for start in starts], "Python": [start["python"] for start in starts]}
+    told = {"hardware": [*map(hardware, starts)]}
     told["versions"] = [", ".join(map(" ".join, start["versions"].items())) for start in starts]
-    told["commit"] = [start["git"] for start in starts]
+    for name, key in (("system", "platform"), ("Python", "python"), ("commit", "git")):
+        told[name] = [start[key] for start in starts]
     spent, how = cost(runs, dollars)
     told["cost"] = [f"{spent}: {how}" if spent != "-" else how]
     return page.facts((name, "; ".join(dict.fromkeys(values))) for name, values in told.items())
@@ -523,14 +507,11 @@ def outcome(run: Events) -> str:
     return "; ".join(told)
 
 
-def processor(start: Event) -> str:
-    return f"{start['cpu']}, {start['cpu_count']} cores"
-
-
 def hardware(start: Event) -> str:
-    """What a run computed on: cards and how many ranks, where the record has them, or else the processor."""
+    """What a run computed on: cards and how many ranks, where the record has them, and the processor."""
     ranks, device = start.get("ranks", 1), start.get("device", "cpu")
-    return f"{ranks} x {device}" if device != "cpu" else processor(start) + (f", {ranks} ranks" if ranks > 1 else "")
+    cards = f"{ranks} x {device}, " if device != "cpu" or ranks > 1 else ""
+    return f"{cards}{start['cpu']}, {start['cpu_count']} cores"
 
 
 if __name__ == "__main__":

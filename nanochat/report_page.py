@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 T = TypeVar("T")
 SPARKS = "▁▂▃▄▅▆▇█"
 KEYS = {"mark": "●", "ring": "○", "cross": "×", "flag": "┆", "dot": "•"}  # what stands for marks in a legend
-DRAWN, LISTED = 400, 12  # points of a line in a diagram, and marks spelled out in Markdown; more are thinned evenly
+DRAWN = 400  # points of a line in a diagram; more are thinned evenly
 LONGEST = 8000  # characters of a text; a model that repeats itself writes megabytes
 HUES = 6  # lines that can be told apart in one diagram
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 268, 52, 16, 28, 42  # of a diagram and its margins, in its own units
@@ -54,12 +54,6 @@ class Curve(NamedTuple):
     unit: str  # of the vertical axis
     series: Sequence[Series]
     x: str = "step"  # what the horizontal axis counts
-    log: bool = False  # whether that axis is logarithmic; then every x is more than 0
-
-    @property
-    def is_comparison(self) -> bool:
-        """Whether the lines belong to several runs."""
-        return any(series.hue for series in self.series)
 
 
 def to_markdown(title: str, subtitle: str, sections: Iterable[tuple[str, Iterable[str]]]) -> str:
@@ -133,22 +127,11 @@ def curves(items: Iterable[Curve]) -> str:
 
 
 def in_words(curve: Curve) -> str:
-    """Where a curve begins and ends, a sparkline for each line, and the marks."""
-    lines = [f"{curve.title}, {curve.unit}: {course(curve.series[0])}"]
-    for series in curve.series:
-        if series.look == "line":
-            lines += [f"{one_line(series.name)}: {course(series)}"] if curve.is_comparison else []
-            lines.append(sparkline([y for _, y in series.points]))
-        elif series.look != "faint" and not curve.is_comparison:
-            listed = thinned(series.points, LISTED)
-            count = f" ({len(listed)} of {len(series.points)})" if len(listed) < len(series.points) else ""
-            lines.append(f"{series.name}{count}: {', '.join(at(curve, series, point) for point in listed)}")
+    """Where each line begins and ends, and a sparkline of it."""
+    lines = [f"{curve.title}, {curve.unit}"]
+    for series in [series for series in curve.series if series.look == "line"]:
+        lines += [f"{one_line(series.name)}: {course(series)}", sparkline([y for _, y in series.points])]
     return "\n".join(lines)
-
-
-def at(curve: Curve, series: Series, point: tuple[float, float]) -> str:
-    where = f"{curve.x} {rounded(point[0], 0 if curve.x == 'step' else 2)}"
-    return where if series.look == "flag" else f"{point[1]:.4g} at {where}"
 
 
 def course(series: Series) -> str:
@@ -202,19 +185,20 @@ def shown(text: str) -> str:
 
 
 def figure(curve: Curve) -> str:
-    """A diagram with its title, course and legend, where a piece of each line or its mark stands for it."""
+    """A diagram with its title and legend, where a piece of each line, with its course, or its mark stands for it."""
     legend = ""
-    for series in curve.series:
+    for series in [series for series in curve.series if series.name]:
         line = f'<polyline class="{series.look} hue{series.hue}" points="0,3 28,3"/>'
         key = f'<svg class="key" viewBox="0 0 28 6" aria-hidden="true">{line}</svg>'
         key = f"<i>{KEYS[series.look]}</i>" if series.look in KEYS else key
-        legend += f"<span>{key} {shown(series.name)}</span>" if series.name else ""
-    ends = "" if curve.is_comparison else f" <span>{course(curve.series[0])}</span>"
-    return f"<figure><figcaption><b>{shown(curve.title)}</b>{ends}</figcaption>{svg(curve)}<p>{legend}</p></figure>"
+        ends = f" <b>{course(series)}</b>" if series.look == "line" else ""
+        legend += f"<span>{key} {shown(series.name)}{ends}</span>"
+    return f"<figure><figcaption>{shown(curve.title)}</figcaption>{svg(curve)}<p>{legend}</p></figure>"
 
 
-def round_ticks(low: float, high: float, count: int = 5) -> tuple[list[float], int]:
-    """Multiples of 1, 2 or 5 times a power of ten that enclose low and high, and the decimals they are written with."""
+def round_ticks(values: Sequence[float], count: int = 5) -> tuple[list[float], int]:
+    """Multiples of 1, 2 or 5 times a power of ten that enclose the values, and the decimals they are written with."""
+    low, high = min(values), max(values)
     wanted = ((high - low) or abs(high) or 1.0) / count
     power = 10.0 ** math.floor(math.log10(wanted))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= wanted * (1 - 1e-9))
@@ -223,33 +207,22 @@ def round_ticks(low: float, high: float, count: int = 5) -> tuple[list[float], i
     return [i * step for i in range(first, max(final, first + 1) + 1)], decimals
 
 
-def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten between low and high, or just the powers where there are many."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1, 2, 5) if len(powers) < 4 else (1,)
-    inside = [factor * 10.0**power for power in powers for factor in factors]
-    return [x for x in inside if low * (1 - 1e-9) <= x <= high * (1 + 1e-9)] or [low]
-
-
 def svg(curve: Curve) -> str:
     """The diagram: rules at round values, what is counted below, lines, then marks that say their value on hover."""
     xs, ys = zip(*[point for series in curve.series for point in series.points], strict=True)
-    x_ticks, x_decimals = (log_ticks(min(xs), max(xs)), 0) if curve.log else round_ticks(0, max(xs))
-    y_ticks, y_decimals = round_ticks(min(ys), max(ys))
-    scale = math.log if curve.log else float
-    x_low, x_high, y_low, y_high = (scale(min(xs)) if curve.log else 0), scale(max(xs)), y_ticks[0], y_ticks[-1]
+    (x_ticks, x_decimals), (y_ticks, y_decimals) = round_ticks(xs), round_ticks(ys)
 
     def across(x: float) -> str:
-        return f"{LEFT + (scale(x) - x_low) / ((x_high - x_low) or 1) * (WIDTH - LEFT - RIGHT):.1f}"
+        return f"{LEFT + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (WIDTH - LEFT - RIGHT):.1f}"
 
     def down(y: float) -> str:
-        return f"{TOP + (y_high - y) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM):.1f}"
+        return f"{TOP + (y_ticks[-1] - y) / (y_ticks[-1] - y_ticks[0]) * (HEIGHT - TOP - BOTTOM):.1f}"
 
     parts = [f'<text x="0" y="12">{shown(curve.unit)}</text>']
     for y in y_ticks:
         parts.append(f'<path d="M{LEFT} {down(y)}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{down(y)}" dy="4" class="y">{rounded(y, y_decimals)}</text>')
-    for x in [x for x in x_ticks if x <= max(xs) * (1 + 1e-9)]:
+    for x in x_ticks:
         parts.append(f'<text x="{across(x)}" y="{HEIGHT - 24}" class="x">{rounded(x, x_decimals)}</text>')
     parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" class="y">{shown(curve.x)}</text>')
     for series in sorted(curve.series, key=lambda series: series.look in KEYS):  # marks lie over the lines
@@ -259,13 +232,13 @@ def svg(curve: Curve) -> str:
             parts.append(f'<polyline {look} points="{line}"/>')
             continue
         for x, y in points:
-            hover = f"<title>{shown(series.name)}: {at(curve, series, (x, y))}</title>"
+            value = "" if series.look == "flag" else f" {y:.4g}"
+            hover = f"<title>{shown(series.name)}{value} at {shown(curve.x)} {rounded(x, x_decimals)}</title>"
             if series.look == "flag":
                 parts.append(f'<path {look} d="M{across(x)} {TOP}V{HEIGHT - BOTTOM}">{hover}</path>')
             elif series.look == "cross":
                 parts.append(f'<path {look} d="M{across(x)} {down(y)}m-4 -4l8 8m0 -8l-8 8">{hover}</path>')
             else:
-                radius = 2.5 if series.look == "dot" else 4
-                parts.append(f'<circle {look} cx="{across(x)}" cy="{down(y)}" r="{radius}">{hover}</circle>')
-    label = f"{curve.title}, {curve.unit}, {course(curve.series[0])}"
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{shown(label)}">{"".join(parts)}</svg>'
+                parts.append(f'<circle {look} cx="{across(x)}" cy="{down(y)}">{hover}</circle>')
+    label = shown(f"{curve.title}, {curve.unit}")
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
