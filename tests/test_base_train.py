@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -54,10 +53,7 @@ def test_a_stopped_run_continues_bit_for_bit(home, faults, signum, code):
     tag = f"stopped{code}"
     signalled = home / f"signalled{code}"
     (pid,) = faults.start("base", {**SAME_RUN, "model_tag": tag}, wait_for_file=(8, str(signalled)))
-    deadline = time.monotonic() + 120
-    while "step 7/20" not in (home / "faults.log").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    tiny.wait_until(lambda: "step 7/20" in (home / "faults.log").read_text())
     os.kill(pid, signum)
     signalled.touch()
     assert faults.finish()[0] == [code]

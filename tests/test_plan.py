@@ -5,11 +5,13 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+import scripts.plan
 from nanochat import sharding, sizing
 from nanochat.common import UserError
 from nanochat.compute import Compute
@@ -18,6 +20,7 @@ from nanochat.gpt import GPT, GPTConfig, config_from_depth
 from nanochat.model import build_model, slice_rows
 from nanochat.schedule import plan_batches
 from nanochat.sizing import Setup, choose_device_batch, estimate_memory, step_fits
+from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,8 +29,16 @@ def run(*words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
-def plan(*words: str) -> subprocess.CompletedProcess[str]:
-    return run("-m", "scripts.plan", *words)
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What scripts.plan says to the words of a command line; raises the UserError that it would end with."""
+
+    def say(*words: str) -> str:
+        given = parse_args(read_block(ROOT / "scripts" / "plan.py"), words)
+        tiny.run_here(monkeypatch, scripts.plan, {name: value for name, (value, _) in given.items()})
+        return capsys.readouterr().out
+
+    return say
 
 
 def shape(config: GPTConfig) -> GPT:
@@ -173,8 +184,8 @@ def test_the_known_launcher_of_six_cards_is_the_same_arithmetic() -> None:
 # The script
 
 
-def test_six_cards_of_24_gb() -> None:
-    text = plan("--depth=20", "--gpus=6", "--card=RX 7900 XTX").stdout
+def test_six_cards_of_24_gb(plan: Callable[..., str]) -> None:
+    text = plan("--depth=20", "--gpus=6", "--card=RX 7900 XTX")
     assert "parameters: 560,988,160 = wte 83,886,080" in text
     assert "fits: 6 rows in 21.6 GB" in text
     assert "516,096 tokens = 7 micro-batches x 6 rows x 2048 tokens x 6 ranks (asked for 524,288: 1.6% fewer)" in text
@@ -185,15 +196,15 @@ def test_six_cards_of_24_gb() -> None:
     assert "nanochat.dataset -n 237" in text
 
 
-def test_dollars_are_of_one_card_as_in_the_report() -> None:
-    text = plan("--gpus=8", "--card=H100", "--mfu=0.5", "--dollars-per-hour=2").stdout
+def test_dollars_are_of_one_card_as_in_the_report(plan: Callable[..., str]) -> None:
+    text = plan("--gpus=8", "--card=H100", "--mfu=0.5", "--dollars-per-hour=2")
     hours, dollars = re.search(r"time: ([\d.]+) hours .*, ([\d,]+) dollars at 2 an hour", text).groups()  # type: ignore[union-attr]
     assert abs(float(hours) * 16 - float(dollars)) < 1
 
 
 @pytest.mark.parametrize("words", [["--gpus=6", "--vram-gb=24"], ["--depth=4", "--kv-heads=2", "--target-flops=1e17"]])
-def test_the_command_that_a_plan_ends_with_is_one_of_base_train(words: list[str]) -> None:
-    line = plan(*words).stdout.splitlines()[-1]
+def test_the_command_that_a_plan_ends_with_is_one_of_base_train(plan: Callable[..., str], words: list[str]) -> None:
+    line = plan(*words).splitlines()[-1]
     given = parse_args(read_block(ROOT / "scripts" / "base_train.py"), shlex.split(line.partition("base_train")[2]))
     asked = parse_args(read_block(ROOT / "scripts" / "plan.py"), words)
     for name, (value, _) in asked.items():
@@ -211,27 +222,30 @@ def test_the_command_that_a_plan_ends_with_is_one_of_base_train(words: list[str]
         (["--window-pattern=X"], "letters L and S"),
     ],
 )
-def test_a_mistake_is_one_line(words: list[str], says: str) -> None:
-    result = plan(*words)
-    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1) and says in result.stderr
+def test_a_mistake_is_one_line(plan: Callable[..., str], words: list[str], says: str) -> None:
+    with pytest.raises(UserError) as mistake:
+        plan(*words)
+    assert says in str(mistake.value) and "\n" not in str(mistake.value)
 
 
-def test_a_device_batch_that_does_not_fit_is_said() -> None:
-    text = plan("--vram-gb=24", "--device-batch-size=9").stdout
+def test_a_device_batch_that_does_not_fit_is_said(plan: Callable[..., str]) -> None:
+    text = plan("--vram-gb=24", "--device-batch-size=9")
     assert "warning: --device-batch-size=9 does not fit; at most --device-batch-size=5" in text
 
 
-def test_what_does_not_fit_is_told_only_the_settings_that_are_still_off() -> None:
+def test_what_does_not_fit_is_told_only_the_settings_that_are_still_off(plan: Callable[..., str]) -> None:
     words = ["--depth=48", "--gpus=6", "--vram-gb=24"]
-    assert "try --recompute, --shard on several, --offload, a smaller --depth" in plan(*words).stderr
-    assert "try --offload, a smaller --depth" in plan(*words, "--shard", "--recompute").stderr
-    offloaded = plan(*words, "--shard", "--recompute", "--offload").stdout
+    with pytest.raises(UserError, match="try --recompute, --shard on several, --offload, a smaller --depth"):
+        plan(*words)
+    with pytest.raises(UserError, match="try --offload, a smaller --depth"):
+        plan(*words, "--shard", "--recompute")
+    offloaded = plan(*words, "--shard", "--recompute", "--offload")
     assert "of the host's memory for each rank" in offloaded
     assert "--shard=True --offload=True --recompute=True" in offloaded.splitlines()[-1]
 
 
-def test_the_table_has_a_line_for_each_depth() -> None:
-    lines = plan("--table", "--gpus=6", "--vram-gb=24").stdout.splitlines()
+def test_the_table_has_a_line_for_each_depth(plan: Callable[..., str]) -> None:
+    lines = plan("--table", "--gpus=6", "--vram-gb=24").splitlines()
     depths = [line.split()[0] for line in lines if re.match(r"d\d", line)]
     assert depths == "d4 d6 d8 d10 d12 d16 d20 d24 d26 d32".split()
     assert any(line.startswith("d32") and "27." in line for line in lines)  # does not fit, and says what it needs

@@ -14,7 +14,7 @@ from nanochat import report, report_page
 from nanochat.common import UserError
 from nanochat.report import build, command, cost, duration, grades, last, newest, read_runs
 from nanochat.report_page import Curve, Series, round_ticks, rounded, sparkline, to_html
-from tests.test_ui import CHROMIUM, Chromium, ChromiumPage
+from tests.test_ui import CHROMIUM, Chromium, Tab
 
 START = {"event": "start", "settings": {}, "git": "abc", "python": "3.12", "platform": "Linux", "cpu": "a CPU"}
 START |= {"argv": ["/x/scripts/base_train.py", "--depth=4"], "cpu_count": 2, "versions": {"torch": "2.13"}}
@@ -379,7 +379,7 @@ def test_in_a_browser_nothing_runs_and_nothing_is_wider_than_the_window(tmp_path
     url, last = f"file://{tmp_path}/report.html", "document.querySelector('main > details:last-child')"
     browser = Chromium(tmp_path / "profile")
     try:
-        tab = ChromiumPage(browser, url, ready=last)
+        tab = Tab(browser, url, ready=last)
         for width, scheme in ((360, "dark"), (1200, "light")):
             tab.resize(width, 900, scheme)
             assert tab.evaluate("document.documentElement.scrollWidth") <= width

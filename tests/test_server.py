@@ -33,6 +33,7 @@ from nanochat.server import (
 )
 from nanochat.tokenizer import Tokenizer
 from scripts import chat_web
+from tests import tiny
 from tests.test_gpt import small_model
 
 TOKENIZER = Tokenizer(np.empty((0, 2)))  # one token per byte, so that characters are split over tokens
@@ -105,11 +106,7 @@ class Live:
 
     def wait(self, key: str, value: int) -> None:
         """Until /stats says so."""
-        for _ in range(SECONDS * 100):
-            if self.get("/stats")[key] == value:
-                return
-            threading.Event().wait(0.01)
-        raise AssertionError(f"{key} is not {value}: {self.get('/stats')}")
+        tiny.wait_until(lambda: self.get("/stats")[key] == value)
 
 
 @contextlib.contextmanager
@@ -305,10 +302,7 @@ def test_a_client_that_goes_costs_one_step_and_the_next_is_served() -> None:
         next(events(leaving))
         live.leave(leaving)
         worker = live.server.config.app.state.worker  # type: ignore[union-attr]
-        for _ in range(SECONDS * 100):
-            if worker.active.cancelled:
-                break
-            threading.Event().wait(0.01)
+        tiny.wait_until(lambda: worker.active.cancelled)
         engine.allow()  # the step that was running when it went
         assert engine.closed.acquire(timeout=SECONDS) and engine.taken == [2]
         engine.allow(8)
@@ -354,8 +348,7 @@ def test_the_end_of_the_server_ends_the_streams() -> None:
         live.wait("active", 1)
         waiting = live.chat()
         live.server.should_exit = True
-        while not live.server.config.app.state.worker.closed:  # type: ignore[union-attr]
-            threading.Event().wait(0.01)
+        tiny.wait_until(lambda: live.server.config.app.state.worker.closed)  # type: ignore[union-attr]
         engine.allow()
         assert list(events(running))[-1]["finish_reason"] == "cancelled"
         assert list(events(waiting))[-1]["finish_reason"] == "cancelled"

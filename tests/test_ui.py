@@ -1,6 +1,4 @@
-"""The page in a browser: headless Chromium over its DevTools pipe where there is one, and, where there is Node.js, the
-page's script with a document of 60 lines. Both talk to a real server whose engine the test steps by hand.
-"""
+"""The page in headless Chromium, over its DevTools pipe, with a real server whose engine the test steps by hand."""
 
 import base64
 import itertools
@@ -10,125 +8,19 @@ import select
 import shutil
 import signal
 import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 
 from nanochat.conversation import render_for_completion
-from nanochat.server import PAGE
+from tests import tiny
 from tests.test_server import HELLO, SECONDS, TOKENIZER, FakeEngine, Live, serving, tokens_of
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-NODE = shutil.which("node")
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-pipe""".split()
-# Chromium reads commands from descriptor 3 and writes to 4.
-LAUNCHER = """
-import fcntl, os, sys
-reading, writing = (fcntl.fcntl(int(fd), fcntl.F_DUPFD_CLOEXEC, 10) for fd in sys.argv[1:3])
-os.dup2(reading, 3)
-os.dup2(writing, 4)
-os.execv(sys.argv[3], sys.argv[3:])
-"""
-# As much of a document as the script touches. Reads expressions, a JSON string per line, and answers with their values.
-DOCUMENT = r"""
-{
-const fs = require("fs"), vm = require("vm"), readline = require("readline");
-const [file, base] = process.argv.slice(1);
-class Node extends EventTarget {
-  constructor(tag) {
-    super();
-    Object.assign(this, { tag, nodes: [], parent: null, className: "", hidden: false, value: "", style: {} });
-    Object.assign(this, { scrollHeight: 0, scrollTop: 0, clientHeight: 0 });
-    const names = () => this.className.split(" ").filter(Boolean);
-    this.classList = {
-      add: name => this.className = [...new Set([...names(), name])].join(" "),
-      remove: name => this.className = names().filter(other => other !== name).join(" "),
-      contains: name => names().includes(name),
-    };
-  }
-  get textContent() { return this.nodes.map(node => typeof node === "string" ? node : node.textContent).join(""); }
-  set textContent(text) { this.replaceChildren(...(text ? [String(text)] : [])); }
-  get elements() { return this.nodes.filter(node => typeof node !== "string"); }
-  get childElementCount() { return this.elements.length; }
-  get lastChild() { return this.nodes.at(-1); }
-  append(...nodes) { for (const node of nodes) this.appendChild(node); }
-  appendChild(node) {
-    if (node instanceof Node) { node.remove(); node.parent = this; }
-    this.nodes.push(node);
-    return node;
-  }
-  remove() {
-    if (this.parent) this.parent.nodes = this.parent.nodes.filter(node => node !== this);
-    this.parent = null;
-  }
-  replaceChildren(...nodes) {
-    for (const node of this.elements) node.parent = null;
-    this.nodes = [];
-    this.append(...nodes);
-  }
-  querySelectorAll(selector) {
-    const fits = node => selector.startsWith(".") ? node.classList.contains(selector.slice(1)) : node.tag === selector;
-    return this.elements.flatMap(node => [...(fits(node) ? [node] : []), ...node.querySelectorAll(selector)]);
-  }
-  click() { this.dispatchEvent(new Event("click")); }
-  focus() { document.activeElement = this; }
-}
-class KeyboardEvent extends Event {
-  constructor(type, { bubbles, cancelable, ...keys }) {
-    super(type, { bubbles, cancelable });
-    Object.assign(this, keys);
-  }
-}
-const page = fs.readFileSync(file, "utf8");
-const byId = Object.fromEntries([...page.matchAll(/<(\w+) id="(\w+)"/g)].map(([, tag, id]) => [id, new Node(tag)]));
-byId.main.className = "empty";
-const document = new Node("document");
-Object.assign(document, { getElementById: id => byId[id], createElement: tag => new Node(tag) });
-const ask = fetch;
-Object.assign(globalThis, { document, KeyboardEvent, fetch: (path, options) => ask(new URL(path, base), options) });
-vm.runInThisContext(/<script>([^]*)<\/script>/.exec(page)[1]);
-readline.createInterface({ input: process.stdin }).on("line", async line => {
-  let answer;
-  try { answer = { value: await vm.runInThisContext(JSON.parse(line)) }; }
-  catch (error) { answer = { error: error.stack }; }
-  process.stdout.write(JSON.stringify(answer) + "\n");
-});
-}
-"""
-
-
-class Page(Protocol):
-    """An open page."""
-
-    def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression, awaited where it is a promise."""
-
-    def close(self) -> None: ...
-
-
-class NodePage:
-    """The page's script in Node.js."""
-
-    def __init__(self, url: str):
-        command = [str(NODE), "-e", DOCUMENT, str(PAGE), url]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def evaluate(self, expression: str) -> Any:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps(expression) + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        assert "error" not in answer, answer["error"]
-        return answer.get("value")
-
-    def close(self) -> None:
-        with self.process:
-            self.process.kill()
 
 
 class Chromium:
@@ -137,7 +29,8 @@ class Chromium:
     def __init__(self, profile: Path):
         reading, self.to_browser = os.pipe()
         self.from_browser, writing = os.pipe()
-        launch = [sys.executable, "-c", LAUNCHER, str(reading), str(writing)]
+        # It reads commands from descriptor 3 and writes to 4.
+        launch = ["bash", "-c", f'exec "$@" 3<&{reading} 4>&{writing}', "bash"]
         command = [*launch, str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}"]
         log = subprocess.DEVNULL  # it complains about the missing desktop
         self.process = subprocess.Popen(
@@ -184,7 +77,7 @@ class Chromium:
             self.process.wait()
 
 
-class ChromiumPage:
+class Tab:
     """The page in a tab of its own, once it has what `ready` finds."""
 
     def __init__(self, browser: Chromium, url: str, ready: str = "document.getElementById('box')"):
@@ -251,14 +144,9 @@ def live(engine: FakeEngine) -> Iterator[Live]:
         yield server
 
 
-@pytest.fixture(params=["chromium", "node"])
-def page(request: pytest.FixtureRequest) -> Iterator[Page]:
-    """The page, once in each."""
-    if request.param == "node" and not NODE:
-        pytest.skip("no node on PATH")
-    browser = request.getfixturevalue("browser") if request.param == "chromium" else None
-    url = f"http://127.0.0.1:{request.getfixturevalue('live').port}/"
-    opened: Page = ChromiumPage(browser, url) if browser else NodePage(url)
+@pytest.fixture
+def page(browser: Chromium, live: Live) -> Iterator[Tab]:
+    opened = Tab(browser, f"http://127.0.0.1:{live.port}/")
     try:
         until(opened, "limits !== null")
         yield opened
@@ -266,36 +154,31 @@ def page(request: pytest.FixtureRequest) -> Iterator[Page]:
         opened.close()
 
 
-def until(page: Page, expression: str) -> None:
+def until(page: Tab, expression: str) -> None:
     """Wait until it is true."""
-    for _ in range(SECONDS * 100):
-        if page.evaluate(expression):
-            return
-        threading.Event().wait(0.01)
-    shown = page.evaluate("document.getElementById('log')?.textContent")
-    raise AssertionError(f"never true: {expression}; the log says {shown!r}")
+    tiny.wait_until(lambda: page.evaluate(expression))
 
 
-def type_text(page: Page, text: str) -> None:
+def type_text(page: Tab, text: str) -> None:
     page.evaluate(f"box.value = {json.dumps(text)}; box.dispatchEvent(new Event('input')); 0")
 
 
-def press(page: Page, target: str = "box", **event: Any) -> None:
+def press(page: Tab, target: str = "box", **event: Any) -> None:
     options = json.dumps({"bubbles": True, "cancelable": True, **event})
     page.evaluate(f"{target}.dispatchEvent(new KeyboardEvent('keydown', {options}))")
 
 
-def say(page: Page, text: str) -> None:
+def say(page: Tab, text: str) -> None:
     type_text(page, text)
     press(page, key="Enter")
 
 
-def click(page: Page, text: str) -> None:
+def click(page: Tab, text: str) -> None:
     """Press the button in the log that says so."""
     page.evaluate(f"[...log.querySelectorAll('button')].find(b => b.textContent === {json.dumps(text)}).click()")
 
 
-def texts(page: Page, selector: str) -> list[str]:
+def texts(page: Tab, selector: str) -> list[str]:
     found: list[str] = page.evaluate(f"[...log.querySelectorAll('{selector}')].map(e => e.textContent)")
     return found
 
@@ -305,7 +188,7 @@ def last_request(engine: FakeEngine) -> list[int]:
     return tokens
 
 
-def answer(page: Page, engine: FakeEngine, text: str) -> None:
+def answer(page: Tab, engine: FakeEngine, text: str) -> None:
     """Say something and let the whole reply come."""
     say(page, text)
     engine.allow(len(engine.tokens))
@@ -318,10 +201,10 @@ def pairs(*contents: Any) -> list[dict[str, Any]]:
 
 
 # -----------------------------------------------------------------------------
-# In both
+# Tests
 
 
-def test_the_reply_grows_and_stop_keeps_it_and_ends_the_engine(page: Page, live: Live, engine: FakeEngine) -> None:
+def test_the_reply_grows_and_stop_keeps_it_and_ends_the_engine(page: Tab, live: Live, engine: FakeEngine) -> None:
     say(page, "Hello")
     for shown in ("a", "ab"):
         engine.allow()
@@ -331,10 +214,7 @@ def test_the_reply_grows_and_stop_keeps_it_and_ends_the_engine(page: Page, live:
     until(page, "running === null")
     assert page.evaluate("element('stop').hidden && !element('send').hidden")
     worker = live.server.config.app.state.worker  # type: ignore[union-attr]
-    for _ in range(SECONDS * 100):
-        if worker.active is None or worker.active.cancelled:
-            break
-        threading.Event().wait(0.01)
+    tiny.wait_until(lambda: worker.active is None or worker.active.cancelled)
     engine.allow()  # the step that was running
     assert engine.closed.acquire(timeout=SECONDS) and engine.taken == [3]
     assert texts(page, ".assistant") == ["ab"] and texts(page, ".note") == ["Stopped"]
@@ -342,7 +222,7 @@ def test_the_reply_grows_and_stop_keeps_it_and_ends_the_engine(page: Page, live:
     assert last_request(engine) == render_for_completion(pairs("Hello", "ab", "And then?"), TOKENIZER)
 
 
-def test_stop_before_anything_was_said_gives_the_text_back(page: Page, engine: FakeEngine) -> None:
+def test_stop_before_anything_was_said_gives_the_text_back(page: Tab, engine: FakeEngine) -> None:
     say(page, "Hello")
     assert page.evaluate("box.value") == ""
     press(page, "document", key="Escape")
@@ -351,7 +231,7 @@ def test_stop_before_anything_was_said_gives_the_text_back(page: Page, engine: F
     assert page.evaluate("main.classList.contains('empty') && !element('welcome').hidden")
 
 
-def test_tool_calls_are_chips_and_return_to_the_server_as_tool_calls(page: Page, engine: FakeEngine) -> None:
+def test_tool_calls_are_chips_and_return_to_the_server_as_tool_calls(page: Tab, engine: FakeEngine) -> None:
     call = ("<|python_start|>", "12*3", "<|python_end|>", "<|output_start|>", "36", "<|output_end|>")
     engine.tokens = tokens_of("It is ", *call, *call, ".", "<|assistant_end|>")
     answer(page, engine, "12*3?")
@@ -363,7 +243,7 @@ def test_tool_calls_are_chips_and_return_to_the_server_as_tool_calls(page: Page,
     assert last_request(engine) == render_for_completion(pairs("12*3?", said, "Sure?"), TOKENIZER)
 
 
-def test_an_error_offers_retry_and_leaves_no_half_turn(page: Page, engine: FakeEngine) -> None:
+def test_an_error_offers_retry_and_leaves_no_half_turn(page: Tab, engine: FakeEngine) -> None:
     """nanochat kept the question of a failed request, so the next one had two user messages in a row."""
     answer(page, engine, "First")
     engine.error, engine.tokens = ValueError("told by a test"), tokens_of("ab")
@@ -381,7 +261,7 @@ def test_an_error_offers_retry_and_leaves_no_half_turn(page: Page, engine: FakeE
     assert texts(page, ".dropped") == ["SecondabNot part of the conversation"]
 
 
-def test_a_refused_message_can_be_edited(page: Page, engine: FakeEngine) -> None:
+def test_a_refused_message_can_be_edited(page: Tab, engine: FakeEngine) -> None:
     say(page, "x" * 8_001)
     until(page, "running === null")
     assert "8,001 characters; at most 8,000" in texts(page, ".error")[0] and not engine.calls
@@ -391,7 +271,7 @@ def test_a_refused_message_can_be_edited(page: Page, engine: FakeEngine) -> None
     assert last_request(engine) == render_for_completion(pairs("shorter"), TOKENIZER)
 
 
-def test_a_server_that_is_gone_is_said(page: Page, live: Live, engine: FakeEngine) -> None:
+def test_a_server_that_is_gone_is_said(page: Tab, live: Live, engine: FakeEngine) -> None:
     live.server.should_exit = True
     until(page, "fetch('health').then(() => false, () => true)")
     say(page, "Hello")
@@ -399,13 +279,13 @@ def test_a_server_that_is_gone_is_said(page: Page, live: Live, engine: FakeEngin
     assert texts(page, ".error") == ["The server can’t be reached.RetryEdit"]
 
 
-def test_a_reply_that_says_nothing_is_said(page: Page, engine: FakeEngine) -> None:
+def test_a_reply_that_says_nothing_is_said(page: Tab, engine: FakeEngine) -> None:
     engine.tokens = tokens_of("<|assistant_end|>")
     answer(page, engine, "Hello")
     assert texts(page, ".error") == ["The model ended its reply before it said anything.RetryEdit"]
 
 
-def test_a_new_chat_ends_the_old_one(page: Page, live: Live, engine: FakeEngine) -> None:
+def test_a_new_chat_ends_the_old_one(page: Tab, live: Live, engine: FakeEngine) -> None:
     answer(page, engine, "Hello")
     say(page, "More")
     live.wait("active", 1)
@@ -421,7 +301,7 @@ def test_a_new_chat_ends_the_old_one(page: Page, live: Live, engine: FakeEngine)
     assert texts(page, ".turn") == ["Helloabcdef"]
 
 
-def test_enter_sends_but_not_while_a_word_is_composed(page: Page, engine: FakeEngine) -> None:
+def test_enter_sends_but_not_while_a_word_is_composed(page: Tab, engine: FakeEngine) -> None:
     type_text(page, "にほん")
     press(page, key="Enter", isComposing=True)
     press(page, key="Enter", keyCode=229)  # as Safari says it
@@ -433,7 +313,7 @@ def test_enter_sends_but_not_while_a_word_is_composed(page: Page, engine: FakeEn
     assert texts(page, ".user") == ["にほん"] and page.evaluate("box.value") == "too early"
 
 
-def test_who_waits_and_what_is_left_out_is_said(page: Page, live: Live, engine: FakeEngine) -> None:
+def test_who_waits_and_what_is_left_out_is_said(page: Tab, live: Live, engine: FakeEngine) -> None:
     live.chat()
     live.wait("active", 1)
     say(page, "Hello")
@@ -449,7 +329,7 @@ def test_who_waits_and_what_is_left_out_is_said(page: Page, live: Live, engine: 
     assert note.startswith("The model no longer sees the first ") and int("".join(filter(str.isdigit, note))) > 2
 
 
-def test_only_what_the_server_takes_is_sent(page: Page) -> None:
+def test_only_what_the_server_takes_is_sent(page: Tab) -> None:
     """A long chat must go on, and not end in `at most 32,000 characters`."""
 
     def sent(*sizes: int) -> int:
@@ -462,7 +342,7 @@ def test_only_what_the_server_takes_is_sent(page: Page) -> None:
     assert sent(9_000) == 1  # the server says what is wrong with it
 
 
-def test_events_split_anywhere_are_whole(page: Page) -> None:
+def test_events_split_anywhere_are_whole(page: Tab) -> None:
     """nanochat's page dropped an event that two reads shared, and broke characters that two reads shared."""
     bodies = page.evaluate("""(async () => {
       const events = [{ token: "Gr\\u00f6\\u00dfe" }, { token: "\\u{1f388}\\n\\n" }, { done: true }];
@@ -483,71 +363,57 @@ def test_events_split_anywhere_are_whole(page: Page) -> None:
     assert len(bodies) > 60 and all(bodies)
 
 
-# -----------------------------------------------------------------------------
-# In Chromium only
-
-
-@pytest.fixture
-def tab(browser: Chromium, live: Live) -> Iterator[ChromiumPage]:
-    opened = ChromiumPage(browser, f"http://127.0.0.1:{live.port}/")
-    try:
-        until(opened, "limits !== null")
-        yield opened
-    finally:
-        opened.close()
-
-
-def test_real_keys_type_and_send_and_the_policy_holds(tab: ChromiumPage, engine: FakeEngine) -> None:
+def test_real_keys_type_and_send_and_the_policy_holds(page: Tab, engine: FakeEngine) -> None:
     markup = "<img src=x onerror='document.title=1'><script>document.title=2</script>"
     engine.tokens = tokens_of(markup, "<|assistant_end|>")
-    assert tab.evaluate("document.activeElement === box")
-    tab.call("Input.insertText", text="Hello")
-    tab.press("Enter", 13, "\r")
+    assert page.evaluate("document.activeElement === box")
+    page.call("Input.insertText", text="Hello")
+    page.press("Enter", 13, "\r")
     engine.allow(len(engine.tokens))
-    until(tab, "running === null && log.textContent.length > 10")
-    assert texts(tab, ".assistant") == [markup] and tab.evaluate("log.querySelectorAll('img, script').length") == 0
-    assert tab.evaluate("document.title") == "nanochat" and tab.evaluate("document.activeElement === box")
-    assert tab.evaluate("getComputedStyle(document.body).display") == "flex"  # the style sheet was let in
-    assert tab.complaints() == []
+    until(page, "running === null && log.textContent.length > 10")
+    assert texts(page, ".assistant") == [markup] and page.evaluate("log.querySelectorAll('img, script').length") == 0
+    assert page.evaluate("document.title") == "nanochat" and page.evaluate("document.activeElement === box")
+    assert page.evaluate("getComputedStyle(document.body).display") == "flex"  # the style sheet was let in
+    assert page.complaints() == []
     refused = "try { document.body.innerHTML = '<b>x</b>'; false } catch { true }"
-    assert tab.evaluate(refused)
+    assert page.evaluate(refused)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1200])
 def test_nothing_is_wider_than_the_window(
-    tab: ChromiumPage, engine: FakeEngine, tmp_path: Path, width: int, scheme: str
+    page: Tab, engine: FakeEngine, tmp_path: Path, width: int, scheme: str
 ) -> None:
     """Leaves a screenshot in tmp_path."""
     call = ("<|python_start|>", "'strawberry'.count('r')", "<|python_end|>", "<|output_start|>", "3", "<|output_end|>")
     engine.tokens = tokens_of("Let me count: ", *call, f". So three. {'x' * 200} ", "Words. " * 60, "<|assistant_end|>")
-    tab.resize(width, 760, scheme)
-    answer(tab, engine, "How many r are in strawberry? " + "y" * 120)
+    page.resize(width, 760, scheme)
+    answer(page, engine, "How many r are in strawberry? " + "y" * 120)
     engine.error = ValueError("told by a test")
     engine.tokens = tokens_of("And then")
-    answer(tab, engine, "And in raspberry?")
-    assert tab.evaluate("document.documentElement.scrollWidth") <= width and tab.evaluate("main.scrollWidth") <= width
-    assert tab.evaluate("main.scrollHeight - main.scrollTop - main.clientHeight") < 2  # it followed the text
-    assert tab.evaluate("log.getBoundingClientRect().width") <= 46 * 16
-    assert tab.evaluate("document.getElementById('composer').getBoundingClientRect().bottom") <= 760
-    tab.picture(tmp_path / f"chat-{width}-{scheme}.png")
+    answer(page, engine, "And in raspberry?")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width and page.evaluate("main.scrollWidth") <= width
+    assert page.evaluate("main.scrollHeight - main.scrollTop - main.clientHeight") < 2  # it followed the text
+    assert page.evaluate("log.getBoundingClientRect().width") <= 46 * 16
+    assert page.evaluate("document.getElementById('composer').getBoundingClientRect().bottom") <= 760
+    page.picture(tmp_path / f"chat-{width}-{scheme}.png")
     assert (tmp_path / f"chat-{width}-{scheme}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_log_follows_only_a_reader_who_is_at_its_end(tab: ChromiumPage, engine: FakeEngine) -> None:
+def test_the_log_follows_only_a_reader_who_is_at_its_end(page: Tab, engine: FakeEngine) -> None:
     engine.tokens = tokens_of("line\n" * 100, "<|assistant_end|>")
-    answer(tab, engine, "Hello")
-    assert tab.evaluate("main.scrollTop") > 500
-    say(tab, "More")
-    tab.evaluate("main.scrollTop = 100; 0")
+    answer(page, engine, "Hello")
+    assert page.evaluate("main.scrollTop") > 500
+    say(page, "More")
+    page.evaluate("main.scrollTop = 100; 0")
     engine.allow(len(engine.tokens))
-    until(tab, "running === null")
-    assert tab.evaluate("main.scrollTop") == 100
+    until(page, "running === null")
+    assert page.evaluate("main.scrollTop") == 100
 
 
-def test_the_box_grows_with_its_text(tab: ChromiumPage) -> None:
+def test_the_box_grows_with_its_text(page: Tab) -> None:
     heights = []
     for lines in (1, 3, 100):
-        type_text(tab, "\n".join(["line"] * lines))
-        heights.append(tab.evaluate("box.getBoundingClientRect().height"))
+        type_text(page, "\n".join(["line"] * lines))
+        heights.append(page.evaluate("box.getBoundingClientRect().height"))
     assert heights[0] < heights[1] < heights[2] <= 12 * 16
