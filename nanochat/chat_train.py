@@ -30,7 +30,7 @@ from nanochat.gpt import GPT
 from nanochat.run import Run
 from nanochat.schedule import BatchPlan, one_horizon
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import Stream, engine_on_master, steps_for_minutes
+from nanochat.train import Stream, engine_on_master, fits, steps_for_minutes
 
 CHAT_BLOCK = 2048  # conversations rendered and packed together
 
@@ -218,9 +218,10 @@ def show_chats(questions: Sequence[str], model: GPT, tokenizer: Tokenizer, compu
     engine = engine_on_master(model, tokenizer, compute)
     if not engine:
         return
-    prompts = [render_for_completion([{"role": "user", "content": question}], tokenizer) for question in questions]
-    answers, _ = engine.generate_batch(prompts, Sampling(max_tokens=96, temperature=0))
-    for question, answer in zip(questions, answers, strict=True):
+    prompts = {q: render_for_completion([{"role": "user", "content": q}], tokenizer) for q in questions}
+    prompts = {question: prompt for question, prompt in prompts.items() if fits(prompt, model, question)}
+    answers, _ = engine.generate_batch(list(prompts.values()), Sampling(max_tokens=96, temperature=0))
+    for question, answer in zip(prompts, answers, strict=True):
         text = parts_text(decode_parts(answer, tokenizer))
         run.record.write("sample", step=run.done, prompt=question, text=text)
         print0(f"  {question!r} -> {text!r}")

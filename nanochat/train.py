@@ -244,6 +244,14 @@ def compile_model(model: GPT, device: torch.device) -> None:
 # Looking at it
 
 
+def fits(prompt: Sequence[int], model: GPT, name: object = None) -> bool:
+    """Whether a prompt leaves room for an answer in the context; with a name, says so where it does not."""
+    room = len(prompt) < model.config.sequence_len
+    if name and not room:
+        print0(f"  {name!r}: skipped, its {len(prompt)} tokens fill the context of {model.config.sequence_len}")
+    return room
+
+
 def engine_on_master(model: GPT, tokenizer: Tokenizer | None, compute: Compute) -> Engine | None:
     """An engine with a copy of the weights on rank 0, None elsewhere; all ranks call it, for a sharded model."""
     engine = Engine(model, tokenizer, compute.dtype) if compute.is_master or is_sharded(model) else None

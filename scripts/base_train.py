@@ -91,6 +91,7 @@ from nanochat.train import (
     compile_model,
     engine_on_master,
     every,
+    fits,
     rates_at,
     steps_for_minutes,
     update,
@@ -216,6 +217,8 @@ def show_samples(model: GPT, tokenizer: Tokenizer, compute: Compute, run: Run) -
         return
     for prompt in STARTS:
         ids = tokenizer.encode(prompt, prepend="<|bos|>")
+        if not fits(ids, model, prompt):
+            continue
         samples, _ = engine.generate_batch([ids], Sampling(max_tokens=48, temperature=0.7, top_k=50))
         text = tokenizer.decode(samples[0])
         run.record.write("sample", step=run.done, prompt=prompt, text=text)

@@ -73,7 +73,7 @@ from nanochat.run import Run, open_run
 from nanochat.schedule import cosine_to_zero, one_horizon
 from nanochat.task_eval import pass_at_k
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import Rates, Spikes, Sums, agree, every, update, zero_sums
+from nanochat.train import Rates, Spikes, Sums, agree, every, fits, update, zero_sums
 from tasks.common import Task
 from tasks.gsm8k import extract_answer
 from tasks.mixtures import rl_task
@@ -107,10 +107,11 @@ def main() -> None:
         if run.done == 0:
             evaluate(model, tokenizer, held_out, run)
         for number in run.steps():
-            numbers = [(i + number * examples_per_step) % len(problems) for i in range(examples_per_step)]
+            drawn = [(i + number * examples_per_step) % len(problems) for i in range(examples_per_step)]
+            numbers = fitting(drawn, problems, model, tokenizer)
             draws = seed * 2**24 + number + 1
             groups = roll_out(model, tokenizer, problems, numbers, num_samples, draws, run)
-            vitals = measure(groups, compute)
+            vitals = {**measure(groups, compute), "left_out": len(drawn) - len(numbers)}
             sums = policy_gradient(model, groups, compute)
             agreed = agree(sums, run.watch.received, optimizers, compute)  # raises on every rank or on none
             multipliers = rates_of(number, num_steps)
@@ -157,6 +158,11 @@ class Rollout:
     text: str
     reward: float
     advantage: float = 0.0  # reward minus the mean of the group; 0 in a group without signal
+
+
+def fitting(numbers: list[int], problems: Task, model: GPT, tokenizer: Tokenizer) -> list[int]:
+    """Those of the problems with these numbers whose prompts leave room for an answer. The same on every rank."""
+    return [i for i in numbers if fits(render_for_completion(problems[i]["messages"], tokenizer), model)]
 
 
 def roll_out(
@@ -245,12 +251,12 @@ def measure(groups: list[list[Rollout]], compute: Compute) -> dict[str, float]:
     groups_in_all, alive, n, total, squares, ended, parsed = compute.sum(
         torch.tensor(mine, dtype=torch.float64)
     ).tolist()
-    mean = total / n
+    mean, squared, ended, parsed = (value / max(1.0, n) for value in (total, squares, ended, parsed))
     return {
         "reward": round(mean, 6),
-        "reward_std": round(math.sqrt(max(0.0, squares / n - mean**2)), 6),
-        "ended": round(ended / n, 6),
-        "parsed": round(parsed / n, 6),
+        "reward_std": round(math.sqrt(max(0.0, squared - mean**2)), 6),
+        "ended": round(ended, 6),
+        "parsed": round(parsed, 6),
         "groups_with_signal": int(alive),
         "groups": int(groups_in_all),
     }
@@ -260,13 +266,15 @@ def describe(vitals: dict[str, float]) -> str:
     return (
         f"reward {vitals['reward']:.3f} +- {vitals['reward_std']:.3f}, ended {vitals['ended']:.0%}, parsed "
         f"{vitals['parsed']:.0%}, groups with signal {vitals['groups_with_signal']}/{vitals['groups']}"
-    )
+    ) + bool(vitals["left_out"]) * f", {vitals['left_out']} prompts longer than the context"
 
 
 def diagnose(vitals: dict[str, float], dead_steps: int) -> str:
     """Why nothing is learned, and what to do about it."""
     ended, parsed, reward = vitals["ended"], vitals["parsed"], vitals["reward"]
-    if ended < 0.05:
+    if not vitals["groups"]:
+        why = "all their prompts fill the context: train with a larger --max-seq-len"
+    elif ended < 0.05:
         why = f"{ended:.0%} of the answers ended in {max_new_tokens} tokens: raise --max-new-tokens or run chat_sft"
     elif parsed < 0.05:
         why = f"{parsed:.0%} of the answers have a `#### number`: the model does not know the form; run chat_sft"
@@ -279,7 +287,10 @@ def diagnose(vitals: dict[str, float], dead_steps: int) -> str:
 
 def evaluate(model: GPT, tokenizer: Tokenizer, held_out: Task, run: Run) -> None:
     """Record pass@k and its standard error on the first eval_examples problems. The same on every rank."""
-    numbers = list(range(min(eval_examples, len(held_out))))
+    numbers = fitting(list(range(min(eval_examples, len(held_out)))), held_out, model, tokenizer)
+    if not numbers:
+        context = f"the context of {model.config.sequence_len} tokens"
+        raise UserError(f"--task={task}: no held-out prompt fits {context}; train with a larger --max-seq-len", True)
     groups = roll_out(model, tokenizer, held_out, numbers, eval_samples, seed, run)
     right = torch.zeros(len(numbers), dtype=torch.float64)  # of each problem; this rank has some of them
     first = len(numbers) * run.compute.rank // run.compute.world_size

@@ -8,6 +8,7 @@ import re
 from decimal import Decimal
 
 from nanochat.calculator import use_calculator
+from nanochat.common import UserError
 from tasks.common import Conversation, Task, assistant, check_split, load_rows, message_text, part, user
 
 DEV_ROWS = 500
@@ -28,6 +29,10 @@ class GSM8K(Task):
         first_dev = max(0, len(self.rows) - DEV_ROWS)
         whole = range(len(self.rows))
         self.numbers = {"train": whole[:first_dev], "dev": whole[first_dev:], "test": whole}[split]
+        if not self.numbers:
+            held = f"{len(self.rows)} rows, the last {DEV_ROWS} of which are held out"
+            again = f"rm {self.rows.path}; python -m nanochat.dataset --prefetch=all"
+            raise UserError(f"{self.rows.path}: {held}; get it again: {again}")
 
     def num_examples(self) -> int:
         return len(self.numbers)

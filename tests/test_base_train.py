@@ -64,6 +64,12 @@ def test_a_stopped_run_continues_bit_for_bit(home, faults, signum, code):
     assert losses(home, tag) == losses(home, "whole")
 
 
+def test_samples_that_do_not_fit_a_small_context_are_skipped(home, faults):
+    """They ended the run, after hours, with an error."""
+    train(faults, "narrow", max_seq_len=4, num_iterations=2, sample_every=2)
+    assert [event["prompt"] for event in tiny.events(home, "base", "narrow", "sample")] == ["The"]
+
+
 def test_a_closed_terminal_stops_a_run_after_saving(home):
     """It ended in an OSError from the progress bar, or by SIGHUP at once."""
     terminal, inner = os.openpty()

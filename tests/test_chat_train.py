@@ -10,6 +10,7 @@ from nanochat import train
 from nanochat.common import Stopped, UserError
 from nanochat.compute import Compute
 from scripts import chat_rl, chat_sft, mid_train
+from tasks.arithmetic import Arithmetic
 from tests import tiny
 from tests.faults import FOLDERS, SETTINGS
 from tests.rewarded_rl import even_length
@@ -141,6 +142,28 @@ def test_sft_of_an_sft_model_keeps_its_start(stage, home):
     whole = stage("sft", "second", **again)
     assert stage("sft", "second", **again, resume_from_step=2) == whole
     assert [path.name for path in (home / FOLDERS["sft"] / "first").glob("step_*")] == ["step_000002"]
+
+
+def test_rl_prompts_longer_than_the_context_are_left_out(stage, home, rewarded, monkeypatch, capsys):
+    """One of them ended the run, and every run that resumed it."""
+    made = Arithmetic.get_example
+
+    def long(task, index):
+        example = made(task, index)
+        if index % 3 == 0:
+            example["messages"][0]["content"] += " very" * 300
+        return example
+
+    monkeypatch.setattr(Arithmetic, "get_example", long)
+    stage("rl", "long", num_iterations=2, eval_examples=6)
+    steps = tiny.events(home, "rl", "long", "step")
+    assert [(step["groups"], step["left_out"]) for step in steps] == [(2, 1), (2, 1)]
+    assert tiny.events(home, "rl", "long", "eval")[0]["problems"] == 4
+    output = capsys.readouterr().out
+    assert "1 prompts longer than the context" in output and "skipped, its" in output
+    monkeypatch.setattr(Arithmetic, "get_example", lambda task, index: long(task, 0))
+    with pytest.raises(UserError, match="no held-out prompt fits the context of 256 tokens"):
+        stage("rl", "longer", num_iterations=2)
 
 
 def test_mistakes_are_one_line(stage, home):

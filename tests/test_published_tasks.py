@@ -197,6 +197,13 @@ def test_gsm8k_dev_is_the_end_of_the_training_rows(base_dir):
     assert (len(dev), message_text(dev[0]["messages"][1])) == (250, "#### 11")
 
 
+def test_gsm8k_with_nothing_to_train_on_is_one_line(base_dir):
+    """RL divided by the number of problems, 0."""
+    write_rows("openai/gsm8k", "main", "train", [{"question": "q", "answer": "#### 1"}] * 500, "test")
+    with pytest.raises(UserError, match="500 rows, the last 500 of which are held out; get it again: rm"):
+        GSM8K("train")
+
+
 # -----------------------------------------------------------------------------
 # The other tasks
 
