@@ -1,15 +1,15 @@
 """Run Python programs that a model wrote, in a jail, and judge them by tests that they cannot see.
 
-Covered, on Linux (x86_64, aarch64) with Landlock and seccomp: a program gets the standard library, an empty directory
-of its own for a few small files, an empty stdin, none of the caller's environment, and limits on time, memory, files
-and output. It reaches no other file, no network and no other process, and starts none, nor a thread. For root it runs
-as nobody and without capabilities. It is killed at the end, and at most MAX_OUTPUT bytes of each stream are kept.
+Covered, on Linux (x86_64, aarch64) with Landlock and seccomp: a program gets the standard library, an empty stdin, none
+of the caller's environment, and limits on time, memory and output. It reads no other file and writes none, reaches no
+network and no other process, and starts none, nor a thread. For root it runs as nobody and without capabilities. It is
+killed at the end, and at most MAX_OUTPUT bytes of each stream are kept.
 `check_program` runs the tests in a second jail, which hands it arguments and gets values back as text: nothing that a
 program does to itself (patched builtins, objects that equal everything, sys.exit) reaches the verdict. Works in any
 thread.
 
-Without seccomp it refuses, unless told `unsafe`. Without Landlock (Linux before 5.13, some containers) the filter
-refuses all writing to files, but what this user may read can be read, such as the tests if they lie on the disk.
+Without seccomp it refuses, unless told `unsafe`. Without Landlock (Linux before 5.13, some containers) a program reads
+what this user may read, such as the tests if they lie on the disk.
 
 Not covered: errors in the kernel and in the interpreter; timing and other side channels; names, sizes and times of
 files outside (stat). `execute_code` has no tests: a program that looks for the pipe it reports on can say that it
@@ -23,7 +23,6 @@ import selectors
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -34,9 +33,6 @@ from nanochat import jail_stub
 from nanochat.common import UserError
 
 MAX_OUTPUT = 1 << 20  # bytes of stdout, and of stderr; a program that writes more is ended
-MAX_FILE_BYTES = 1 << 20
-MAX_FILES = 64  # open at once, and in the directory; a program that makes more is ended
-POLL_SECONDS = 0.05  # how often the directory is looked at
 START_SECONDS = 30  # for a jail to be ready, about 15 ms on an idle machine; the program's time begins then
 
 
@@ -48,7 +44,7 @@ class ExecutionResult:
     stdout: str
     stderr: str  # with tests: the program's, then what the tests say
     timed_out: bool
-    output_exceeded: bool  # or too many files
+    output_exceeded: bool
 
 
 @dataclass(frozen=True)
@@ -56,12 +52,11 @@ class Jail:
     """A running program, its streams (stdout, stderr, the stub's report), and what was read from each."""
 
     process: subprocess.Popen[bytes]
-    folder: str
     streams: tuple[IO[bytes], ...]
     outputs: tuple[bytearray, ...] = field(default_factory=lambda: tuple(bytearray() for _ in range(3)))
 
     def exceeds(self) -> bool:
-        return max(map(len, self.outputs)) > MAX_OUTPUT or len(os.listdir(self.folder)) > MAX_FILES
+        return max(map(len, self.outputs)) > MAX_OUTPUT
 
     def report(self) -> list[bytes]:
         return bytes(self.outputs[2]).split(b"\n")[:-1]  # whole lines
@@ -114,32 +109,31 @@ def active_layers(unsafe: bool = False) -> list[str]:
 def start(
     stack: ExitStack, code: str, name: str, limits: dict[str, int], unsafe: bool, link: dict[str, tuple[str, int, int]]
 ) -> Jail:
-    """A jail in which `code` runs; it ends with the stack, and so does its directory. `link`: see jail_stub."""
-    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nanochat-", ignore_cleanup_errors=True))
+    """A jail in which `code` runs; it ends with the stack. `link`: see jail_stub."""
     report, report_writer = os.pipe()
     report_stream = stack.enter_context(os.fdopen(report, "rb", 0))
-    environment = {"HOME": folder, "TMPDIR": folder, "PYTHONHASHSEED": "0"}
+    environment = {"HOME": "/", "PYTHONHASHSEED": "0"}
     if library_path := os.environ.get("LD_LIBRARY_PATH"):  # some installations of Python do not start without
         environment["LD_LIBRARY_PATH"] = library_path
-    with os.fdopen(report_writer, "wb", 0), tempfile.TemporaryFile() as job:
-        settings = {"code": code, "name": name, "limits": limits, "unsafe": unsafe, "report": report_writer}
-        job.write(json.dumps(settings | link).encode())
-        job.seek(0)
+    with os.fdopen(report_writer, "wb", 0):
         process = subprocess.Popen(
             # what -I does, but with the environment above: with hashes that are the same in every run, so are verdicts;
             # -u: what a program wrote before it is killed is not lost
             [sys.executable, "-s", "-P", "-S", "-B", "-u", "-X", "utf8", jail_stub.__file__],
-            cwd=folder,
+            cwd="/",
             env=environment,
-            stdin=job,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             pass_fds=[report_writer, *(fd for _, *pair in link.values() for fd in pair)],
             start_new_session=True,
         )
     stack.callback(end, process)
-    assert process.stdout and process.stderr
-    return Jail(process, folder, (process.stdout, process.stderr, report_stream))
+    assert process.stdin and process.stdout and process.stderr
+    job = {"code": code, "name": name, "limits": limits, "unsafe": unsafe, "report": report_writer, **link}
+    with suppress(BrokenPipeError), process.stdin:
+        process.stdin.write(json.dumps(job).encode())
+    return Jail(process, (process.stdout, process.stderr, report_stream))
 
 
 def open_pipe(stack: ExitStack) -> tuple[int, int]:
@@ -155,8 +149,8 @@ def resource_limits(timeout: float, memory_bytes: int) -> dict[str, int]:
     return {
         "RLIMIT_AS": memory_bytes,
         "RLIMIT_CPU": math.ceil(timeout) + 1,
-        "RLIMIT_FSIZE": MAX_FILE_BYTES,
-        "RLIMIT_NOFILE": MAX_FILES,
+        "RLIMIT_FSIZE": 0,
+        "RLIMIT_NOFILE": 64,
         "RLIMIT_NPROC": 0,
         "RLIMIT_CORE": 0,
     }
@@ -175,7 +169,7 @@ def follow(jails: Sequence[Jail], timeout: float) -> ExecutionResult:
                 selector.register(stream, selectors.EVENT_READ, output)
         while not exceeded and (remaining := deadline - time.monotonic()) > 0:
             ended = judge.streams[2] not in selector.get_map()  # all that it wrote is in the pipes by then
-            if not read_some(selector, 0 if ended else min(POLL_SECONDS, remaining)) and ended:
+            if not read_some(selector, 0 if ended else remaining) and ended:
                 break
             exceeded = any(jail.exceeds() for jail in jails)
             if not ready and all(jail.report() for jail in jails):

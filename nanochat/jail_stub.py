@@ -18,7 +18,6 @@ import errno
 import json
 import os
 import resource
-import stat
 import struct
 import sys
 from collections.abc import Callable
@@ -29,14 +28,14 @@ NOBODY = 65534  # the user and group that programs run as where the caller is ro
 CAP_DAC_READ_SEARCH = 1 << 2
 PR_SET_KEEPCAPS, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 8, 22, 38
 LANDLOCK_CREATE, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT = 444, 445, 446  # the same on all machines
-WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE, MAKE_REG, TRUNCATE = 1 << 1, 1 << 2, 1 << 3, 1 << 5, 1 << 8, 1 << 14
-FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # how many rights on files an ABI of Landlock knows; since 5: 16
+FILE_RIGHTS = (1 << 13) - 1  # all that its first ABI knows; the filter refuses what later ones added
+READ_FILE, READ_DIR = 1 << 2, 1 << 3
 
 MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}  # audit architecture, column of the tables below
 LAST_CALL = 423  # what is newer (io_uring, clone3, openat2, pidfd_open, ...) answers as on a kernel that has not got it
 
-# Refused: what reaches other processes, the network or the kernel's larger doors, what changes files that Landlock does
-# not guard (owner, mode, times, attributes), and memory that no limit counts. What needs a capability fails by itself.
+# Refused: what reaches other processes, the network or the kernel's larger doors, what changes files or directories,
+# and memory that no limit counts. What needs a capability fails by itself.
 REFUSED = """
     fork 57 -, vfork 58 -, clone 56 220, execve 59 221, execveat 322 281, unshare 272 97, setns 308 268,
     kill 62 129, tkill 200 130, tgkill 234 131, rt_sigqueueinfo 129 138, rt_tgsigqueueinfo 297 240,
@@ -45,6 +44,7 @@ REFUSED = """
     sched_setscheduler 144 119, sched_setattr 314 274, migrate_pages 256 238, move_pages 279 239,
     socket 41 198, socketpair 53 199, memfd_create 319 279, io_setup 206 0, sync 162 81, syncfs 306 267,
     shmget 29 194, shmat 30 196, semget 64 190, msgget 68 186, mq_open 240 180, mq_unlink 241 181,
+    unlink 87 -, unlinkat 263 35, rmdir 84 -, rename 82 -, renameat 264 38, renameat2 316 276, creat 85 -,
     mkdir 83 -, mkdirat 258 34, mknod 133 -, mknodat 259 33, symlink 88 -, symlinkat 266 36, link 86 -, linkat 265 37,
     chmod 90 -, fchmod 91 52, fchmodat 268 53, chown 92 -, lchown 94 -, fchown 93 55, fchownat 260 54,
     utime 132 -, utimes 235 -, futimesat 261 -, utimensat 280 88, truncate 76 45, flock 73 32,
@@ -53,21 +53,13 @@ REFUSED = """
     mount 165 40, umount2 166 39, pivot_root 155 41, chroot 161 51, bpf 321 280, perf_event_open 298 241,
     userfaultfd 323 282, add_key 248 217, request_key 249 218, keyctl 250 219, personality 135 92, modify_ldt 154 -
 """
-# Without Landlock nothing may be changed in the file system at all.
-REFUSED_WITHOUT_LANDLOCK = """
-    unlink 87 -, unlinkat 263 35, rmdir 84 -, rename 82 -, renameat 264 38, renameat2 316 276, creat 85 -
-"""
 # Refused when the argument of that index, under the mask, is that value (or, with !=, is not).
 REFUSED_ARGUMENTS = [
     ("fcntl 72 25", 1, 0xFFFFFFFF, "==", 8),  # F_SETOWN: a signal for another process when a pipe has data
     ("fcntl 72 25", 1, 0xFFFFFFFF, "==", 10),  # F_SETSIG
     ("fcntl 72 25", 1, 0xFFFFFFFF, "==", 15),  # F_SETOWN_EX
     ("prlimit64 302 261", 0, 0xFFFFFFFF, "!=", 0),  # another process's limits
-    ("open 2 -", 1, 0o1003, "==", 0o1000),  # O_RDONLY | O_TRUNC, which Landlock does not see before ABI 3
-    ("openat 257 56", 2, 0o1003, "==", 0o1000),
-]
-REFUSED_ARGUMENTS_WITHOUT_LANDLOCK = [
-    ("open 2 -", 1, 0o1103, "!=", 0),  # for writing, creating or truncating
+    ("open 2 -", 1, 0o1103, "!=", 0),  # any but O_RDONLY without O_CREAT and O_TRUNC
     ("openat 257 56", 2, 0o1103, "!=", 0),
 ]
 
@@ -182,15 +174,15 @@ def lock_in(limits: dict[str, int]) -> tuple[list[str], str | None]:
     machine = MACHINES.get(os.uname().machine) if sys.platform == "linux" and sys.maxsize > 1 << 32 else None
     if not machine:
         return layers, f"{sys.platform} on {os.uname().machine}: seccomp is used on Linux with x86_64 or aarch64"
-    abi, ruleset = landlock_rules()
+    ruleset = landlock_rules()
     layers += give_up_root()
     if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         return layers, "the kernel refuses no_new_privs"
-    if abi:
+    if ruleset is not None:
         check(libc.syscall(LANDLOCK_RESTRICT, ruleset, 0))
         os.close(ruleset)
-        layers.append(f"Landlock ABI {abi}")
-    if not install(program_filter(*machine, landlock=abi > 0)):
+        layers.append("Landlock")
+    if not install(program_filter(*machine)):
         return layers, f"the kernel refuses a seccomp filter ({os.strerror(ctypes.get_errno())})"
     return [*layers, "seccomp"], None
 
@@ -208,30 +200,21 @@ def set_limit(name: str, value: int) -> list[str]:
     return [name]
 
 
-def landlock_rules() -> tuple[int, int]:
-    """(Landlock's ABI here, a ruleset): read Python and the system's libraries, write the working directory, no TCP, no
-    signals and no abstract sockets to outside. (0, -1) where the kernel has none.
-    """
-    abi = max(0, libc.syscall(LANDLOCK_CREATE, None, ctypes.c_long(0), 1))
-    if not abi:
-        return 0, -1
-    handled = (1 << FILE_RIGHTS.get(abi, 16)) - 1
-    attributes = struct.pack("QQQ", handled, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
-    size = 8 if abi < 4 else 16 if abi < 6 else 24
-    ruleset = check(libc.syscall(LANDLOCK_CREATE, attributes, ctypes.c_long(size), 0))
+def landlock_rules() -> int | None:
+    """A ruleset: of all files, read Python's and the system's libraries. None where the kernel has no Landlock."""
+    ruleset = libc.syscall(LANDLOCK_CREATE, struct.pack("Q", FILE_RIGHTS), ctypes.c_long(8), 0)
+    if ruleset < 0:
+        return None
     library = os.path.dirname(os.path.dirname(os.__file__))  # /usr/lib of /usr/lib/python3.11/os.py
-    readable = [library, "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/dev/urandom"]
-    rules = [(path, READ_FILE | READ_DIR) for path in readable] + [("/dev/null", READ_FILE | WRITE_FILE | TRUNCATE)]
-    rules += [(".", READ_FILE | READ_DIR | WRITE_FILE | TRUNCATE | MAKE_REG | REMOVE_FILE)]
-    for path, rights in rules:
+    for path in (library, "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/dev/urandom", "/dev/null"):
         try:
             fd = os.open(path, os.O_PATH)
         except FileNotFoundError:
             continue
-        rights &= handled if stat.S_ISDIR(os.fstat(fd).st_mode) else handled & ~READ_DIR
+        rights = READ_FILE | READ_DIR if os.path.isdir(path) else READ_FILE
         check(libc.syscall(LANDLOCK_ADD_RULE, ruleset, 1, struct.pack("=Qi", rights, fd), 0))
         os.close(fd)
-    return abi, ruleset
+    return int(ruleset)
 
 
 def give_up_root() -> list[str]:
@@ -241,7 +224,6 @@ def give_up_root() -> list[str]:
     layers = []
     if os.geteuid() == 0:
         try:
-            os.chown(".", NOBODY, NOBODY)
             libc.prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0)
             os.setgroups([])
             os.setresgid(NOBODY, NOBODY, NOBODY)
@@ -269,12 +251,11 @@ def check(result: int) -> int:
 # The seccomp filter: a program for the kernel's classic BPF machine, run at every system call
 
 
-def program_filter(architecture: int, column: int, landlock: bool) -> bytes:
-    words = REFUSED if landlock else REFUSED + "," + REFUSED_WITHOUT_LANDLOCK
-    arguments = REFUSED_ARGUMENTS if landlock else REFUSED_ARGUMENTS + REFUSED_ARGUMENTS_WITHOUT_LANDLOCK
-    refused = [(number, None) for entry in words.split(",") if (number := call_number(entry, column)) is not None]
-    checked = [(number, rest) for entry, *rest in arguments if (number := call_number(entry, column)) is not None]
-    return build_filter(architecture, [*refused, *checked], LAST_CALL)
+def program_filter(architecture: int, column: int) -> bytes:
+    entries: list[tuple[str, Any]] = [(entry, None) for entry in REFUSED.split(",")]
+    entries += [(entry, argument) for entry, *argument in REFUSED_ARGUMENTS]
+    refused = [(number, rest) for entry, rest in entries if (number := call_number(entry, column)) is not None]
+    return build_filter(architecture, refused, LAST_CALL)
 
 
 def call_number(entry: str, column: int) -> int | None:
@@ -300,14 +281,8 @@ def build_filter(architecture: int, refused: list[tuple[int, Any]], last: int) -
             continue
         index, bits, operator, value = argument
         skip = (0, 1) if operator == "==" else (1, 0)
-        lines += [
-            (equal, 0, 5, number),
-            (load, 0, 0, 16 + 8 * index),
-            (mask, 0, 0, bits),
-            (equal, *skip, value),
-            refuse,
-        ]
-        lines += [(load, 0, 0, 0)]
+        lines += [(equal, 0, 5, number), (load, 0, 0, 16 + 8 * index), (mask, 0, 0, bits)]
+        lines += [(equal, *skip, value), refuse, (load, 0, 0, 0)]
     return b"".join(struct.pack("HBBI", *line) for line in [*lines, (give, 0, 0, allow)])
 
 

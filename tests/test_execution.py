@@ -37,7 +37,6 @@ HONEST = {
     "dataclass": "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: 'int'\nassert A(1).x == 1",
     "silenced stdout": "import io, sys\nsys.stdout = io.StringIO()\nprint('x')",
     "closed stdout": "import os\nos.close(1)\nos.close(2)",
-    "scratch file": "open('a', 'w').write('x')\nassert open('a').read() == 'x'",
     "unicode": "assert len('é€😀') == 3\nprint('é€😀')",
     "future": "from __future__ import annotations\n",
     "empty": "",
@@ -60,8 +59,8 @@ FAILING = {
     "kills itself": "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
     "reads stdin": "input()",
     "more memory than there is": "x = bytearray(10**11)",
-    "large file": "open('x', 'wb').write(bytes(10**8))",
-    "many open files": "files = [open('x%d' % i, 'w') for i in range(1000)]",
+    "a file": "open('x', 'w')",
+    "many open files": "import os\nfiles = [open(os.__file__) for i in range(1000)]",
     "recursion": "def f(): f()\nf()",
     "prints a guess": "print('success')\nimport os\nos._exit(0)",
     "NUL byte": "a\0b",
@@ -90,12 +89,6 @@ def test_time_runs_out(code):
     assert (result.success, result.timed_out) == (False, True)
 
 
-def test_work_that_ends_after_its_success_is_still_cut_off():
-    """A thread that never ends keeps the interpreter from ending; where threads are not allowed it fails at once."""
-    code = "import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()"
-    assert not execute_code(code, timeout=LIMIT).success
-
-
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_endless_output_ends_the_program_and_is_not_kept(stream):
     result = execute_code(f"import sys\nwhile True: sys.{stream}.write('x' * 10000)")
@@ -109,24 +102,26 @@ def test_memory_is_limited():
     assert execute_code("x = bytearray(1 << 20)", memory_bytes=200 << 20).success
 
 
-def test_no_process_and_no_thread_is_started():
-    for code in ("os.fork()", "os.posix_spawn('/bin/true', ['true'], {})", "os.execv('/bin/true', ['true'])"):
-        assert "PermissionError" in execute_code(f"import os\n{code}").stderr
-    assert "can't start new thread" in execute_code("import threading\nthreading.Thread(target=print).start()").stderr
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("import os; os.fork()", "PermissionError"),
+        ("import os; os.posix_spawn('/bin/true', ['true'], {})", "PermissionError"),
+        ("import os; os.execv('/bin/true', ['true'])", "PermissionError"),
+        ("import threading, time; threading.Thread(target=time.sleep, args=(60,)).start()", "can't start new thread"),
+    ],
+)
+def test_no_process_and_no_thread_is_started(code, says):
+    result = execute_code(code)
+    assert not result.success and says in result.stderr
 
 
 def test_nothing_of_the_callers_environment_is_seen(monkeypatch):
     monkeypatch.setenv("SECRET_KEY", "x")
     monkeypatch.setenv("PYTHONPATH", "/nowhere")
     monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
-    result = execute_code("import os, sys\nprint(sorted(os.environ))\nprint(os.listdir(), sys.argv, '' in sys.path)")
-    names, rest = result.stdout.splitlines()
-    assert names == "['HOME', 'LC_CTYPE', 'PYTHONHASHSEED', 'TMPDIR']"
-    assert rest == "[] ['program.py'] False"
-
-
-def test_the_temporary_directory_goes():
-    assert not Path(execute_code("import os\nprint(os.getcwd())").stdout.strip()).exists()
+    result = execute_code("import os, sys\nprint(sorted(os.environ))\nprint(os.getcwd(), sys.argv, '' in sys.path)")
+    assert result.stdout.splitlines() == ["['HOME', 'LC_CTYPE', 'PYTHONHASHSEED']", "/ ['program.py'] False"]
 
 
 def test_no_pipe_is_left_open():
@@ -149,8 +144,8 @@ def test_works_in_threads():
 # The verdict
 
 
-def passes(program: str, tests: str, **options: Any) -> bool:
-    return check_program(program, tests, "f", **options).success
+def passes(program: str, tests: str) -> bool:
+    return check_program(program, tests, "f").success
 
 
 def test_the_tests_decide():
@@ -223,9 +218,7 @@ def test_call_numbers_are_the_headers(column, header):
     if not path.exists():
         pytest.skip(f"no {path}")
     numbers = dict(re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", path.read_text()))
-    entries = (jail_stub.REFUSED + "," + jail_stub.REFUSED_WITHOUT_LANDLOCK).split(",")
-    entries += [entry for entry, *_ in jail_stub.REFUSED_ARGUMENTS + jail_stub.REFUSED_ARGUMENTS_WITHOUT_LANDLOCK]
-    for entry in entries:
+    for entry in (*jail_stub.REFUSED.split(","), *(entry for entry, *_ in jail_stub.REFUSED_ARGUMENTS)):
         name, word = entry.split()[0], entry.split()[1 + column]
         assert word == numbers.get(name, "-"), name
 
@@ -269,25 +262,22 @@ def test_without_seccomp_it_refuses():
     code = f"""{FORBID}
 column = machine[1]
 forbid((jail_stub.call_number("prctl 157 167", column), [0, 0xFFFFFFFF, "==", jail_stub.PR_SET_SECCOMP]))
-for run in (execute_code, lambda *_, **options: active_layers(**options)):
-    try: run("print('ran')")
+for call in ("active_layers()", "execute_code('1')", "check_program('def f(): 1', 'f()', 'f')"):
+    try: eval(call)
     except UserError as error: print(error)
 print(active_layers(unsafe=True))
 print(execute_code("print('ran')", unsafe=True).stdout)
 """
-    first, second, layers, ran = in_other_process(code).splitlines()
-    assert first == second
-    assert first.startswith(
-        "this machine cannot lock in the programs that a model writes (the kernel refuses a seccomp"
-    )
-    assert "--unsafe-exec" in first and "seccomp" not in layers and ran == "ran"
+    *refusals, layers, ran = in_other_process(code).splitlines()
+    why = "this machine cannot lock in the programs that a model writes (the kernel refuses a seccomp filter"
+    assert [line.startswith(why) and "--unsafe-exec" in line for line in refusals] == [True] * 3
+    assert "seccomp" not in layers and ran == "ran"
 
 
 CHECKS = """
 from nanochat.execution import *
 print(active_layers())
 print(check_program("import decimal, ssl\\ndef f(x): return x", "assert f([1]) == [1]", "f").success)
-print(execute_code("open('a', 'w').write('x'); assert open('a').read() == 'x'").success)
 print(execute_code("print(open('/etc/passwd').read())").stderr.count("PermissionError"))
 print(execute_code("import os; os.kill(os.getppid(), 9)").stderr.count("PermissionError"))
 """
@@ -314,7 +304,7 @@ def test_the_jail_holds_for_root_and_for_others(before):
     if subprocess.run([*before, "test", "-r", jail_stub.__file__]).returncode:
         pytest.skip("only this user may read the checkout")
     layers, *rest = in_other_process(CHECKS, *before, python=python).splitlines()
-    assert rest == ["True", "True", "1", "1"], layers
+    assert rest == ["True", "1", "1"], layers
     assert ("user 65534" in layers) == (not before), layers
 
 
@@ -336,10 +326,8 @@ class Outside:
 
     def __init__(self, folder: Path):
         self.folder, self.token = folder, os.urandom(16).hex()
-        self.scratch = folder / "scratch"
         self.guarded = folder / "guarded"
         (self.guarded / "empty").mkdir(parents=True)
-        self.scratch.mkdir()
         (self.guarded / "canary").write_text(self.token)
         os.environ["NANOCHAT_HOSTILE"] = self.token
         path = str(self.guarded / "socket")
@@ -368,7 +356,6 @@ class Outside:
         assert not select.select(self.listeners, [], [], 0)[0], "somebody called"
         children = Path("/proc/self/task").glob("*/children")
         assert not any(path.read_text().strip() for path in children), "a process survived"
-        assert os.listdir(self.scratch) == [], "a directory was left"
         for forbidden in (self.token, "root:x:0:0", "[project]"):
             assert forbidden not in result.stdout + result.stderr, "it read what it should not"
 
@@ -379,10 +366,9 @@ class Outside:
 
 
 @pytest.fixture
-def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Outside]:
+def outside(tmp_path: Path) -> Iterator[Outside]:
     """Orphans become children of this process while it lasts, so that they are seen."""
     place = Outside(tmp_path)
-    monkeypatch.setattr("tempfile.tempdir", str(place.scratch))
     for path in (tmp_path, *tmp_path.parents):  # nobody may pass, as in /tmp: the jail is to refuse, not the mode
         if path.stat().st_uid == os.geteuid() and path != Path("/"):
             path.chmod(path.stat().st_mode | 0o011)
