@@ -162,7 +162,10 @@ class LanguageModel(nn.Module):
         return loss if loss_reduction == "sum" else loss / (flat >= 0).sum().clamp(min=1)
 
     def compile_parts(self) -> None:
-        """Compile blocks and loss in place, for fixed shapes; parameters keep their names, gathering stays outside."""
+        """Compile blocks and loss in place, for fixed shapes; parameters keep their names, gathering stays outside.
+        More shapes than dynamo keeps graphs of, 8 for all blocks together, are an error, or it would go on eagerly.
+        """
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         for block in self.blocks:
             block.forward = torch.compile(block.forward, dynamic=False)
         self.loss_slice = torch.compile(head_loss_slice, dynamic=False)

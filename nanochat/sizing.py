@@ -230,6 +230,7 @@ def step_fits(model: "LanguageModel", rows: int, sequence_len: int, compute: "Co
     fit = fits(gradients) and fits(update)
     model.zero_grad(set_to_none=True)
     optimizers.clear()
+    torch.compiler.reset()  # the shapes of a run have all of dynamo's graphs to themselves
     gc.collect()
     if compute.device.type == "cuda":
         torch.cuda.empty_cache()

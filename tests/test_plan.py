@@ -1,5 +1,6 @@
 """The plan and auto: an estimate that is held against what a step takes, and batches for any number of cards."""
 
+import functools
 import json
 import re
 import shlex
@@ -283,6 +284,21 @@ def test_a_step_that_runs_out_of_memory_does_not_fit(model: GPT, monkeypatch: py
     monkeypatch.setattr(model, "hidden", small)
     assert not step_fits(model, 5, 32, COMPUTE)
     assert step_fits(model, 4, 32, COMPUTE)
+
+
+def test_trying_out_batches_left_the_run_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With windows each shape takes two of the 8 graphs that dynamo keeps of all blocks, and then it said so once."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    config = GPTConfig(
+        sequence_len=32, vocab_size=300, n_layer=4, n_head=1, n_kv_head=1, n_embd=32, window_pattern="SL"
+    )
+    model = build_model(config, COMPUTE.device, seed=0)
+    model.compile_parts()
+    for rows in range(7, 1, -1):
+        assert step_fits(model, rows, 32, COMPUTE)
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        for rows in range(1, 7):
+            model(torch.zeros(rows, 32, dtype=torch.long))
 
 
 def test_on_a_cpu_the_plan_decides_unless_asked(model: GPT, capsys: pytest.CaptureFixture[str]) -> None:
