@@ -12,6 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 QUERY_BLOCK = 128
+LENGTHS = {"cuda": 64}  # of what lengths attention sees multiples only, by kind of device
+
+
+def round_length(n: int, device: torch.device) -> int:
+    """Tokens to make room for where n are needed and a mask or nothing hides the rest. On Hopper torch 2.11 and later
+    takes cuDNN's attention, which makes a plan, 23 to 37 ms of the host's time, for each shape that it has not seen.
+    """
+    step = LENGTHS.get(device.type, 1)
+    return -(-n // step) * step
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:

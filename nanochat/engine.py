@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat.attention import round_length
 from nanochat.calculator import use_calculator
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
 
-IDLE = 0.25  # share of a batch that idles before it is filled up or, at a copy of the whole cache, made smaller
+IDLE = 0.25  # share of a batch that idles before it is filled up
 
 
 @dataclass
@@ -38,13 +39,13 @@ class LayerSlots:
         """Store k, v (B, G, T, D) at the positions of the current step; attention (B, H, T, D) of q over all that is
         stored: causal, inside the window, a row's own tokens only.
         """
-        positions, longest = self.cache.step_positions, self.cache.step_longest  # (B, T)
+        positions, S = self.cache.step_positions, self.cache.step_keys  # (B, T)
         rows = torch.arange(k.size(0), device=k.device)[:, None]
         self.keys[rows, :, positions] = k.transpose(1, 2)
         self.values[rows, :, positions] = v.transpose(1, 2)
-        ahead = positions[:, :, None] - torch.arange(longest, device=k.device)  # (B, T, S)
+        ahead = positions[:, :, None] - torch.arange(S, device=k.device)  # (B, T, S)
         mask = ((ahead >= 0) & (ahead < self.window))[:, None]
-        keys, values = self.keys[:, :, :longest], self.values[:, :, :longest]
+        keys, values = self.keys[:, :, :S], self.values[:, :, :S]
         return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=q.size(1) != k.size(1))
 
 
@@ -56,7 +57,7 @@ class KVCache:
     def __init__(self, config: GPTConfig, slots: int, capacity: int, device: torch.device, dtype: torch.dtype):
         self.config, self.capacity, self.device, self.dtype = config, capacity, device, dtype
         self.lengths = [0] * slots  # tokens stored per slot
-        shape = (slots, config.n_kv_head, capacity, config.head_dim)
+        shape = (slots, config.n_kv_head, round_length(capacity, device), config.head_dim)
         self.layers = [
             LayerSlots(self, window, *(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)))
             for window in config.windows()
@@ -64,10 +65,11 @@ class KVCache:
 
     def begin_step(self, tokens: int) -> Tensor:
         """Make room for `tokens` more in every slot; returns their positions (slots, tokens)."""
-        self.step_longest = max(self.lengths) + tokens
-        if self.step_longest > self.capacity:
-            asked = f"{self.step_longest} tokens asked, {self.capacity} fit"
+        longest = max(self.lengths) + tokens
+        if longest > self.capacity:
+            asked = f"{longest} tokens asked, {self.capacity} fit"
             raise UserError(f"the context is full: {asked}; begin anew or shorten it")
+        self.step_keys = round_length(longest, self.device)
         starts = torch.tensor(self.lengths, device=self.device)
         self.step_positions = starts[:, None] + torch.arange(tokens, device=self.device)
         self.lengths = [length + tokens for length in self.lengths]
@@ -169,6 +171,12 @@ class Continuation:
         return sampled, 1
 
 
+def round_batch(n: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, ...: few sizes, and less than half as many again."""
+    power = 1 << (n - 1).bit_length()
+    return 3 * power // 4 if n <= 3 * power // 4 else power
+
+
 class Engine:
     """Generates with a frozen copy of `model` in `dtype`; later changes of the model are not seen. With a tokenizer,
     <|assistant_end|> and <|bos|> end a sequence and the calculator answers tool calls; without one, nothing does.
@@ -236,12 +244,13 @@ class Engine:
         logits = torch.zeros(len(running), self.model.config.vocab_size, device=self.model.device)
         while waiting or any(running):
             idle = [slot for slot, sequence in enumerate(running) if not sequence]
-            if len(idle) >= IDLE * len(running) and waiting:
+            rows = round_batch(len(running) - len(idle))
+            if waiting and len(idle) >= IDLE * len(running):
                 admitted = {slot: waiting.popleft() for slot in idle[: len(waiting)]}
                 logits[list(admitted)] = self.admit(admitted, cache)
                 running = [admitted.get(slot, sequence) for slot, sequence in enumerate(running)]
-            elif len(idle) >= IDLE * len(running):
-                kept = [slot for slot, sequence in enumerate(running) if sequence]
+            elif not waiting and rows < len(running):
+                kept = sorted(range(len(running)), key=lambda slot: running[slot] is None)[:rows]
                 cache.keep(kept)
                 logits, running = logits[kept], [running[slot] for slot in kept]
             draws = torch.tensor([sequence.draws[sequence.said] if sequence else 0.0 for sequence in running])
@@ -287,8 +296,9 @@ class Engine:
         """Read all prompts in one pass, shorter ones padded at the end: logits (P, V) of what follows, their cache."""
         lengths = [len(tokens) for tokens in prompts]
         rows = [torch.tensor(tokens, dtype=torch.long) for tokens in prompts]
-        idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (P, T)
-        cache = KVCache(self.model.config, len(prompts), max(lengths), self.model.device, self.dtype)
+        T = round_length(max(lengths), self.model.device)
+        idx = torch.stack([F.pad(row, (0, T - len(row))) for row in rows])  # (P, T)
+        cache = KVCache(self.model.config, len(prompts), T, self.model.device, self.dtype)
         logits = self.forward(idx.to(self.model.device), cache, torch.tensor(lengths) - 1)
         cache.lengths = lengths  # the padding lies beyond
         return logits, cache

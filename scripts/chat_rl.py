@@ -62,6 +62,7 @@ from typing import Any
 
 import torch
 
+from nanochat.attention import round_length
 from nanochat.chat_train import find_start, show_chats
 from nanochat.checkpoint_manager import open_model
 from nanochat.common import UserError, print0, run_main
@@ -214,7 +215,8 @@ def policy_gradient(model: GPT, groups: list[list[Rollout]], compute: Compute) -
     rollouts.sort(key=lambda rollout: len(rollout.prompt) + len(rollout.tokens))  # little padding
     for start in range(0, len(rollouts), device_batch_size):
         chunk = rollouts[start : start + device_batch_size]
-        T = max(len(rollout.prompt) + len(rollout.tokens) for rollout in chunk) - 1
+        longest = max(len(rollout.prompt) + len(rollout.tokens) for rollout in chunk) - 1
+        T = round_length(longest, compute.device)
         inputs = torch.zeros(len(chunk), T, dtype=torch.long)
         targets = torch.full((len(chunk), T), -1)
         for row, rollout in enumerate(chunk):

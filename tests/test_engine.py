@@ -6,7 +6,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+from nanochat import attention
 from nanochat.common import UserError
 from nanochat.conversation import decode_parts
 from nanochat.engine import Engine, KVCache, Sampling, sample
@@ -122,6 +124,23 @@ def test_a_pool_of_any_size_says_the_same(slots):
     assert len({len(tokens) for tokens in expected}) > 3, "they end at different times"
     engine = Engine(model, stop_tokens=[stop])
     assert engine.generate_batch(prompts, Sampling(10, seed=5), 2, slots)[0] == expected
+
+
+def test_decoding_on_hopper_waited_for_a_plan_at_each_step(monkeypatch):
+    """Attention sees few shapes: keys by the multiple, and batches of few sizes while sequences end one by one."""
+    model, seen, kernel = small_model(), set(), F.scaled_dot_product_attention
+    prompts = [list(range(n, 2 * n)) for n in (1, 2, 3, 5, 7, 8, 10, 12)]
+    expected = [greedy(model, prompt, 32 - len(prompt)) for prompt in prompts]
+
+    def record(q, k, *rest, **options):
+        seen.add((q.size(0), q.size(2), k.size(2)))
+        return kernel(q, k, *rest, **options)
+
+    monkeypatch.setitem(attention.LENGTHS, "cpu", 16)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    assert Engine(model).generate_batch(prompts, greedily(None))[0] == expected
+    assert {batch for batch, _, _ in seen} <= {1, 2, 3, 4, 6, 8}
+    assert {(T, S) for _, T, S in seen} == {(16, 16), (1, 16), (1, 32)}
 
 
 def test_no_prompts_and_no_room_say_nothing():
