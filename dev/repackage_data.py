@@ -25,11 +25,8 @@ shard_chars = 250_000_000  # characters in a shard, about; its documents are a m
 seed = 42  # of the shuffle
 settings = configure(__name__)
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from nanochat.corpus import MANIFEST, ROW_GROUP_DOCUMENTS, read_manifest
-from nanochat.corpus_writer import is_validation_name, list_folder, read_documents
+from nanochat.corpus_writer import is_validation_name, list_folder, read_documents, write_shard
 from nanochat.files import whole
 
 BUFFER_BYTES = 256 << 20  # text held before it is dealt out to the piles on disk
@@ -96,16 +93,6 @@ def read_pile(pile: Path) -> list[str]:
             texts.append(file.read(int.from_bytes(length, "little")).decode())
     pile.unlink()
     return texts
-
-
-def write_shard(file: Path, texts: list[str]) -> None:
-    """Write one shard; without dictionary and statistics, which long texts do not gain from."""
-    schema = pa.schema([pa.field("text", pa.string())])
-    options = {"compression": "zstd", "compression_level": 3, "use_dictionary": False, "write_statistics": False}
-    with pq.ParquetWriter(file, schema, **options) as writer:
-        for start in range(0, len(texts), ROW_GROUP_DOCUMENTS):
-            group = pa.array(texts[start : start + ROW_GROUP_DOCUMENTS], pa.string())
-            writer.write_table(pa.table([group], schema=schema))
 
 
 def repackage(files: Sequence[Path], folder: Path, prefix: str) -> None:

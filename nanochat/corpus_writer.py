@@ -7,7 +7,6 @@ character of the text (only a byte order mark goes), nor guess encodings: files 
 """
 
 import hashlib
-import itertools
 import json
 import random
 import re
@@ -25,88 +24,62 @@ from nanochat.common import UserError, print0
 from nanochat.corpus import MANIFEST, ROW_GROUP_DOCUMENTS, SOURCES, Shards, iter_text, read_manifest
 from nanochat.files import one_line, seal, sha256_file, whole, write_atomic
 
-ROW_GROUP_BYTES = 4 << 20  # a row group ends with this much text: small enough to read singly, large enough for zstd
+ROW_GROUP_BYTES = 4 << 20  # text in a row group, about: small enough to read singly, large enough for zstd
 SHARD_BYTES = 100 << 20  # text in one shard; also what is shuffled together, in memory
 SHUFFLE_SEED = 1337
 
 
 def write_corpus(corpus: Path, documents: Iterable[tuple[bool, str]], about: dict[str, Any]) -> dict[str, Any]:
     """Write (is for validation, text) pairs as a corpus; its manifest. `about` is read when they are used up."""
+    entries: dict[str, list[dict[str, Any]]] = {"train": [], "validation": []}
+    waiting: dict[str, list[str]] = {"train": [], "validation": []}
+    sizes = Counter[str]()
     with whole(corpus) as building:
         building.mkdir()
-        numbers = itertools.count()
-        train, validation = ShardWriter(building, numbers), ShardWriter(building, numbers)
-        for for_validation, text in documents:
-            (validation if for_validation else train).add(text)
-        for role, writer in (("training", train), ("validation", validation)):
-            writer.flush()
-            if not writer.entries:
-                raise UserError(f"{corpus.name}: no document is left for {role}; give it more, or name a file val.txt")
-        return save_manifest(building, {"name": corpus.name, **about}, train.entries, validation.entries)
+
+        def flush(role: str) -> None:
+            number = sum(map(len, entries.values()))
+            # Files of a folder come sorted by name, hence by kind; a model would end its training on the last kind.
+            random.Random(SHUFFLE_SEED + number).shuffle(waiting[role])
+            file = building / f"shard_{number:05d}.parquet"
+            write_shard(file, waiting[role], len(waiting[role]) * ROW_GROUP_BYTES // (sizes[role] + 1))
+            entries[role].append(describe_shard(file))
+            waiting[role], sizes[role] = [], 0
+
+        for validates, text in documents:
+            role = "validation" if validates else "train"
+            waiting[role].append(text)
+            sizes[role] += len(text.encode())
+            if sizes[role] >= SHARD_BYTES:
+                flush(role)
+        for role, texts in waiting.items():
+            if texts:
+                flush(role)
+            if not entries[role]:
+                what = "training" if role == "train" else role
+                raise UserError(f"{corpus.name}: no document is left for {what}; give it more, or name a file val.txt")
+        return save_manifest(building, {"name": corpus.name, **about}, entries)
 
 
-def save_manifest(
-    folder: Path, about: dict[str, Any], train: list[dict[str, Any]], validation: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Complete a manifest with files and totals, and write it: from here on the corpus exists."""
+def save_manifest(folder: Path, about: dict[str, Any], entries: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Complete a manifest with the shards of each role and totals, and write it: from here on the corpus exists."""
     totals = {
-        role: {"files": len(entries)}
-        | {key: sum(entry[key] for entry in entries) for key in ("documents", "text_bytes")}
-        for role, entries in (("train", train), ("validation", validation))
+        role: {"files": len(shards)} | {key: sum(entry[key] for entry in shards) for key in ("documents", "text_bytes")}
+        for role, shards in entries.items()
     }
     versions = {"pyarrow": pa.__version__, **about.pop("versions", {})}
-    manifest = {**about, "versions": versions, "totals": totals, "train": train, "validation": validation}
+    manifest = {**about, "versions": versions, "totals": totals, **entries}
     write_atomic(folder / MANIFEST, seal(json.dumps(manifest, indent=1)))
     return manifest
 
 
-class ShardWriter:
-    """Collects documents and writes them, shuffled, to parquet shards of about 100 MB of text with the next of
-    `numbers`; `entries` is what the manifest says about them.
+def write_shard(file: Path, texts: list[str], row_group_documents: int = ROW_GROUP_DOCUMENTS) -> None:
+    """Write a parquet file in row groups of 1,024 documents or the fewer that are asked for; without dictionary and
+    statistics, which long texts do not gain from.
     """
-
-    def __init__(self, folder: Path, numbers: Iterator[int]):
-        self.folder = folder
-        self.numbers = numbers
-        self.entries: list[dict[str, Any]] = []
-        self.texts: list[str] = []
-        self.size = 0
-
-    def add(self, text: str) -> None:
-        self.texts.append(text)
-        self.size += len(text.encode())
-        if self.size >= SHARD_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what has been collected as one shard; nothing if there is nothing."""
-        if not self.texts:
-            return
-        number = next(self.numbers)
-        file = self.folder / f"shard_{number:05d}.parquet"
-        # Files of a folder come sorted by name, hence by kind; a model would end its training on the last kind.
-        random.Random(SHUFFLE_SEED + number).shuffle(self.texts)
-        schema = pa.schema([pa.field("text", pa.string(), nullable=False)])
-        options = {"compression": "zstd", "compression_level": 3, "use_dictionary": False, "write_statistics": False}
-        with pq.ParquetWriter(file, schema, **options) as writer:
-            for group in row_groups(self.texts):
-                writer.write_table(pa.table([pa.array(group, pa.string())], schema=schema))
-        self.entries.append(describe_shard(file))
-        self.texts, self.size = [], 0
-
-
-def row_groups(texts: list[str]) -> Iterator[list[str]]:
-    """Cut documents into consecutive groups of at most 1,024 documents, ended early by the document that fills 4 MB."""
-    group: list[str] = []
-    size = 0
-    for text in texts:
-        group.append(text)
-        size += len(text.encode())
-        if len(group) == ROW_GROUP_DOCUMENTS or size >= ROW_GROUP_BYTES:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
+    rows = min(max(1, row_group_documents), ROW_GROUP_DOCUMENTS)
+    options = {"compression": "zstd", "compression_level": 3, "use_dictionary": False, "write_statistics": False}
+    pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), file, row_group_size=rows, **options)
 
 
 def describe_shard(file: Path) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def fetch_hub(corpus: Path, files: int, workers: int) -> dict[str, Any]:
         about = {"name": corpus.name, "source": corpus.name, "arguments": {"num_files": count}}
         about |= {"repository": repository, "revision": listing.revision}
         shards = [entries[file] for file in wanted]
-        return corpus_writer.save_manifest(corpus, about, shards[:-1], shards[-1:])
+        return corpus_writer.save_manifest(corpus, about, {"train": shards[:-1], "validation": shards[-1:]})
 
 
 def fetch_shards(listing: Listing, corpus: Path, shards: Sequence[str], workers: int) -> dict[str, dict[str, Any]]:
@@ -181,8 +181,7 @@ def fetch_tasks(workers: int) -> None:
     """Have every published split that a task reads, from one commit per data set."""
     for data_set in task_data.DATA_SETS:
         for split in task_data.splits_of(data_set):
-            if not task_data.rows_path(data_set, *split).exists():
-                task_data.download_rows(data_set, *split, workers)
+            task_data.download_rows(data_set, *split, workers)
         print0(f"{task_data.folder_of(data_set)}: complete")
 
 

@@ -608,18 +608,17 @@ exit $code
 
 def fill(base: Path) -> None:
     """All that job.slurm looks for, of the smallest size: text of two shards, a row for each split, two CORE tasks."""
-    from nanochat.corpus_writer import ShardWriter, save_manifest
+    from nanochat.corpus_writer import describe_shard, save_manifest, write_shard
     from nanochat.task_data import DATA_SETS, fetch_bundle, splits_of, write_rows
 
     corpus = base / "data" / "climbmix"
     corpus.mkdir(parents=True)
-    writers = [ShardWriter(corpus, iter([number])) for number in (0, 6542)]
-    for i in range(400):
-        writers[i % 20 == 0].add(" ".join(tiny.WORDS[(i * k) % len(tiny.WORDS)] for k in range(1, 60)))
-    for writer in writers:
-        writer.flush()
-    about = {"name": "climbmix", "source": "climbmix", "arguments": {}, "revision": "toy"}
-    save_manifest(corpus, about, writers[0].entries, writers[1].entries)
+    entries: dict[str, list[dict[str, Any]]] = {}
+    for role, number, count in (("train", 0, 380), ("validation", 6542, 20)):
+        words = [[tiny.WORDS[(i * k) % len(tiny.WORDS)] for k in range(1, 60)] for i in range(number, number + count)]
+        write_shard(corpus / f"shard_{number:05d}.parquet", list(map(" ".join, words)))
+        entries[role] = [describe_shard(corpus / f"shard_{number:05d}.parquet")]
+    save_manifest(corpus, {"name": "climbmix", "source": "climbmix", "arguments": {}, "revision": "toy"}, entries)
     for data_set in DATA_SETS:
         for split in splits_of(data_set):
             write_rows(data_set, *split, [{"row": 1}], "test")
