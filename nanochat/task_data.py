@@ -17,7 +17,7 @@ import shutil
 import zipfile
 import zlib
 from contextlib import closing
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -40,8 +40,6 @@ IMPORT = "python -m dev.import_task_data FOLDER"
 PREFETCH = "python -m nanochat.dataset --prefetch=tasks"
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # about 162 MB
 NEEDED = ("core.yaml", "eval_meta_data.csv", "eval_data/**/*.jsonl")
-LARGEST = 4 << 30  # bytes of a bundle's files together; the published ones have a tenth of it
-LITTER = ("__MACOSX", ".DS_Store")  # what a Mac adds to zips
 
 
 def folder_of(dataset: str) -> Path:
@@ -162,25 +160,22 @@ def bundle_path() -> Path:
 
 def fetch_bundle(source: str | None) -> Path:
     """Have the bundle, from `source` (a zip, a folder, an address; None = where it is published) unless it is there. A
-    folder in its place without a manifest gets one if it is the `source`, and is left alone otherwise.
+    folder in its place without a manifest, which somebody put there, is taken as it is.
     """
     folder, name = bundle_path(), source or BUNDLE_URL
-    place = None if "://" in name else Path(name).expanduser().resolve()
     arriving = folder.with_name(".eval_bundle") / "eval_bundle.zip"
     with locked(arriving.parent):
         if (folder / MANIFEST).exists():
             print0(f"{folder}: already there")
-        elif folder.exists() and place != folder.resolve():
-            again = f"python -m nanochat.dataset --prefetch=eval --path={folder}"
-            raise UserError(f"{folder} is there without a {MANIFEST}; to take it as it is: {again}")
         elif folder.exists():
-            seal_bundle(folder, name)
+            print0(f"{folder}: there without a {MANIFEST}, taken as it is")
+            seal_bundle(folder, str(folder))
         else:
             try:
-                if place is None:
+                if "://" in name:
                     fetch_url(name, arriving)
                 with whole(folder) as building:
-                    copy_bundle(place or arriving, building)
+                    copy_bundle(arriving if "://" in name else Path(name).expanduser(), building)
                     seal_bundle(building, name)
             except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
                 raise UserError(f"{name}: not a whole zip file ({one_line(error)}); get it again") from None
@@ -190,22 +185,17 @@ def fetch_bundle(source: str | None) -> Path:
 
 
 def copy_bundle(source: Path, building: Path) -> None:
-    """Unpack a zip, or copy a folder, without what is no part of a bundle. zipfile never writes outside of a folder."""
+    """Unpack a zip, or copy a folder. zipfile never writes outside of a folder."""
     if source.is_dir():
-        shutil.copytree(source, building, ignore=shutil.ignore_patterns(*LITTER, MANIFEST))
+        shutil.copytree(source, building)
         return
     if not source.is_file():
         raise UserError(f"path={source}: no such file or folder; give a zip or a folder with {', '.join(NEEDED)}")
     with zipfile.ZipFile(source) as archive:
-        files = [member for member in archive.infolist() if not member.is_dir()]
-        members = [member for member in files if not set(LITTER) & set(PurePosixPath(member.filename).parts)]
-        if len(members) < len(files):
-            print0(f"{source}: left out {len(files) - len(members):,} files named {' or '.join(LITTER)}")
-        if sum(member.file_size for member in members) > LARGEST:
-            raise UserError(f"{source}: more than {LARGEST:,} bytes in all; this is no evaluation bundle")
-        for member in members:
+        for member in archive.infolist():
             member.filename = member.filename.removeprefix("eval_bundle/")
-            archive.extract(member, building)
+            if member.filename:
+                archive.extract(member, building)
 
 
 def seal_bundle(folder: Path, source: str) -> None:
