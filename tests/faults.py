@@ -284,11 +284,11 @@ def below_save(frame: FrameType | None) -> bool:
     return False
 
 
-def kill(point: tuple[str, int]) -> None:
+def kill_at(point: tuple[str, int]) -> None:
     at_point(*point, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def send(point: tuple[str, int, int]) -> None:
+def signal_at(point: tuple[str, int, int]) -> None:
     """A signal at a point: (place, number, signal)."""
     at_point(point[0], point[1], lambda: os.kill(os.getpid(), point[2]))
 
@@ -409,19 +409,8 @@ def sleep(seconds: float) -> None:
     time.sleep(seconds)
 
 
-FAULTS: dict[str, Callable[[Any], None]] = {
-    "kill_at": kill,
-    "signal_at": send,
-    "count": count,
-    "limit_file_size": limit_file_size,
-    "spoil": spoil,
-    "lose_text": lose_text,
-    "leave_after": leave_after,
-    "run_out_of_memory": run_out_of_memory,
-    "interrupt_validation": interrupt_validation,
-    "wait_for_file": wait_for_file,
-    "sleep": sleep,
-}
+TROUBLES = (kill_at, signal_at, count, limit_file_size, spoil, lose_text, run_out_of_memory, interrupt_validation)
+FAULTS: dict[str, Callable[[Any], None]] = {act.__name__: act for act in (*TROUBLES, leave_after, wait_for_file, sleep)}
 
 if __name__ == "__main__":
     serve()

@@ -20,7 +20,7 @@ import pytest
 from nanochat import checkpoint_manager as manager
 from nanochat.common import UserError
 from tests import tiny
-from tests.faults import FOLDERS, Faults
+from tests.faults import FAULTS, FOLDERS, Faults
 
 STEPS, SAVE_EVERY = 8, 2
 QUICK, LONG = 2, 20
@@ -55,7 +55,7 @@ class Lab:
             self.settings |= {"mixture": str(home / "chats.jsonl")}
 
     def start(self, tag: str, ranks: int = 1, **changes: Any) -> list[int]:
-        fault = {key: changes.pop(key) for key in list(changes) if key in FAULT_NAMES}
+        fault = {key: changes.pop(key) for key in list(changes) if key in {*FAULTS, "rank"}}
         resume = {"resume": bool(self.steps(tag))} if "resume_from_step" not in changes else {}
         return self.faults.start(self.stage, {**self.settings, "model_tag": tag, **resume, **changes}, ranks, **fault)
 
@@ -110,13 +110,17 @@ class Lab:
             manager.open_checkpoint(manager.step_dir(self.folder(tag), step)).verify()
         assert (steps[-1] if steps else 0) >= self.trained(tag) - SAVE_EVERY
 
+    def finish(self, tag: str, ranks: int = 1) -> None:
+        """Resume to the end, which is that of the run that nothing happens to."""
+        self.start(tag, ranks)
+        codes, output = self.faults.finish()
+        assert codes == [0] * ranks, output
+        self.check_finished(tag, ranks)
+
     def check_finished(self, tag: str, ranks: int = 1) -> None:
         assert self.weights(tag, STEPS) == self.whole(ranks)
         assert [path.name for path in self.folder(tag).iterdir() if not re.fullmatch(r"step_\d{6}", path.name)] == []
         assert list(self.home.rglob(".*.tmp")) == []
-
-
-FAULT_NAMES = {"kill_at", "signal_at", "count", "limit_file_size", "spoil", "rank", "sleep", "run_out_of_memory"}
 
 
 @pytest.mark.parametrize("trials", tiers(QUICK, LONG))
@@ -138,9 +142,9 @@ def test_kill_9_anywhere_loses_at_most_save_every_steps(home, faults, stage, pla
             kills += code != 0
             lab.check_newest(tag)
         if code:
-            code, output = lab.run(tag)
-            assert code == 0, output
-        lab.check_finished(tag)
+            lab.finish(tag)
+        else:
+            lab.check_finished(tag)
 
 
 # -----------------------------------------------------------------------------
@@ -205,9 +209,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_what_is_needed(hom
         )
         assert "Traceback" not in output and lab.steps(tag) == [2, 4]
         lab.check_newest(tag)
-        code, output = lab.run(tag)
-        assert code == 0, output
-        lab.check_finished(tag)
+        lab.finish(tag)
 
 
 @pytest.mark.soak
@@ -254,10 +256,9 @@ def test_sigterm_to_one_of_two_ranks_stops_both_and_resumes_bit_for_bit(home, fa
         if lab.trained(tag) < STEPS:  # else it came in the final evaluation, after the last save
             assert codes == [128 + signum] * 2, (point, output)
             stopped += 1
-            lab.start(tag, 2)
-            codes, output = faults.finish()
-            assert codes == [0, 0], output
-        lab.check_finished(tag, ranks=2)
+            lab.finish(tag, ranks=2)
+        else:
+            lab.check_finished(tag, ranks=2)
     assert stopped >= trials * 0.6
 
 
@@ -284,10 +285,7 @@ def test_sigterm_at_any_moment_of_the_clock(home, faults):
             assert codes == [143, 143], output
         elif lab.trained(tag) == 0:  # it came before the loop: the other rank says who died
             assert sorted(codes) in ([-15, 2], [143, 143]), output
-        lab.start(tag, 2)
-        codes, output = faults.finish()
-        assert codes == [0, 0], output
-        lab.check_finished(tag, ranks=2)
+        lab.finish(tag, ranks=2)
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient", "parameter"])

@@ -176,11 +176,6 @@ def test_much_memory_is_no_reason_to_be_far_from_the_total() -> None:
     assert (batch.device_batch_size, batch.grad_accum_steps) == (683, 3)
 
 
-def test_the_known_launcher_of_six_cards_is_the_same_arithmetic() -> None:
-    batch = plan_batches(393216, 6, 2048, 6)
-    assert (batch.grad_accum_steps, batch.tokens) == (5, 368_640)
-
-
 # -----------------------------------------------------------------------------
 # The script
 

@@ -257,6 +257,8 @@ def test_batches_keep_documents_apart(vocabulary):
             ids, offsets = encoder.encode_batch(batch, threads)
             assert [ids[a:b].tolist() for a, b in zip(offsets[:-1], offsets[1:], strict=True)] == singles
             assert (ids.dtype, offsets.dtype) == (np.uint16, np.int64)
+        lists = encoder.encode_lists(batch, 2)  # of plain ints, which json takes
+        assert lists == singles and json.loads(json.dumps(lists)) == lists
     assert rustbpe.Encoder(vocabulary, vocab_size=70_000).encode("the cat").dtype == np.uint32
 
 
@@ -305,16 +307,6 @@ def test_an_encoder_that_lives_until_exit_does_not_crash_the_interpreter():
     program = "import torch, rustbpe; e = rustbpe.Encoder([bytes([b]) for b in range(256)]); t = rustbpe.Trainer()"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
-
-
-def test_lists_hold_what_the_arrays_hold():
-    """Plain ints, which json takes, also for ids beyond the small ones that Python keeps itself."""
-    encoder = rustbpe.Encoder([bytes([b]) for b in range(256)] + [b"ab" * n for n in range(1, 400)])
-    texts = ["", "abab" * 50, "xyz", "ab" * 399]
-    ids, offsets = encoder.encode_batch(texts)
-    lists = encoder.encode_lists(pa.array(texts), 2)
-    assert lists == [ids[start:end].tolist() for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
-    assert {type(token) for row in lists for token in row} == {int} and json.loads(json.dumps(lists)) == lists
 
 
 @pytest.mark.soak

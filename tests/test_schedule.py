@@ -49,11 +49,12 @@ def test_cosine_ends_at_zero():
     assert cosine_to_zero(10, 10) == pytest.approx(0.0)
 
 
-def test_speedrun_batch_on_eight_and_on_six_gpus():
-    assert (plan_batches(524288, 32, 2048, 8).grad_accum_steps, plan_batches(524288, 32, 2048, 8).tokens) == (1, 524288)
+def test_batches_of_the_launchers_on_eight_and_on_six_gpus():
+    assert str(plan_batches(524288, 32, 2048, 8)) == "524,288 tokens = 1 micro-batch x 32 rows x 2048 tokens x 8 ranks"
     six = plan_batches(524288, 8, 2048, 6)  # nanochat asserts here
-    assert (six.grad_accum_steps, six.tokens) == (5, 491520)
     assert str(six) == "491,520 tokens = 5 micro-batches x 8 rows x 2048 tokens x 6 ranks"
+    assert (six.grad_accum_steps, six.tokens) == (5, 491520)
+    assert plan_batches(393216, 6, 2048, 6).tokens == 5 * 6 * 2048 * 6  # launch_6x_amd_xtx.sh
 
 
 @given(total=st.integers(1, 10**6), rows=st.integers(1, 64), length=st.integers(1, 512), ranks=st.integers(1, 9))

@@ -1,8 +1,6 @@
 """The tokenizer: round trips, special tokens, and a file that is refused when a bit in it is wrong."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -113,16 +111,6 @@ def test_save_and_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert Tokenizer.train([TEXT], VOCAB_SIZE - 1).fingerprint != tokenizer.fingerprint
 
 
-@pytest.mark.parametrize("content", [{"version": 2}, {"model": {"type": "BPE"}}])
-def test_a_file_of_another_version_is_refused(tmp_path: Path, content: Any) -> None:
-    path = tmp_path / "tokenizer.json"
-    path.write_text(seal(json.dumps(content)))
-    with pytest.raises(
-        UserError, match=f"{path}: version .* of the format; this program reads 1; make it again with: "
-    ):
-        Tokenizer.load(path)
-
-
 def test_every_flipped_bit_of_the_file_is_noticed(tmp_path: Path) -> None:
     """Two merges exchanged are a tokenizer too, but another one than the model was trained with."""
     Tokenizer.train(["ab ab cd cd"], 268).save(tmp_path)
@@ -136,10 +124,14 @@ def test_every_flipped_bit_of_the_file_is_noticed(tmp_path: Path) -> None:
             Tokenizer.load(path)
 
 
-@pytest.mark.parametrize("data", [b"", b"\x80\x04\x95", b'{"version": 1', b"[" * 100_000])
-def test_a_file_that_is_no_json_is_refused(tmp_path: Path, data: bytes) -> None:
+OTHERS = [seal(content).encode() for content in ('{"version": 2}', '{"model": {"type": "BPE"}}')]
+
+
+@pytest.mark.parametrize("data", [*OTHERS, b"", b"\x80\x04\x95", b'{"version": 1', b"[" * 100_000])
+def test_a_file_of_another_version_or_kind_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes(data)
-    with pytest.raises(UserError, match=r"tokenizer.json: .*make it again with: python -m scripts.tok_train"):
+    problem = "version .* of the format; this program reads 1; " if data in OTHERS else ".*"
+    with pytest.raises(UserError, match=f"tokenizer.json: {problem}make it again with: python -m scripts.tok_train"):
         Tokenizer.load(tmp_path)
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -33,6 +34,14 @@ def a_step(model, *targets):
     return train.update(optimizers, train.agree(sums, 0, optimizers, CPU), FLAT, CPU)
 
 
+@contextmanager
+def unchanged(model):
+    """Nothing in it may move a weight."""
+    before = [p.clone() for p in model.parameters()]
+    yield
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
 def test_tokens_weigh_the_same_in_full_and_in_sparse_batches():
     """nanochat averages each micro-batch and then the averages: a token in a sparse batch weighs more."""
     full, sparse = torch.randint(0, 50, (2, 8)), torch.full((2, 8), -1)
@@ -57,10 +66,9 @@ def test_a_batch_without_a_target_adds_nothing():
 
 def test_a_step_without_any_target_changes_no_weight():
     model = build_model(CONFIG, CPU.device, 0)
-    before = [p.clone() for p in model.parameters()]
-    result = a_step(model, torch.full((2, 8), -1))
+    with unchanged(model):
+        result = a_step(model, torch.full((2, 8), -1))
     assert (result.loss, result.tokens, result.grad_norm) == (0.0, 0, 0.0)
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -69,10 +77,8 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(value):
     optimizers = model.setup_optimizers()
     sums = train.accumulate(model, stream(torch.randint(0, 50, (2, 8))), 1, CPU)
     model.wte.weight.grad[0, 0] = value
-    before = [p.clone() for p in model.parameters()]
-    with pytest.raises(NotFinite, match="nothing was updated"):
+    with unchanged(model), pytest.raises(NotFinite, match="nothing was updated"):
         train.update(optimizers, train.agree(sums, 0, optimizers, CPU), FLAT, CPU)
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_gradient_norm_is_that_of_the_mean_gradient():
@@ -116,11 +122,10 @@ def test_a_skipped_spike_leaves_the_weights_alone():
     optimizers, spikes, targets = model.setup_optimizers(), Spikes(), torch.randint(0, 50, (2, 8))
     for _ in range(Spikes.ENOUGH):
         spikes.see(1.0, 0.1)  # what the steps before were like
-    before = [p.clone() for p in model.parameters()]
-    sums = train.accumulate(model, stream(targets), 1, CPU)
-    result = train.update(optimizers, train.agree(sums, 0, optimizers, CPU), FLAT, CPU, spikes=spikes, skip_spikes=True)
+    sums = train.agree(train.accumulate(model, stream(targets), 1, CPU), 0, optimizers, CPU)
+    with unchanged(model):
+        result = train.update(optimizers, sums, FLAT, CPU, spikes=spikes, skip_spikes=True)
     assert result.spike and (spikes.count, spikes.skipped) == (1, 1) and optimizers[0].steps == 0
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_a_damaged_shard_ends_the_step_and_not_the_others():
@@ -131,11 +136,9 @@ def test_a_damaged_shard_ends_the_step_and_not_the_others():
         raise UserError("shard_00003.parquet: damaged")
 
     model = build_model(CONFIG, CPU.device, 0)
-    before = [p.clone() for p in model.parameters()]
     sums = train.accumulate(model, damaged(), 2, CPU)
-    with pytest.raises(StepFailed, match="shard_00003"):
+    with unchanged(model), pytest.raises(StepFailed, match="shard_00003"):
         train.agree(sums, 0, model.setup_optimizers(), CPU)
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(p.grad is None for p in model.parameters())
 
 
