@@ -5,7 +5,6 @@ mixed precision takes. Shapes below: B batch, T time, C width, V vocabulary.
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, Literal, Protocol, Self, TypeVar
@@ -182,13 +181,6 @@ class LanguageModel(nn.Module):
 
     def config_dict(self) -> dict[str, Any]:
         return asdict(self.config)
-
-    def count_parameters(self) -> dict[str, int]:
-        """{part: parameters}: wte, each kind of part that the blocks have, lm_head."""
-        counts: Counter[str] = Counter()
-        for name, p in self.named_parameters():
-            counts[name.split(".")[2 if name.startswith("blocks.") else 0]] += p.numel()
-        return dict(counts)
 
     def num_params(self) -> int:
         return sum(p.numel() for p in self.parameters())

@@ -49,6 +49,7 @@ table = False  # one line for each depth from 4 to 32 instead
 settings = configure(__name__)
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,8 +151,10 @@ def show_plan(plan: Plan, machine: Card) -> None:
     heads = f"{config.n_head} heads of {config.head_dim}" + f", {config.n_kv_head} for keys and values" * bool(kv_heads)
     sizes = f"vocabulary {vocab_size:,}, context {max_seq_len}"
     print0(f"model: d{config.n_layer}, width {config.n_embd}, {heads}, {sizes}")
-    parts = " + ".join(f"{part} {count:,}" for part, count in plan.model.count_parameters().items())
-    print0(f"parameters: {parameters:,} = {parts}")
+    parts: Counter[str] = Counter()  # wte, each kind of part that the blocks have, lm_head
+    for name, p in plan.model.named_parameters():
+        parts[name.split(".")[2 if name.startswith("blocks.") else 0]] += p.numel()
+    print0(f"parameters: {parameters:,} = {' + '.join(f'{part} {count:,}' for part, count in parts.items())}")
     show_memory(plan, machine)
     off = batch.tokens / total_batch_size - 1
     rounding = f"{abs(off):.1%} {'more' if off > 0 else 'fewer'}" if off else "exactly"
