@@ -26,7 +26,7 @@ seed = 42  # of the shuffle
 settings = configure(__name__)
 
 from nanochat.corpus import MANIFEST, ROW_GROUP_DOCUMENTS, read_manifest
-from nanochat.corpus_writer import is_validation_name, list_folder, read_documents, write_shard
+from nanochat.corpus_writer import list_folder, read_documents, write_shard
 from nanochat.files import whole
 
 BUFFER_BYTES = 256 << 20  # text held before it is dealt out to the piles on disk
@@ -40,11 +40,8 @@ def find_files(path: str) -> tuple[list[Path], list[Path]]:
         manifest = read_manifest(folder)
         train, validation = ([folder / entry["file"] for entry in manifest[role]] for role in ("train", "validation"))
         return train, validation
-    files, others = list_folder(folder)
-    if others:
-        print0(f"not looked at: {others:,} files of other kinds")
-    named = [file for file in files if any(map(is_validation_name, file.relative_to(folder).parts))]
-    return [file for file in files if file not in named], named
+    train, validation, _ = list_folder(folder)
+    return train, validation
 
 
 def read_text(files: Sequence[Path]) -> Iterator[str]:

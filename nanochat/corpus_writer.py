@@ -1,17 +1,20 @@
 """Documents in, a corpus out: a folder's files, say, to shuffled parquet shards and a manifest of what they hold.
 
-Promises: the same documents give the same bytes, and a folder the same order on every machine; validation documents are
-never among the training ones; a corpus that is replaced stays until the new one is whole; every mistake names the file,
-and the line where there is one; nothing is left out unseen: files with another ending are counted. Does not: change a
-character of the text (only a byte order mark goes), nor guess encodings: files are UTF-8.
+Promises: the same documents give the same bytes, and a folder the same order on every machine; no text is both for
+training and for validation; a corpus that is replaced stays until the new one is whole; every mistake names the file,
+and the line where there is one; nothing is left out unsaid. Does not: change a character of the text (only a byte order
+mark goes), guess encodings (files are UTF-8), nor take repetitions out of the training text.
 """
 
 import hashlib
+import io
 import json
+import os
 import random
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,9 @@ from nanochat.files import one_line, seal, sha256_file, whole, write_atomic
 ROW_GROUP_BYTES = 4 << 20  # text in a row group, about: small enough to read singly, large enough for zstd
 SHARD_BYTES = 100 << 20  # text in one shard; also what is shuffled together, in memory
 SHUFFLE_SEED = 1337
+FILE = re.compile(r".*\.(parquet|(?:jsonl|txt)(\.gz|\.zst)?)")  # names that are read, in small letters
+ENDINGS = ".parquet, .jsonl or .txt, the last two also with .gz or .zst"
+HELD_OUT = re.compile(r"(?:^|[-_.])(val|valid|validation|test)(?![a-z])")  # in names of files and folders
 
 
 def write_corpus(corpus: Path, documents: Iterable[tuple[bool, str]], about: dict[str, Any]) -> dict[str, Any]:
@@ -104,32 +110,46 @@ def describe_shard(file: Path) -> dict[str, Any]:
 
 def build_folder(folder: Path, corpus: Path, fraction: float | None) -> dict[str, Any]:
     """Make a corpus of all documents under `folder`: every row of its parquet files, line of its jsonl files, whole txt
-    files; its manifest. Null and empty documents are counted. Validation is what lies in files or directories called
-    val or validation (val_00000.parquet, val/a.txt); where there are none, the `fraction` (None = 0.01, at least one)
-    of the documents with the smallest sha256.
+    files, also packed ones; its manifest. Validation is what lies in files or directories called val, valid or
+    validation; where there are none, the `fraction` (None = 0.01, at least one) of the documents with the smallest
+    sha256.
     """
     check_same_origin(corpus, str(folder))
-    files, others = list_folder(folder)
-    named = {file for file in files if any(map(is_validation_name, file.relative_to(folder).parts))}
-    if named and fraction is not None:
-        raise UserError(f"val_fraction={fraction}: {folder} names {len(named)} validation files; leave it out")
+    train, validation, left_out_files = list_folder(folder)
+    if validation and fraction is not None:
+        raise UserError(f"val_fraction={fraction}: {folder} names {len(validation)} validation files; leave it out")
     fraction = 0.01 if fraction is None else fraction
-    by = f"{len(named)} files named val*" if named else f"the {fraction:g} of the documents with the smallest sha256"
-    print0(f"{folder}: {len(files):,} files to read, {others:,} of other kinds left out; validation: {by}")
-    highest = 0 if named else highest_validation_hash(files, fraction)
-    left_out: Counter[str] = Counter()
-
-    def documents() -> Iterator[tuple[bool, str]]:
-        for file in files:
-            for text in read_documents(file):
-                if text.strip():
-                    yield (file in named if named else hash_of(text) <= highest), text
-                else:
-                    left_out["empty"] += 1
-
+    by = f"{len(validation)} files named val*" if validation else hash_rule(fraction)
+    print0(f"{folder}: {len(train) + len(validation):,} files to read; validation: {by}")
+    highest = -1 if validation else highest_validation_hash(train, fraction)
+    left_out = Counter[str]()
     about: dict[str, Any] = {"source": "folder", "arguments": {"path": str(folder), "val_fraction": fraction}}
-    about |= {"validation_by": by, "other_files": others, "left_out": left_out}
-    return write_corpus(corpus, documents(), about)
+    about |= {"validation_by": by, "left_out_files": left_out_files, "left_out": left_out}
+    documents = split_documents(map(read_documents, validation), map(read_documents, train), highest, left_out)
+    return write_corpus(corpus, documents, about)
+
+
+def hash_rule(fraction: float) -> str:
+    return f"the {fraction:g} of the documents with the smallest sha256"
+
+
+def split_documents(
+    validation: Iterable[Iterable[str]], rest: Iterable[Iterable[str]], highest: int, left_out: Counter[str]
+) -> Iterator[tuple[bool, str]]:
+    """Yield (is for validation, text): what validates, then the rest, of which the texts with a hash up to `highest`
+    validate, too. The same text is never on both sides; what is left out is counted by reason.
+    """
+    seen: set[int] = set()  # hashes of what validates
+    for validates, sources in ((True, validation), (False, rest)):
+        for text in chain.from_iterable(sources):
+            key = hash_of(text)
+            if not text.strip():
+                left_out["empty"] += 1
+            elif not validates and key in seen:
+                left_out["in the validation text, too"] += 1
+            else:
+                seen |= {key} if validates else set()
+                yield validates or key <= highest, text
 
 
 def check_same_origin(corpus: Path, path: str) -> None:
@@ -143,22 +163,63 @@ def check_same_origin(corpus: Path, path: str) -> None:
             raise UserError(f"name={corpus.name}: {corpus} was made from {origin}; {other}")
 
 
-def list_folder(folder: Path) -> tuple[list[Path], int]:
-    """The files to read, sorted by path, and the number of others. Names that begin with a dot are not looked at."""
+def list_folder(folder: Path) -> tuple[list[Path], list[Path], dict[str, int]]:
+    """(files to train on, files to validate on, {reason: number of files and folders left out}): all under a folder and
+    under the folders it links to, sorted by path. What is left out is printed.
+    """
     if not folder.is_dir():
         raise UserError(f"path={folder}: not a directory; give one with parquet, jsonl or txt files: --path=DIR")
-    inside = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
-    visible = [file for file in inside if not any(part.startswith(".") for part in file.parts)]
-    files = sorted((file for file in visible if file.suffix in READERS), key=lambda file: file.parts)
-    if not files:
-        kinds = ", ".join(READERS)
-        raise UserError(f"path={folder}: none of its {len(visible):,} files ends in {kinds}; give another: --path=DIR")
-    return [folder / file for file in files], len(visible) - len(files)
+    found: dict[str, list[Path]] = {"train": [], "validation": []}
+    left_out = defaultdict[str, list[str]](list)
+    seen = {os.path.realpath(folder)}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        inside = sorted(folders)
+        folders.clear()
+        for name in inside + sorted(names):
+            path = Path(place, name)
+            inner = path.relative_to(folder)
+            split = split_named(*inner.parts)
+            if reason := why_not(path, split, seen):
+                left_out[reason].append(str(inner))
+            elif name in inside:
+                folders.append(name)
+            else:
+                found[split].append(path)
+    for reason, paths in left_out.items():
+        print0(f"left out   {len(paths):,} {reason}: {', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''}")
+    if not any(found.values()):
+        raise UserError(f"path={folder}: no file to read, ending in {ENDINGS}; give another: --path=DIR")
+    train, validation = (sorted(files, key=lambda file: file.parts) for files in found.values())
+    return train, validation, {reason: len(paths) for reason, paths in left_out.items()}
 
 
-def is_validation_name(part: str) -> bool:
-    """val, val_00000.parquet, val2.txt, validation-a.jsonl; but not values.txt."""
-    return re.match(r"val(id|idation)?(?![a-z])", part.lower()) is not None
+def why_not(path: Path, split: str, seen: set[str]) -> str:
+    """Why a file or folder is not read; "" where it is. `seen` has the real places that have been, against loops."""
+    real = os.path.realpath(path)
+    if path.name.startswith("."):
+        return "hidden"
+    if not path.exists():
+        return "links to nothing"
+    if not os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK):
+        return "without the right to read"
+    if real in seen:
+        return "read already under another name"
+    seen.add(real)
+    if split == "test":
+        return "named test*, kept for tests"
+    if path.is_dir():
+        return ""
+    if not FILE.fullmatch(path.name.lower()):
+        return f"of another kind, {path.suffix or 'without an ending'}"
+    return "" if path.stat().st_size else "empty files"
+
+
+def split_named(*names: str) -> str:
+    """train, validation or test, by names as people give them: val_00000.parquet, val2.txt, corpus-valid.jsonl,
+    validation, test-00000.parquet; but neither values.txt nor latest.txt.
+    """
+    found = {word for name in names for word in HELD_OUT.findall(name.lower())}
+    return "train" if not found else "test" if found == {"test"} else "validation"
 
 
 def highest_validation_hash(files: Iterable[Path], fraction: float) -> int:
@@ -177,47 +238,33 @@ def hash_of(text: str) -> int:
 
 
 def read_documents(file: Path) -> Iterator[str]:
-    """Yield the documents of one file; a null is "". UserError for a file that is damaged or holds none."""
-    if not file.stat().st_size:
-        raise UserError(f"{file}: empty file; fill it or take it away")
-    empty = True
-    for text in READERS[file.suffix](file):
-        empty = False
-        yield text
-    if empty:
-        raise UserError(f"{file}: holds no documents; fill it or take it away")
-
-
-def read_parquet(file: Path) -> Iterator[str]:
-    for texts in iter_text(Shards((file,))):
-        try:
-            yield from texts.to_pylist()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file}: text is not UTF-8 ({error.reason}); convert it or take it away") from None
-
-
-def read_jsonl(file: Path) -> Iterator[str]:
-    """Yield the text field of every line; blank lines are no documents."""
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.isspace():
-                continue
-            try:
-                text = json.loads(line.decode())["text"]
-                text = "" if text is None else text
-                text.encode()  # an escaped half of a surrogate pair is valid JSON and not valid text
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise UserError(f'{file}:{number}: expected one line of JSON like {{"text": "..."}} in UTF-8') from None
-            yield text
-
-
-def read_txt(file: Path) -> Iterator[str]:
+    """Yield the documents of one file; a null is "". UserError where it is damaged, or cannot be read."""
+    found = FILE.fullmatch(file.name.lower())
+    assert found
+    packed = {None: None, ".gz": "gzip", ".zst": "zstd"}[found[2]]
     try:
-        with open(file, encoding="utf-8-sig", newline="") as stream:
-            yield stream.read()
+        if found[1] == "parquet":
+            for texts in iter_text(Shards((file,))):
+                yield from texts.to_pylist()
+            return
+        with pa.input_stream(str(file), packed) as stream:
+            yield from read_jsonl(file, stream) if found[1][0] == "j" else [stream.read().decode("utf-8-sig")]
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({one_line(error)}); mend it or take it away") from None
     except UnicodeDecodeError as error:
         where = f"at byte {error.start:,} ({error.reason})"
-        raise UserError(f"{file}: not UTF-8 {where}; convert it or take it away") from None
+        raise UserError(f"{file}: text is not UTF-8 {where}; convert it or take it away") from None
 
 
-READERS: dict[str, Callable[[Path], Iterator[str]]] = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_txt}
+def read_jsonl(file: Path, stream: Any) -> Iterator[str]:
+    """Yield the text field of every line; blank lines are no documents."""
+    for number, line in enumerate(io.BufferedReader(stream), 1):
+        if line.isspace():
+            continue
+        try:
+            text = json.loads(line)["text"]  # of bytes: in UTF-8, with a byte order mark or without
+            text = "" if text is None else text
+            text.encode()  # an escaped half of a surrogate pair is valid JSON and not valid text
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise UserError(f'{file}:{number}: expected one line of JSON like {{"text": "..."}} in UTF-8') from None
+        yield text

@@ -1,7 +1,7 @@
 """The command that gets pretraining text, once, into `$NANOCHAT_BASE_DIR/data/<corpus>/`. Reading it is corpus.py.
 
     python -m nanochat.dataset --source=docs                 # English documentation that is already on this machine
-    python -m nanochat.dataset --source=folder --path=DIR    # your own parquet, jsonl and txt files
+    python -m nanochat.dataset --source=folder --path=DIR    # your own parquet, jsonl and txt files, also packed
     python -m nanochat.dataset -n 8                          # web text: the first 8 shards of ClimbMix
     python -m nanochat.dataset --source=hf --path=roneneldan/TinyStories -n 2   # any text on the Hugging Face hub
     python -m nanochat.dataset --prefetch=all -n 240         # and all that later stages would fetch, see task_data.py
@@ -120,29 +120,27 @@ def build_hf(corpus: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     splits = persist(load, repository)
     if "train" not in splits:
         raise UserError(f"path={repository}: no split train, only {', '.join(splits)}; give another data set")
-    named = next(filter(corpus_writer.is_validation_name, splits), None)
+    named = next((split for split in splits if corpus_writer.split_named(split) == "validation"), None)
     if named and fraction is not None:
         raise UserError(f"val_fraction={fraction}: {repository} has a split {named}; leave it out")
     fraction = 0.01 if fraction is None else fraction
-    by = f"the split {named}" if named else f"the {fraction:g} of the documents with the smallest sha256"
+    by = f"the split {named}" if named else corpus_writer.hash_rule(fraction)
     print0(f"{repository} at {revision}: validation: {by}")
-    left_out: Counter[str] = Counter()
 
-    def documents() -> Iterator[tuple[bool, str]]:
-        for split, limit in (("train", files), *([(named, 1)] if named else [])):
-            size = 0
-            for text in read_column(splits[split], arguments["column"], repository):
-                if not text.strip():
-                    left_out["empty"] += 1
-                    continue
-                validates = split == named if named else corpus_writer.hash_of(text) < fraction * 2**64
-                yield validates, text
-                size += 0 if validates and not named else len(text.encode())
-                if limit != -1 and size >= limit * corpus_writer.SHARD_BYTES:
-                    break
+    def texts(split: str, limit: int) -> Iterator[str]:
+        size = 0
+        for text in read_column(splits[split], arguments["column"], repository):
+            yield text
+            size += len(text.encode())
+            if limit != -1 and size >= limit * corpus_writer.SHARD_BYTES:
+                break
 
+    left_out = Counter[str]()
+    highest = -1 if named else int(fraction * 2**64) - 1
+    validation = [texts(named, 1)] if named else []
+    documents = corpus_writer.split_documents(validation, [texts("train", files)], highest, left_out)
     about: dict[str, Any] = {"source": "hf", "arguments": arguments, "repository": repository, "revision": revision}
-    return corpus_writer.write_corpus(corpus, documents(), about | {"validation_by": by, "left_out": left_out})
+    return corpus_writer.write_corpus(corpus, documents, about | {"validation_by": by, "left_out": left_out})
 
 
 def read_column(rows: Iterable[dict[str, Any]], column: str, repository: str) -> Iterator[str]:

@@ -1,6 +1,9 @@
 """The command that gets corpora: from docs and folders, by shard from a hub; every mistake is one line."""
 
+import gzip
 import json
+import os
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -8,6 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -56,9 +60,10 @@ def test_folder_takes_every_kind_of_file(run, base_dir, tmp_path, capsys):
     assert sorted(texts_of(corpus.train)) == ["eight", "four", "fünf", "one", "six\nlines\r\n", "two"]
     assert sorted(texts_of(corpus.val)) == ["seven", "three"]
     assert corpus.name == "in"
-    assert corpus.manifest["left_out"] == {"empty": 3} and corpus.manifest["other_files"] == 1
+    assert corpus.manifest["left_out"] == {"empty": 3}
+    assert corpus.manifest["left_out_files"] == {"of another kind, .md": 1, "hidden": 1}
     printed = capsys.readouterr().out
-    assert "3 documents: empty" in printed and "1 of other kinds left out" in printed
+    assert "3 documents: empty" in printed and "1 of another kind, .md: README.md" in printed
     record = [json.loads(line) for line in next((base_dir / "records").iterdir()).read_text().splitlines()]
     assert [event["event"] for event in record] == ["start", "corpus"]
     assert record[1]["totals"]["train"] == {"files": 1, "documents": 6, "text_bytes": 31}
@@ -84,6 +89,53 @@ def test_folder_split_by_hash_is_exact_and_stable(run, base_dir, tmp_path):
     assert [file.name for file in (base_dir / "data").iterdir()] == ["in"], "leftovers"
 
 
+def test_a_folder_follows_links_and_says_what_it_leaves_out(run, tmp_path, monkeypatch, capsys):
+    """A linked folder of books was dropped without a word, and so was a whole download of .jsonl.gz."""
+    folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    texts = {"in/a.TXT": "one", "in/empty.txt": "", "in/c.json": "[]", "elsewhere/e.txt": "two", "in/locked.txt": "x"}
+    texts |= {"in/test-00000.txt": "for tests", "in/test/t.txt": "for tests", "in/books_valid.txt": "held out"}
+    texts |= {"in/twin.txt": "held out", "in/locked/x.txt": "x", "in/bom.jsonl": '\ufeff{"text": "four"}\n'}
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    lines = b'{"text": "three"}\n'
+    (folder / "b.jsonl.GZ").write_bytes(gzip.compress(lines) + gzip.compress(lines))
+    for name, data in (("d.txt.zst", b"five"), ("e.jsonl.zst", lines)):
+        with pa.output_stream(str(folder / name), "zstd") as stream:
+            stream.write(data)
+    (folder / "gone.txt").symlink_to("nowhere")
+    (folder / "more").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)
+    (folder / "same.txt").symlink_to("a.TXT")
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in path.name and allowed(path, mode))
+    corpus = run(source="folder", path=str(folder))
+    assert sorted(texts_of(corpus.train)) == ["five", "four", "one", "three", "three", "three", "two"]
+    assert texts_of(corpus.val) == ["held out"]
+    assert corpus.manifest["left_out"] == {"in the validation text, too": 1}
+    said = capsys.readouterr().out
+    for reason in (
+        "2 read already under another name: same.txt, more/back\n",
+        "2 without the right to read: locked, locked.txt\n",
+        "2 named test*, kept for tests: test, test-00000.txt\n",
+        "1 links to nothing: gone.txt\n",
+        "1 of another kind, .json: c.json\n",
+        "1 empty files: empty.txt\n",
+        "1 documents: in the validation text, too\n",
+    ):
+        assert f"left out   {reason}" in said
+
+
+@pytest.mark.parametrize("name", ["valid", "my-val.txt", "x_valid_0.jsonl", "VALIDATION", "val2.txt", "wiki.valid.txt"])
+def test_names_that_mean_validation(name):
+    assert corpus_writer.split_named("x", name) == "validation"
+
+
+@pytest.mark.parametrize("name", ["values.txt", "interval.txt", "latest.txt", "tests", "validate.txt", "train", "dev"])
+def test_names_that_mean_nothing(name):
+    assert corpus_writer.split_named(name) == "train"
+
+
 def test_folder_is_shuffled(run, tmp_path):
     """Files sorted by name are sorted by kind: the model ends its training on the last kind."""
     write_parquet(tmp_path / "in" / "a.parquet", [f"{number:04d}" for number in range(1000)])
@@ -91,16 +143,19 @@ def test_folder_is_shuffled(run, tmp_path):
     assert sum(int(text) for text in texts[:300]) / 300 == pytest.approx(500, abs=100)
 
 
+PACKED = gzip.compress(random.Random(1).randbytes(1000).hex().encode())
 MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "empty folder": (lambda folder: None, "none of its 0 files ends in .parquet, .jsonl, .txt"),
-    "other files": (lambda folder: (folder / "a.md").write_text("x"), "none of its 1 files"),
-    "empty txt": (lambda folder: (folder / "a.txt").touch(), "a.txt: empty file"),
+    "empty folder": (lambda folder: None, "no file to read, ending in .parquet, .jsonl or .txt"),
+    "other files": (lambda folder: (folder / "a.md").write_text("x"), "no file to read"),
+    "only tests": (lambda folder: (folder / "test.txt").write_text("x"), "no file to read"),
+    "cut short": (lambda folder: (folder / "a.txt.gz").write_bytes(PACKED[:-9]), "a.txt.gz: cannot be read"),
+    "damaged": (lambda folder: (folder / "a.jsonl.gz").write_bytes(b"\x1f\x8bno"), "a.jsonl.gz: cannot be read"),
     "not JSON": (lambda folder: (folder / "a.jsonl").write_text('{"text": "x"}\n{"text"\n'), "a.jsonl:2: expected"),
     "no field": (lambda folder: (folder / "a.jsonl").write_text('{"content": "x"}\n'), "a.jsonl:1: expected"),
     "list": (lambda folder: (folder / "a.jsonl").write_text("[1]\n"), "a.jsonl:1: expected"),
     "number": (lambda folder: (folder / "a.jsonl").write_text('{"text": 0}\n'), "a.jsonl:1: expected"),
     "surrogate": (lambda folder: (folder / "a.jsonl").write_text('{"text": "\\ud800"}\n'), "a.jsonl:1: expected"),
-    "latin-1": (lambda folder: (folder / "a.txt").write_bytes(b"caf\xe9"), "a.txt: not UTF-8 at byte 3"),
+    "latin-1": (lambda folder: (folder / "a.txt").write_bytes(b"caf\xe9"), "a.txt: text is not UTF-8 at byte 3"),
     "one document": (lambda folder: (folder / "a.txt").write_text("x"), "1 documents are too few"),
     "one text": (lambda folder: write_parquet(folder / "a.parquet", ["x"] * 9), "no document is left for training"),
     "only validation": (lambda folder: (folder / "val.txt").write_text("x"), "no document is left for training"),
@@ -121,8 +176,8 @@ def test_folder_mistakes_are_one_line(run, base_dir, tmp_path, mistake):
 def test_failed_rebuild_keeps_the_old_corpus(run, tmp_path):
     write_parquet(tmp_path / "in" / "a.parquet", words("a", 50))
     corpus = run(source="folder", path=str(tmp_path / "in"))
-    (tmp_path / "in" / "b.txt").touch()
-    with pytest.raises(UserError, match="empty file"):
+    (tmp_path / "in" / "b.jsonl").write_text("{")
+    with pytest.raises(UserError, match="b.jsonl:1: expected"):
         run(source="folder", path=str(tmp_path / "in"))
     assert load_corpus() == corpus
 

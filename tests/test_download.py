@@ -419,9 +419,11 @@ def test_a_data_set_becomes_a_corpus(hub: Hub, make: Make) -> None:
 def test_a_data_sets_own_validation_split_is_taken(hub: Hub, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus_writer, "SHARD_BYTES", 10_000)
     publish(hub, "owner/stories", {"default": {"train": STORIES, "validation": [STORIES[1]], "test": [STORIES[0]]}})
-    corpus = make(num_files=2, name="mine")
-    assert [len(corpus.train), len(corpus.val)] == [2, 1]
+    corpus = make(num_files=3, name="mine")
+    assert [len(corpus.train), len(corpus.val)] == [3, 1]
     assert set(texts_of(corpus.val)) < {row["story"] for row in STORIES[1]}
+    assert not set(texts_of(corpus.val)) & set(texts_of(corpus.train)), "the same text on both sides"
+    assert corpus.manifest["left_out"] == {"in the validation text, too": 39}
     with refused("val_fraction=0.1: owner/stories has a split validation"):
         make(name="other", val_fraction=0.1)
     with refused("name=mine: .* was made from owner/stories; choose another name"):
