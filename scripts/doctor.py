@@ -4,13 +4,13 @@
 
 One line per finding: `ok`, `hint` (works, could be better) or `MEND`, with what to do. Things are tried rather than
 asked: the compiler compiles, the attention is compared with the CPU's in fp64, two ranks talk to each other. Ends with
-0 when nothing must be mended, else with 1. Checks run in processes of their own, side by side: a broken library ends a
-probe and not the doctor.
+0 when nothing must be mended, else with 1. Checks run in processes of their own: a broken library ends a probe and not
+the doctor. They run side by side, but for the speed of matmuls, which is measured when the others are done.
 """
 
 from nanochat.configurator import configure
 
-probe = ""  # this check alone, as JSON: devices, or one of those in CHECKS
+probe = ""  # this check alone, as JSON: devices, speed, or one of those in CHECKS
 settings = configure(__name__)
 
 import contextlib
@@ -54,7 +54,8 @@ class Finding(NamedTuple):
 
 def main() -> None:
     if probe:
-        for what, check in device_checks() if probe == "devices" else [(probe, CHECKS[probe])]:
+        several = {"devices": device_checks, "speed": speed_checks}
+        for what, check in several[probe]() if probe in several else [(probe, CHECKS[probe])]:
             try:
                 finding = check()
             except Exception as error:  # one that nobody thought of is a finding too
@@ -63,7 +64,8 @@ def main() -> None:
         return
     started, levels = time.perf_counter(), []
     with ThreadPoolExecutor(len(CHECKS) + 1) as pool:
-        for what, level, text, mend in itertools.chain.from_iterable(pool.map(run_probe, (*CHECKS, "devices"))):
+        found = itertools.chain(pool.map(run_probe, (*CHECKS, "devices")), map(run_probe, ["speed"]))
+        for what, level, text, mend in itertools.chain.from_iterable(found):
             print0(f"{level:4}  {what:10}  {text}" + (f" -> {mend}" if mend else ""))
             levels.append(level)
     print0(f"{levels.count('MEND')} to mend, {len(levels)} findings, {time.perf_counter() - started:.0f} s")
@@ -215,19 +217,33 @@ def device_checks() -> Iterator[tuple[str, Callable[[], Finding]]]:
     shm = Path("/dev/shm")
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
     yield "torch", lambda: check_torch_build(find_driver(), torch.version.cuda, torch.version.hip, seen)
-    devices = ["cpu"] + [f"cuda:{i}" for i in range(seen)]
-    devices += ["mps"] * torch.backends.mps.is_available() + ["xpu"] * torch.xpu.is_available()
-    for device in devices:
+    for device in find_devices():
         for dtype in ("float32", "bfloat16"):
             yield device, partial(check_attention, torch.device(device), dtype)
-        yield device, partial(measure_dtypes, torch.device(device))
     if seen > 1 and shm.exists() and (size := shutil.disk_usage(shm).total / GB) < 1:
         finding = Finding("hint", f"{size:.2f} GB; NCCL shares memory there", "docker run --shm-size=8g")
         yield "/dev/shm", lambda: finding
 
 
+def speed_checks() -> Iterator[tuple[str, Callable[[], Finding]]]:
+    import torch
+
+    for device in find_devices():
+        yield device, partial(measure_dtypes, torch.device(device))
+
+
+def find_devices() -> list[str]:
+    """All that torch can compute on."""
+    import torch
+
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+    return ["cpu", *gpus, *["mps"] * torch.backends.mps.is_available(), *["xpu"] * torch.xpu.is_available()]
+
+
 def check_attention(device: Any, dtype: str) -> Finding:
-    """Every way that the model's attention goes; on a GPU, which fused kernels do it. Without one all scores stay."""
+    """Every way that the model's attention goes; on a GPU, which fused kernels do it and which one torch takes. Without
+    one all scores stay.
+    """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     # heads, key/value heads, tokens, window. More than 1,024 tokens take torch's kernel on a CPU too.
@@ -238,6 +254,9 @@ def check_attention(device: Any, dtype: str) -> Finding:
         with contextlib.suppress(RuntimeError), sdpa_kernel(getattr(SDPBackend, kernel)):  # not every card has each
             errors[kernel] = attention_error(device, dtype, *ways["full"])
             fused += f", {kernel}"
+    if fused:
+        training, decoding = (kernel_taken(device, dtype, queries) for queries in (192, 1))
+        fused += f"; torch takes {training} in training, {decoding} in decoding"
     tolerance = {"float32": 3e-3, "bfloat16": 3e-2}[dtype]  # fp32: GPUs multiply in TF32
     wrong = [f"{name}: off by {error:.1%}" for name, error in errors.items() if not error <= tolerance]
     if wrong:
@@ -248,6 +267,18 @@ def check_attention(device: Any, dtype: str) -> Finding:
         return Finding("ok", text)
     mend = "a smaller --max-seq-len, or on AMD: export TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1"
     return Finding("hint", f"{text}, not fused: slow, and memory grows with context^2", mend)
+
+
+def kernel_taken(device: Any, dtype: str, queries: int) -> str:
+    """What torch computes attention over 192 keys with: causal, or of a few queries under a mask."""
+    import torch
+    from torch.nn.attention import SDPBackend
+
+    from nanochat.attention import causal_mask
+
+    q, k = (torch.zeros(1, 2, n, 64, device=device, dtype=getattr(torch, dtype)) for n in (queries, 192))
+    mask = causal_mask(queries, 192, 192, device) if queries < 192 else None
+    return SDPBackend(torch._fused_sdp_choice(q, k, k, mask, is_causal=mask is None)).name
 
 
 def attention_error(device: Any, dtype: str, heads: int, kv_heads: int, tokens: int, window: int) -> float:
@@ -270,7 +301,7 @@ def attention_error(device: Any, dtype: str, heads: int, kv_heads: int, tokens: 
 
 
 def measure_dtypes(device: Any) -> Finding:
-    """The device, its matmuls in bf16 and fp32, taken in turns, and whether --dtype=auto takes the faster one."""
+    """The device, its matmuls in bf16 and fp32, 20 taken in turns, and whether --dtype=auto takes the faster one."""
     import torch
 
     from nanochat.compute import choose_dtype, device_name
@@ -280,7 +311,7 @@ def measure_dtypes(device: Any) -> Finding:
         name += f", {torch.cuda.get_device_properties(device).total_memory / GB:.1f} GB"
         torch.set_float32_matmul_precision("high")  # as training does
     x, best = torch.randn(n, n, device=device), {"bfloat16": math.inf, "float32": math.inf}
-    for dtype in [*best] * 5:
+    for dtype in [*best] * 20:
         a = x.to(getattr(torch, dtype))
         a[0, 0].item()  # waits
         started = time.perf_counter()

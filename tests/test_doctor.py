@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,23 @@ def test_hidden_and_forbidden_gpus_are_told_apart(tmp_path, monkeypatch):
     assert check_torch_build(("AMD", 6, 0), None, "7.2", 0).mend == "unset HIP_VISIBLE_DEVICES"
 
 
+def test_matmuls_were_measured_beside_a_compiler(monkeypatch):
+    """72 GFLOP/s, where training then made 216: the speed is that of a machine on which nothing else runs."""
+    running, seen = [], {}
+
+    def probe(name):
+        running.append(name)
+        time.sleep(0.02)
+        seen[name] = list(running)
+        running.remove(name)
+        return [[name, "ok", "fine", ""]]
+
+    monkeypatch.setattr(doctor, "run_probe", probe)
+    with pytest.raises(SystemExit, match="0"):
+        doctor.main()
+    assert seen.keys() == {*doctor.CHECKS, "devices", "speed"} and seen["speed"] == ["speed"]
+
+
 def test_wrong_attention_is_found(monkeypatch):
     import torch
 
@@ -187,6 +205,13 @@ def test_wrong_attention_is_found(monkeypatch):
     )
     assert doctor.attention_error(torch.device("cpu"), "float32", *shape) > 0.01
     assert doctor.check_attention(torch.device("cpu"), "float32").level == "MEND"
+
+
+@pytest.mark.parametrize("queries", [1, 192])
+def test_the_kernel_that_torch_takes_has_a_name(queries):
+    import torch
+
+    assert doctor.kernel_taken(torch.device("cpu"), "float32", queries).endswith(("_ATTENTION", "MATH"))
 
 
 # -----------------------------------------------------------------------------
