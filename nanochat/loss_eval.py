@@ -1,9 +1,11 @@
 """Bits per byte: how well a model compresses text, comparable across tokenizers, context lengths and compressors.
 
-Every document is scored alone, from its BOS on, in windows of T tokens; each byte is scored exactly once. Two numbers:
-bpb, the honest one: stride T / 2, so each window after a document's first scores its second half, and every token has
-seen at least T / 2 before it (or all there are). bpb_quick, for looking at while training: stride T, windows that do
-not overlap, half the work; what stands at their start has seen little, so it is higher.
+Every document is scored alone, in windows of T tokens; each byte is scored exactly once. Every window begins with BOS
+in place of its first token, as the rows of training do: a model that has never seen a row without scores 1 % worse in
+mid-document (laptop's, 1.5425 instead of 1.5273). Two numbers: bpb, the honest one: stride T / 2, so each window after
+a document's first scores its second half, and every token has seen at least T / 2 - 1 before it (or all there are).
+bpb_quick, for looking at while training: stride T, windows that do not overlap, half the work; what stands at their
+start has seen little, so it is higher.
 """
 
 import itertools
@@ -69,7 +71,9 @@ def document_windows(
         scored = 0  # targets counted so far
         while scored < len(document) - 1:
             begin = scored - (sequence_len - stride) if scored else 0
-            yield Window(i, document[begin : begin + sequence_len + 1], scored - begin)
+            window = document[begin : begin + sequence_len + 1].copy()
+            window[0] = bos
+            yield Window(i, window, scored - begin)
             scored = min(begin + sequence_len, len(document) - 1)
 
 

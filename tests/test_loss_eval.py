@@ -42,6 +42,7 @@ def test_windows_score_every_token_once(lengths, length, stride):
     scored = []
     for i, tokens, first in document_windows(ids, offsets, 0, length, stride):
         assert len(tokens) <= length + 1 and 0 <= first < len(tokens) - 1
+        assert tokens[0] == 0, "a window begins as the rows of training do"
         assert set(tokens[tokens > 0]) <= set(ids[offsets[i] : offsets[i + 1]]), "documents do not see each other"
         scored += tokens[1 + first :].tolist()
     assert scored == ids.tolist()
@@ -54,7 +55,7 @@ def test_bpb_equals_the_definition():
         tokens = [256, *text.encode()]
         for i in range(1, len(tokens)):
             begin = (i - 1) // 16 * 16  # stride 16: windows do not overlap
-            logits = net(torch.tensor([tokens[begin:i]]))[0, -1]
+            logits = net(torch.tensor([[256, *tokens[begin + 1 : i]]]))[0, -1]
             bits -= logits.log_softmax(-1)[tokens[i]].item() / math.log(2)
             count += 1
     result = score(net, ByteTokenizer(), TEXTS, rows=3)
