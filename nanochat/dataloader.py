@@ -183,7 +183,7 @@ def pack_bos(ids: np.ndarray, offsets: np.ndarray, carry: Sequence[int], bos: in
         if len(span) > room:
             insort(spans, span[room:], key=len)
             span = span[:room]
-            spans_cropped += 1
+            spans_cropped += room > 0  # where only a BOS fits, nothing is cut
         packed += [opening, span]
         filled = (filled + 1 + len(span)) % (T + 1)
     tokens = np.concatenate(packed)

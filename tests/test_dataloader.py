@@ -83,6 +83,22 @@ def test_bos_packing_by_hand(tmp_path):
     assert (block.after.documents_cut, block.after.spans_cropped, block.after.carry) == (1, 0, ())
 
 
+def test_a_row_that_only_a_bos_still_fits_cuts_no_span():
+    """It counted as a cropped span, which the log and the report show."""
+    packed = pack_bos(*as_arrays([[1, 2, 3, 4, 5, 6, 7], [11, 12, 13, 14, 15, 16, 17]]), (), BOS, T)
+    assert packed.rows.tolist() == [[BOS, 11, 12, 13, 14, 15, 16, 17, BOS]] and packed.carry == (
+        BOS,
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+    )
+    assert packed.spans_cropped == 0
+
+
 @given(first=documents, second=documents)
 def test_flat_packing_is_the_stream(first, second):
     a = pack_flat(*as_arrays(first), (), BOS, T)
