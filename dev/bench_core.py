@@ -14,15 +14,15 @@ import time
 from pathlib import Path
 
 from nanochat.common import run_main
-from nanochat.configurator import configure
+from nanochat.configurator import Interval, Positive, configure
 
 # Items
 bundle: str | None = None  # folder of the CORE tasks (None = the one in $NANOCHAT_BASE_DIR)
-max_per_task = 8  # items of each task
+max_per_task: Interval = 8  # items of each task
 contexts = "256 512 1024"  # tokens that the model takes, one measurement for each
 # Measuring
 compile = True  # torch.compile ours, as base_eval does for many items
-repeats = 3  # rounds of both arms
+repeats: Positive = 3  # rounds of both arms
 settings = configure(__name__)
 
 

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.common import run_main
-from nanochat.configurator import configure
+from nanochat.configurator import Amount, Positive, configure
 
 # Text
 corpus = "docs"  # a folder of parquet files with a text column, or a name in $NANOCHAT_BASE_DIR/data
-vocab_size = 32768  # tokens, learnt from that text
+vocab_size: Positive = 32768  # tokens, learnt from that text
 # Measuring
-repeats = 5  # runs of each arm
-seconds = 8.0  # that a run lasts
+repeats: Positive = 5  # runs of each arm
+seconds: Amount = 8.0  # that a run lasts
 settings = configure(__name__)
 
 ROOT = Path(__file__).parents[1]

@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.common import UserError, run_main
-from nanochat.configurator import configure
+from nanochat.configurator import Positive, configure
 
 # Text
 corpus = "docs"  # a folder of parquet files with a text column, or a name in $NANOCHAT_BASE_DIR/data
-megabytes = 100  # the text is repeated, or cut, to this size
+megabytes: Positive = 100  # the text is repeated, or cut, to this size
 # Measuring
-repeats = 5  # runs of each arm
+repeats: Positive = 5  # runs of each arm
 hf = True  # also Hugging Face tokenizers
 oracle = ".venv/oracle"  # where PyPI's rustbpe is (pip install --target)
 settings = configure(__name__)

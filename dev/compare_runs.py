@@ -11,14 +11,14 @@ Not guaranteed: that the numbers may be compared. Runs on different text, or val
 named, and that is all. A validation in the middle of a run sees a learning rate that has not come down yet.
 """
 
-from nanochat.configurator import configure
+from nanochat.configurator import Rate, configure
 
 SHORT = {"": "runs"}
 
 # Runs
 runs = ""  # what to compare: tags of base runs, or record files, the baseline first
 # Cost
-dollars_per_hour: float | None = None  # of one GPU, or of a machine without (None = the list price, where it is known)
+dollars_per_hour: Rate | None = None  # of one GPU, or of a machine without (None = the list price, where it is known)
 settings = configure(__name__)
 
 import math

@@ -19,16 +19,16 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat.configurator import configure
+from nanochat.configurator import Positive, Seed, Share, configure
 
 # Amount
-num_train = 8000  # training conversations; dev and test are fixed: 30 and 50 questions
-two_turns = 0.25  # chance that a training question comes second, after a greeting or another question
+num_train: Positive = 8000  # training conversations; dev and test are fixed: 30 and 50 questions
+two_turns: Share = 0.25  # chance that a training question comes second, after a greeting or another question
 # Chance
-seed = 42  # of which wordings, openers and answers meet
+seed: Seed = 42  # of which wordings, openers and answers meet
 settings = configure(__name__)
 
-from nanochat.common import UserError, get_base_dir, run_main
+from nanochat.common import get_base_dir, run_main
 from nanochat.files import write_atomic
 from tasks.common import Conversation, assistant, user, write_rows
 
@@ -454,10 +454,6 @@ INTENTS = {
 
 
 def main() -> None:
-    if num_train < 1:
-        raise UserError(f"--num-train={num_train}: expected 1 or more, such as --num-train=8000")
-    if not 0 <= two_turns <= 1:
-        raise UserError(f"--two-turns={two_turns}: expected a share from 0 to 1, such as --two-turns=0.25")
     rows = {"train": train_rows(num_train, two_turns, seed), "dev": plain_rows("dev"), "test": plain_rows("test")}
     for split, split_rows in rows.items():
         source = f"dev/gen_identity.py num_train={num_train} two_turns={two_turns} seed={seed}"

@@ -25,20 +25,20 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.common import UserError, get_base_dir, print0, run_main
-from nanochat.configurator import configure
+from nanochat.configurator import Amount, Positive, Rate, Seed, configure
 
 # Endpoint
 base_url: str | None = None  # such as https://HOST/v1; /chat/completions is put behind it
 model: str | None = None  # what the endpoint calls the model that writes
 api_key_env: str | None = "OPENAI_API_KEY"  # environment variable that has the key (None = send none)
-temperature = 1.0  # of the sampling there
-timeout = 120.0  # seconds to wait for one answer
-workers = 4  # requests at the same time
+temperature: Rate = 1.0  # of the sampling there
+timeout: Amount = 120.0  # seconds to wait for one answer
+workers: Positive = 4  # requests at the same time
 # Conversations
-num = 1000  # lines that the file is to have in the end
+num: Positive = 1000  # lines that the file is to have in the end
 out: str | None = None  # the file (None = identity_conversations.jsonl in $NANOCHAT_BASE_DIR)
 about: str | None = None  # a text file that says who the assistant is (None = a small model made with nanochat)
-seed = 42  # of topics, persons, courses and manners
+seed: Seed = 42  # of topics, persons, courses and manners
 settings = configure(__name__)
 
 from tasks.customjson import parse_conversation, read_conversations
@@ -237,9 +237,6 @@ def check_settings() -> None:
         raise UserError(f"base_url={base_url}: expected http://... or https://...")
     if api_key_env and not os.environ.get(api_key_env):
         raise UserError(f"api_key_env={api_key_env}: not set; export {api_key_env}=..., or --api-key-env=None")
-    for name, number in (("num", num), ("workers", workers), ("timeout", timeout)):
-        if number <= 0:
-            raise UserError(f"{name}={number}: expected more than 0")
 
 
 def main() -> None:

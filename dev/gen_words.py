@@ -7,13 +7,13 @@ Writes task_data/words/default/all.parquet, one row {word} each, in alphabetical
 uses (words_alpha, 370,000 words) is imported with: python -m dev.import_task_data FOLDER
 """
 
-from nanochat.configurator import configure
+from nanochat.configurator import Positive, configure
 
 # Words
 corpus: str | None = None  # directory name in $NANOCHAT_BASE_DIR/data (None = the only one there)
-min_count = 2  # how often a word must occur: typing mistakes and names of variables rarely do
-max_words = 50000  # the most frequent ones are kept
-max_chars = 200_000_000  # how much text to look at
+min_count: Positive = 2  # how often a word must occur: typing mistakes and names of variables rarely do
+max_words: Positive = 50000  # the most frequent ones are kept
+max_chars: Positive = 200_000_000  # how much text to look at
 overwrite = False  # replace a word list that is there
 settings = configure(__name__)
 

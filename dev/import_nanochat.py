@@ -14,14 +14,14 @@ the few instructions that make up dictionaries of bytes and numbers.
 
 from typing import Literal
 
-from nanochat.configurator import configure
+from nanochat.configurator import Natural, configure
 
 SHORT = {"i": "source", "g": "model_tag", "s": "step"}
 
 # From
 checkpoint: str | None = None  # directory with model_<step>.pt and meta_<step>.json
 tokenizer: str | None = None  # its tokenizer.pkl, which nanochat keeps in another directory
-step: int | None = None  # checkpoint step (None = the last)
+step: Natural | None = None  # checkpoint step (None = the last)
 # To
 source: Literal["base", "mid", "sft", "rl"] = "base"  # stage of the checkpoint
 model_tag: str | None = None  # name of the checkpoint directory (None = that of --checkpoint)

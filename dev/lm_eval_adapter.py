@@ -12,21 +12,21 @@ too long loses its beginning; how many did is printed and recorded.
 
 from typing import Literal
 
-from nanochat.configurator import configure
+from nanochat.configurator import Natural, Positive, configure
 
 SHORT = {"i": "source", "g": "model_tag", "s": "step", "b": "device_batch_size", "x": "max_problems"}
 
 # Model
 source: Literal["base", "mid", "sft", "rl"] = "base"  # stage of the checkpoint
 model_tag: str | None = None  # name of the checkpoint directory (None = the one saved last)
-step: int | None = None  # checkpoint step (None = the last)
+step: Natural | None = None  # checkpoint step (None = the last)
 # Tasks
 tasks = ""  # names of lm-eval's tasks, joined by commas
 include_path: str | None = None  # a directory with task files (YAML) besides lm-eval's own
-max_problems: int | None = None  # problems of each task (None = all of them)
-num_fewshot: int | None = None  # solved examples before each question (None = as the task says)
+max_problems: Positive | None = None  # problems of each task (None = all of them)
+num_fewshot: Natural | None = None  # solved examples before each question (None = as the task says)
 chat = False  # put questions as messages of a chat
-device_batch_size = 64  # answers that are written together
+device_batch_size: Positive = 64  # answers that are written together
 # Machine
 device_type: Literal["auto", "cuda", "mps", "xpu", "cpu"] = "auto"  # cuda also stands for AMD's ROCm
 dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # what matmuls compute in

@@ -15,14 +15,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nanochat.common import UserError, get_base_dir, print0, run_main
-from nanochat.configurator import configure
+from nanochat.configurator import Positive, Seed, configure
 
 # Text
 path: str | None = None  # a folder of parquet, jsonl and txt files, or the name of a corpus in $NANOCHAT_BASE_DIR/data
 # Shards
 out: str | None = None  # the directory to make
-shard_chars = 250_000_000  # characters in a shard, about; its documents are a multiple of 1,024, except in the last
-seed = 42  # of the shuffle
+shard_chars: Positive = 250_000_000  # characters in a shard, about; whole multiples of 1,024 documents but in the last
+seed: Seed = 42  # of the shuffle
 settings = configure(__name__)
 
 from nanochat.corpus import MANIFEST, ROW_GROUP_DOCUMENTS, read_manifest
@@ -117,8 +117,6 @@ def repackage(files: Sequence[Path], folder: Path, prefix: str) -> None:
 def main() -> None:
     if path is None or out is None:
         raise UserError("expected --path=DIR, which has the text, and --out=DIR, which is made")
-    if shard_chars < 1:
-        raise UserError(f"shard_chars={shard_chars}: expected 1 or more")
     target = Path(out).expanduser().absolute()
     if target.exists():
         raise UserError(f"out={out}: exists; name a directory that does not, or delete it: rm -r {out}")

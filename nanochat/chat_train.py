@@ -28,7 +28,7 @@ from nanochat.dataloader import Block, StreamPosition, prefetch, stream, to_devi
 from nanochat.engine import Sampling
 from nanochat.gpt import GPT
 from nanochat.run import Run
-from nanochat.schedule import BatchPlan, one_horizon
+from nanochat.schedule import BatchPlan
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Stream, engine_on_master, fits, steps_for_minutes
 
@@ -163,13 +163,12 @@ def plan_chats(
     compute: Compute,
 ) -> tuple[int, str]:
     """Steps of a stage that trains on conversations, and where the number comes from: as given, or as many as fit into
-    `minutes` (the caller restores the weights), or one epoch. Raises UserError as one_horizon() does.
+    `minutes` (the caller restores the weights), or one epoch.
     """
-    given = one_horizon(num_iterations=num_iterations, minutes=minutes)
-    if "minutes" in given:
-        return steps_for_minutes(given["minutes"], model, stream, batch, compute)
-    if "num_iterations" in given:
-        return int(given["num_iterations"]), "as given"
+    if minutes is not None:
+        return steps_for_minutes(minutes, model, stream, batch, compute)
+    if num_iterations is not None:
+        return num_iterations, "as given"
     steps = max(1, round(rows_in_epoch / batch.rows))
     return steps, f"one epoch of about {rows_in_epoch:,} rows / {batch.rows} rows per step"
 

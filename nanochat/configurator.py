@@ -3,12 +3,13 @@
     SHORT = {"g": "model_tag"}  # optional: -g d20 for --model-tag=d20; "" names the setting that bare words give
 
     # Model
-    depth = 20  # number of Transformer layers; width and heads follow from it
+    depth: Positive = 20  # number of Transformer layers; width and heads follow from it
     model_tag: str | None = None  # name of the checkpoint directory (None = d<depth>)
     settings = configure(__name__)
 
-A setting is an assignment to a lowercase name above the configure line: name, default, type (the annotation, or that of
-the default), help (the trailing comment). The last full-line comment above is its section.
+A setting is an assignment to a lowercase name above the configure line: name, default, type (of a number one that says
+its range, such as Positive; of bool and str that of the default), help (the trailing comment). The last full-line
+comment above is its section; of a section that says "at most one of these" only one can be set whose default is None.
 
     --depth=4   --model-tag=x   --model_tag x   -g x   --dry-run   --no-dry-run   --model-tag=None   tiny.py
 
@@ -31,14 +32,39 @@ import shutil
 import sys
 import textwrap
 import tokenize
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, takewhile
 from pathlib import Path
+from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
 from nanochat.common import UserError, get_rank, print0
 
-KINDS: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str}
+# What a number may be, by the name that a setting's line says: type, as --help shows it, test.
+Positive = Annotated[int, "int >= 1", lambda n: n >= 1]
+Several = Annotated[int, "int >= 2", lambda n: n >= 2]
+Natural = Annotated[int, "int >= 0", lambda n: n >= 0]
+Interval = Annotated[int, "int >= 1 or -1", lambda n: n >= 1 or n == -1]  # -1 = never, or all
+Seed = Annotated[int, "0 <= int < 2^32", lambda n: 0 <= n < 2**32]
+Port = Annotated[int, "0 <= int < 65536", lambda n: 0 <= n < 65536]
+Share = Annotated[float, "0 <= float <= 1", lambda x: 0 <= x <= 1]
+Fraction = Annotated[float, "0 < float < 1", lambda x: 0 < x < 1]
+Rate = Annotated[float, "float >= 0", lambda x: 0 <= x < math.inf]
+Amount = Annotated[float, "float > 0", lambda x: 0 < x < math.inf]
+Minutes = Annotated[float, "float > 0 or -1", lambda x: 0 < x < math.inf or x == -1]  # -1 = never
+
+
+class Kind(NamedTuple):
+    """What a setting can be beside the words of its Literal and None."""
+
+    type: type
+    name: str
+    holds: Callable[[Any], bool]
+
+
+KINDS = {name: Kind(*get_args(kind)) for name, kind in globals().items() if get_origin(kind) is Annotated}
+KINDS |= {kind.__name__: Kind(kind, kind.__name__, lambda value: True) for kind in (bool, str)}
+WORDS = Kind(str, "", lambda value: False)  # these words and nothing else
 TRUTH = {"true": True, "1": True, "false": False, "0": False}
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 OPTION = re.compile(r"--|--?[A-Za-z_][\w-]*(=.*)?", re.DOTALL)  # never a spaced value; "-1" and "- a list" can be one
@@ -60,36 +86,40 @@ class Setting:
     """One line of a settings block."""
 
     name: str
-    kind: type  # bool, int, float or str
-    choices: tuple[object, ...]  # of a Literal; empty = any
-    others: tuple[object, ...]  # allowed beside them: the word of int | Literal["auto"], None
+    kind: Kind
+    words: tuple[str | None, ...]  # allowed beside it
     default: object
     help: str
     section: str
 
     @property
     def type_name(self) -> str:
-        """As --help shows it: `int`, `int or auto`, `str or None`, `base, mid`."""
-        return " or ".join([", ".join(map(str, self.choices)) or self.kind.__name__, *map(str, self.others)])
+        """As --help shows it: `int >= 1`, `int >= 1 or auto`, `str or None`, `base, mid`."""
+        words = [*map(str, self.words)]
+        return ", ".join(words) if self.kind is WORDS else " or ".join([self.kind.name, *words])
 
     def check(self, value: object, given: str) -> object:
-        """The value as this setting holds it (an int as a float where one is wanted); UserError if it does not fit."""
-        if value in self.others:
-            return value
-        if self.kind is float and type(value) is int:
+        """The value as this setting holds it: an int as a float where one is wanted, a -1 that is not in the range as
+        None, which older command lines mean by it. UserError if it does not fit.
+        """
+        if self.kind.type is float and type(value) is int:
             with contextlib.suppress(OverflowError):
                 value = float(value)
-        fits = type(value) is self.kind and (not self.choices or value in self.choices)
-        if not fits or (isinstance(value, float) and not math.isfinite(value)):
-            raise UserError(f"{given}: expected {'one of ' if self.choices else ''}{self.type_name}")
+        if type(value) is self.kind.type and self.kind.holds(value):
+            return value
+        if None in self.words and self.kind.type in (int, float) and value == -1:
+            return None
+        if value not in self.words:
+            raise UserError(f"{given}: expected {'one of ' if self.kind is WORDS else ''}{self.type_name}")
         return value
 
     def parse(self, text: str, given: str) -> object:
         """The value of a text from the command line; UserError when it does not fit."""
-        value: object = {str(other): other for other in self.others}.get(text, text)
-        if value not in self.others:
-            with contextlib.suppress(KeyError, ValueError):  # then it is still text, which check() refuses
-                value = TRUTH[text.lower()] if self.kind is bool else self.kind(text)
+        if text in map(str, self.words):
+            return text if text in self.words else None
+        value: object = text
+        with contextlib.suppress(KeyError, ValueError):  # then it is still text, which check() refuses
+            value = TRUTH[text.lower()] if self.kind.type is bool else self.kind.type(text)
         return self.check(value, given)
 
 
@@ -109,6 +139,13 @@ class Block:
         near = [former] if former in self.settings else difflib.get_close_matches(name, self.settings, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise UserError(f"no setting named {name} ({given}).{hint} --help lists them all.")
+
+    def rivals(self, name: str) -> set[str]:
+        """The settings of which one alone can be set, if this is one of them."""
+        section = self.settings[name].section
+        if self.settings[name].default is not None or "at most one of these" not in section:
+            return set()
+        return {other.name for other in self.settings.values() if other.section == section and other.default is None}
 
 
 # -----------------------------------------------------------------------------
@@ -147,25 +184,23 @@ def ends_block(node: ast.stmt) -> bool:
     return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
 
 
-def read_type(annotation: ast.expr | None, default: object) -> tuple[type, tuple[object, ...], tuple[object, ...]]:
-    """(kind, choices, others) of a setting; ValueError when that is none of the allowed types."""
+def read_type(annotation: ast.expr | None, default: object) -> tuple[Kind, tuple[str | None, ...]]:
+    """(kind, words) of a setting; ValueError when that is none of the allowed types."""
     match annotation:
-        case None if type(default) in KINDS.values():
-            return type(default), (), ()
-        case ast.BinOp(left=inner, op=ast.BitOr(), right=ast.Constant(value=None)):
-            kind, choices, others = read_type(inner, default)
-            return kind, choices, (*others, None)
-        case ast.BinOp(
-            left=ast.Name(id="int" | "float" as name),
-            right=ast.Subscript(ast.Name(id="Literal"), ast.Constant(str(word))),
-        ):
-            return KINDS[name], (), (word,)
+        case None if isinstance(default, bool | str):
+            return KINDS[type(default).__name__], ()
         case ast.Name(id=name) if name in KINDS:
-            return KINDS[name], (), ()
+            return KINDS[name], ()
+        case ast.Constant(value=None):
+            return WORDS, (None,)
         case ast.Subscript(value=ast.Name(id="Literal"), slice=inner):
-            choices = tuple(literal(choice) for choice in (inner.elts if isinstance(inner, ast.Tuple) else [inner]))
-            if {type(choice) for choice in choices} in ({int}, {str}):
-                return type(choices[0]), choices, ()
+            words = [literal(word) for word in (inner.elts if isinstance(inner, ast.Tuple) else [inner])]
+            if all(isinstance(word, str) for word in words):
+                return WORDS, tuple(map(str, words))
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            (kind, before), (other, after) = read_type(left, default), read_type(right, default)
+            if other is WORDS:
+                return kind, (*before, *after)
     raise ValueError
 
 
@@ -174,16 +209,6 @@ def read_comments(source: str) -> dict[int, str]:
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     texts = {token.start[0]: token.string.lstrip("#").strip() for token in tokens if token.type == tokenize.COMMENT}
     return {line: text for line, text in texts.items() if re.search(r"\w", text)}
-
-
-def read_short(node: ast.expr | None, settings: dict[str, Setting], where: str) -> dict[str, str]:
-    """The short forms that SHORT = {letter: name} declares; "" is for bare words that are no settings files."""
-    with contextlib.suppress(ValueError):
-        if isinstance(node, ast.Dict) and isinstance(short := literal(node), dict):
-            fits = all(re.fullmatch("[A-Za-gi-z]?", str(letter)) and name in settings for letter, name in short.items())
-            if fits and len(short) == len(node.keys):
-                return short
-    raise UserError(f"{where}: SHORT maps single letters (not h), each once, to settings of the block")
 
 
 def read_block(path: Path) -> Block:
@@ -199,6 +224,8 @@ def read_block(path: Path) -> Block:
         section = [section, *(comments[line] for line in above if line in comments)][-1]
         name, annotation, value = assignment(node)
         where = f"{path}:{start}: setting {name}"
+        if name == "SHORT" and value:
+            short = ast.literal_eval(value)
         if not name or name.startswith("_") or name != name.lower():
             continue
         help = " ".join(comments[line] for line in range(start, end + 1) if line in comments)
@@ -208,15 +235,14 @@ def read_block(path: Path) -> Block:
             raise UserError(f"{where} has no comment; it is the help text: {name} = ...  # what it does")
         try:
             default = literal(value)
-            kind, choices, others = read_type(annotation, default)
+            kind, words = read_type(annotation, default)
         except ValueError:
-            allowed = 'bool, int, float, str or a Literal of int or str, perhaps | None; or int | Literal["auto"]'
+            allowed = f"{', '.join(KINDS)} or a Literal of words, perhaps | None"
             raise UserError(f"{where} needs a literal default and one of the types {allowed}") from None
-        unchecked = Setting(name, kind, choices, others, default, help, section)
+        unchecked = Setting(name, kind, words, default, help, section)
         settings[name] = replace(unchecked, default=unchecked.check(default, f"{where} = {default!r}"))
-    for node in body:
-        if assignment(node)[0] == "SHORT":
-            short = read_short(assignment(node)[2], settings, f"{path}:{node.lineno}")
+    if "h" in short or not set(short.values()) <= settings.keys():
+        raise UserError(f"{path}: SHORT maps letters (not h) to settings of the block")
     return Block(ast.get_docstring(tree) or "", settings, short)
 
 
@@ -224,10 +250,10 @@ def read_block(path: Path) -> Block:
 # Reading what the user gave
 
 
-def read_settings_file(block: Block, word: str) -> dict[str, tuple[object, str]]:
-    """{name: (value, file:line)} of a file of `name = value` lines; UserError with the line of the first mistake."""
+def read_settings_file(block: Block, word: str) -> Iterator[tuple[str, object, str]]:
+    """(name, value, file:line) of a file of `name = value` lines; UserError with the line of the first mistake."""
     try:
-        tree = ast.parse(Path(word).read_text(encoding="utf-8"))
+        tree = ast.parse(Path(word).read_text(encoding="utf-8-sig"))
     except OSError as error:
         is_setting = "=" in word and word.partition("=")[0].replace("-", "_") in block.settings
         hint = f"did you mean --{word}?" if is_setting else "settings are given as --name=value"
@@ -236,7 +262,6 @@ def read_settings_file(block: Block, word: str) -> dict[str, tuple[object, str]]
         raise UserError(f"{word}:{error.lineno or 1}: {error.msg}; expected name = value") from None
     except ValueError as error:
         raise UserError(f"{word}: not a settings file ({error})") from None
-    values: dict[str, tuple[object, str]] = {}
     for node in tree.body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             continue  # a docstring
@@ -246,13 +271,11 @@ def read_settings_file(block: Block, word: str) -> dict[str, tuple[object, str]]
             given = literal(value)
         except ValueError:
             raise UserError(f"{where}: `{line}`: expected name = literal value; nothing is executed") from None
-        values[name] = block.find(name, where).check(given, f"{where}: {line}"), where
-    return values
+        yield name, block.find(name, where).check(given, f"{where}: {line}"), where
 
 
-def parse_args(block: Block, argv: Sequence[str]) -> dict[str, tuple[object, str]]:
-    """{name: (value, where it was given)} of a command line; later wins. UserError for the first word that is wrong."""
-    given: dict[str, tuple[object, str]] = {}
+def read_words(block: Block, argv: Sequence[str]) -> Iterator[tuple[str, object, str]]:
+    """(name, value, where it was given) of a command line, in its order. UserError for the first word that is wrong."""
     words, bare_words = list(argv), []
     while words:
         word = words.pop(0)
@@ -262,22 +285,22 @@ def parse_args(block: Block, argv: Sequence[str]) -> dict[str, tuple[object, str
             bare = block.settings.get(block.short.get("", ""))
             if bare and not word.endswith(".py"):
                 bare_words.append(word)
-                text = word if bare.choices or len(bare_words) == 1 else shlex.join(bare_words)
-                given[bare.name] = bare.parse(text, text), text
+                text = word if bare.kind is WORDS or len(bare_words) == 1 else shlex.join(bare_words)
+                yield bare.name, bare.parse(text, text), text
             else:
-                given |= read_settings_file(block, word)
+                yield from read_settings_file(block, word)
             continue
         flag, equals, text = word.partition("=")
         name = flag.lstrip("-").replace("-", "_")
         name = name if flag.startswith("--") else block.short.get(name, name)
         positive = name.removeprefix("no_")
-        if name not in block.settings and positive in block.settings and block.settings[positive].kind is bool:
+        if name not in block.settings and positive in block.settings and block.settings[positive].kind.type is bool:
             if equals:
                 raise UserError(f"{word}: expected {flag} or --{flag.removeprefix('--no-')}={text}")
-            given[positive] = False, flag
+            yield positive, False, flag
             continue
         setting = block.find(name, word)
-        if not equals and setting.kind is bool:
+        if not equals and setting.kind.type is bool:
             if words and words[0].lower() in TRUTH:
                 raise UserError(f"{flag} {words[0]}: a value for a bool is not spaced; write {flag}={words[0]}")
             text = "true"
@@ -286,7 +309,24 @@ def parse_args(block: Block, argv: Sequence[str]) -> dict[str, tuple[object, str
                 about = f"{setting.type_name}, default {setting.default!r}"
                 raise UserError(f"{flag} needs a value: {flag}=VALUE ({about})")
             text = words.pop(0)
-        given[name] = setting.parse(text, f"{flag}={text}"), flag
+        yield name, setting.parse(text, f"{flag}={text}"), flag
+
+
+def parse_args(block: Block, argv: Sequence[str]) -> dict[str, tuple[object, str]]:
+    """{name: (value, where it was given)} of a command line; later wins, also over its rivals. UserError for the first
+    word that is wrong, and for rivals in the same place.
+    """
+    given: dict[str, tuple[object, str]] = {}
+    for name, value, origin in read_words(block, argv):
+        for rival in block.rivals(name) - {name} if value is not None else ():
+            other, place = given.get(rival, (None, ""))
+            if other is not None:
+                if place.rpartition(":")[0] == origin.rpartition(":")[0]:  # both flags, or both lines of one file
+                    raise UserError(
+                        f"{place} and {origin}: give at most one of {', '.join(sorted(block.rivals(name)))}"
+                    )
+                given[rival] = None, origin
+        given[name] = value, origin
     return given
 
 

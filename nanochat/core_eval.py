@@ -429,14 +429,14 @@ def mean_centred(results: Iterable[tuple[float, float, float]]) -> tuple[float, 
 
 
 def score_task(
-    task: CoreTask, scorer: Scorer, compute: Compute, max_items: int | None = None, items: Sequence[Item] | None = None
+    task: CoreTask, scorer: Scorer, compute: Compute, max_items: int = -1, items: Sequence[Item] | None = None
 ) -> TaskScore:
-    """Score the first max_items of a task's shuffled `items` (None = read them). Collective: items are dealt to the
-    ranks, and every rank gets the answers to all.
+    """Score the first max_items (-1 = all) of a task's shuffled `items` (None = read them). Collective: items are dealt
+    to the ranks, and every rank gets the answers to all.
     """
     began = time.perf_counter()
     items = read_items(task) if items is None else items
-    n = len(items) if max_items is None else min(max_items, len(items))
+    n = len(items) if max_items == -1 else min(max_items, len(items))
     mine = range(compute.rank, n, compute.world_size)
     units, cut = [], np.zeros(n, dtype=bool)
     for i in mine:

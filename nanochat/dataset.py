@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nanochat.common import UserError, get_base_dir, print0, run_main
-from nanochat.configurator import configure
+from nanochat.configurator import Fraction, Interval, Positive, configure
 from nanochat.files import locked, one_line
 from nanochat.record import open_record
 
@@ -34,12 +34,12 @@ SHORT = {"n": "num_files", "w": "workers"}
 source: Literal["docs", "folder", "hf", "climbmix", "fineweb-edu"] = "climbmix"  # where the text comes from
 path: str | None = None  # folder: the directory with the files; hf: OWNER/NAME; prefetch: a copy of the eval bundle
 name: str | None = None  # folder, hf: what to call the corpus (None = the last part of the path)
-val_fraction: float | None = None  # folder, hf: share to validate on (None = files or split named val*, else 0.01)
+val_fraction: Fraction | None = None  # folder, hf: share to validate on (None = files or split named val*, else 0.01)
 subset: str | None = None  # hf: configuration of the data set (None = its only or default one)
 column: str | None = None  # hf: column that holds the text (None = text)
 # Download
-num_files: int | None = None  # climbmix, fineweb-edu, hf: training files to have, 100 MB each; -1 = all (None = 8)
-workers = 4  # files fetched at the same time
+num_files: Interval | None = None  # climbmix, fineweb-edu, hf: training files to have, 100 MB each; -1 = all (None = 8)
+workers: Positive = 4  # files fetched at the same time
 # Everything, so that no later stage needs a network
 prefetch: Literal["all", "tasks", "eval", "list"] | None = None  # fetch all or a part, or list what is here and missing
 settings = configure(__name__)
@@ -64,7 +64,7 @@ def fetch_hub(corpus: Path, files: int, workers: int) -> dict[str, Any]:
     same revision. The old manifest stays in force until all new shards are there.
     """
     repository, last = HUBS[corpus.name]
-    if files != -1 and not 1 <= files <= last:
+    if files > last:
         raise UserError(f"num_files={files}: {corpus.name} has 1 to {last:,} training files, or all of them: -n -1")
     count = last if files == -1 else files
     with locked(corpus):
@@ -213,7 +213,7 @@ def has_corpus(corpus: Path, files: int) -> bool:
 
 
 def check_settings() -> None:
-    """Refuse a setting that the chosen source would ignore, and values outside their range."""
+    """Refuse a setting that the chosen source would ignore."""
     if prefetch is not None and source in ("folder", "hf"):
         raise UserError(f"prefetch={prefetch}: not together with source={source}; run one after the other")
     if prefetch in ("tasks", "eval") and num_files is not None:
@@ -232,14 +232,8 @@ def check_settings() -> None:
     needed = {"folder": "the directory with the text: --path=DIR", "hf": "the name of a data set: --path=OWNER/NAME"}
     if source in needed and path is None:
         raise UserError(f"source={source} needs {needed[source]}")
-    if source == "hf" and num_files is not None and num_files != -1 and num_files < 1:
-        raise UserError(f"num_files={num_files}: expected 1 or more, or all: -n -1")
-    if val_fraction is not None and not 0 < val_fraction < 1:
-        raise UserError(f"val_fraction={val_fraction}: expected a number between 0 and 1, such as 0.01")
     if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UserError(f"name={name}: expected letters, digits, '.', '_' and '-', such as my-books")
-    if workers < 1:
-        raise UserError(f"workers={workers}: expected 1 or more")
 
 
 def make_corpus(data: Path) -> dict[str, Any]:

@@ -70,9 +70,6 @@ def config_from_depth(
     """The one dial: width = depth * aspect_ratio, rounded up to whole heads. Heads have 128 channels where the width is
     at least 512 and a multiple of 128, else 64: a 256-wide model with two heads is worse than one with four.
     """
-    if depth < 1 or aspect_ratio < 1 or (head_dim is not None and head_dim < 2):
-        sizes = f"--depth={depth} --aspect-ratio={aspect_ratio} --head-dim={head_dim}"
-        raise UserError(f"{sizes}: expected at least 1, 1 and 2")
     width = depth * aspect_ratio
     if head_dim is None:
         head_dim = 128 if width >= 512 and width % 128 == 0 else 64

@@ -9,14 +9,14 @@ Stages it does not know appear among runs and settings only. Runs side by side: 
 
 from typing import Literal
 
-from nanochat.configurator import configure
+from nanochat.configurator import Rate, configure
 
 SHORT = {"": "action"}
 
 # Action
 action: Literal["generate", "reset"] = "generate"  # generate: print and write; reset: put the records aside
 # Cost
-dollars_per_hour: float | None = None  # of one GPU, or of a machine without (None = the list price, where it is known)
+dollars_per_hour: Rate | None = None  # of one GPU, or of a machine without (None = the list price, where it is known)
 
 settings = configure(__name__)
 

@@ -77,7 +77,7 @@ class Run:
     @property
     def horizon(self) -> tuple[int, str] | None:
         """The steps that a continued run was planned with, unless --num-iterations gives it another number."""
-        if self.checkpoint is None or self.settings["num_iterations"] not in (None, -1):
+        if self.checkpoint is None or self.settings["num_iterations"] is not None:
             return None
         return self.checkpoint.meta["num_steps"], "as planned at the start"
 

@@ -6,8 +6,6 @@ Schedules are functions of (step, num_steps) with 0 <= step < num_steps: a resum
 import math
 from dataclasses import dataclass
 
-from nanochat.common import UserError
-
 
 @dataclass(frozen=True)
 class BatchPlan:
@@ -39,20 +37,8 @@ def plan_batches(total_batch_size: int, device_batch_size: int, sequence_len: in
     """The whole number of micro-batches nearest to total_batch_size tokens, at least one. It may differ from what was
     asked (six GPUs rarely divide a power of two): print the plan, never assert divisibility.
     """
-    if min(total_batch_size, device_batch_size, sequence_len) < 1:
-        batch = f"--total-batch-size={total_batch_size} --device-batch-size={device_batch_size}"
-        raise UserError(f"{batch} --max-seq-len={sequence_len}: each must be at least 1")
     micro_batch = device_batch_size * sequence_len * world_size
     return BatchPlan(device_batch_size, sequence_len, world_size, max(1, round(total_batch_size / micro_batch)))
-
-
-def one_horizon(**horizons: float | None) -> dict[str, float]:
-    """{name: value} of the one horizon that is set, if any; None and -1: not set. UserError for several, or 0."""
-    given = {name: value for name, value in horizons.items() if value is not None and value != -1}
-    if len(given) > 1 or any(value <= 0 for value in given.values()):
-        flags = " ".join(f"--{name.replace('_', '-')}={value}" for name, value in given.items())
-        raise UserError(f"{flags}: give at most one horizon, and more than 0")
-    return given
 
 
 def plan_horizon(
@@ -64,21 +50,17 @@ def plan_horizon(
     target_param_data_ratio: float | None = None,
 ) -> tuple[int, str]:
     """Steps, and the arithmetic that gave them, from at most one of: steps, training FLOPs, tokens per parameter (20,
-    Chinchilla's, arXiv 2203.15556, where none is set). `params` are those of model.ratio_params(). Raises UserError as
-    one_horizon does.
+    Chinchilla's, arXiv 2203.15556, where none is set). `params` are those of model.ratio_params().
     """
-    horizons = {"num_iterations": num_iterations, "target_flops": target_flops}
-    match one_horizon(**horizons, target_param_data_ratio=target_param_data_ratio):
-        case {"num_iterations": steps}:
-            return int(steps), f"{steps:,} steps as asked"
-        case {"target_flops": flops}:
-            steps = flops / (flops_per_token * tokens_per_step)
-            formula = f"{flops:.3g} FLOPs / ({flops_per_token:,} per token x {tokens_per_step:,} tokens per step)"
-        case given:
-            ratio = given.get("target_param_data_ratio", 20)
-            count, which = params
-            steps = ratio * count / tokens_per_step
-            formula = f"{ratio:g} tokens x {count:,} {which} / {tokens_per_step:,} tokens per step"
+    if num_iterations is not None:
+        return num_iterations, f"{num_iterations:,} steps as asked"
+    if target_flops is not None:
+        steps = target_flops / (flops_per_token * tokens_per_step)
+        formula = f"{target_flops:.3g} FLOPs / ({flops_per_token:,} per token x {tokens_per_step:,} tokens per step)"
+    else:
+        ratio, (count, which) = target_param_data_ratio or 20, params
+        steps = ratio * count / tokens_per_step
+        formula = f"{ratio:g} tokens x {count:,} {which} / {tokens_per_step:,} tokens per step"
     return max(1, round(steps)), formula
 
 

@@ -13,20 +13,20 @@ Bits per byte are measured by scripts.base_loss; scripts.chat_cli --source=base 
 
 from typing import Literal
 
-from nanochat.configurator import configure
+from nanochat.configurator import Interval, Natural, Positive, configure
 
 SHORT = {"i": "source", "g": "model_tag", "s": "step", "x": "max_per_task"}
 
 # Model
 source: Literal["base", "mid", "sft", "rl"] = "base"  # stage of the checkpoint
 model_tag: str | None = None  # name of the checkpoint directory (None = the one saved last)
-step: int | None = None  # checkpoint step (None = the last)
+step: Natural | None = None  # checkpoint step (None = the last)
 hf_path: str | None = None  # score this folder with a Hugging Face model instead
 # Evaluation
 tasks = "all"  # names joined by |, or all
-max_per_task = -1  # items of each task (-1 = all of them)
+max_per_task: Interval = -1  # items of each task (-1 = all of them)
 bundle: str | None = None  # folder with core.yaml (None = $NANOCHAT_BASE_DIR/eval_bundle, compared with its manifest)
-batch_tokens: int | None = None  # tokens per rank and forward pass (None = 4,096 on CPU, 32,768 elsewhere)
+batch_tokens: Positive | None = None  # tokens per rank and forward pass (None = 4,096 on CPU, 32,768 elsewhere)
 compile = True  # torch.compile our model if there is a C++ compiler, and 2,000 items or more in what is asked
 rescore = False  # score every task, also those that an earlier run of the same model and settings has scored
 # Machine
@@ -58,8 +58,6 @@ VERSION = 1  # of prompts, scoring and the file of a task's answers: what anothe
 
 def main() -> None:
     compute = compute_init(device_type, dtype)
-    if max_per_task == 0 or max_per_task < -1:
-        raise UserError(f"--max-per-task={max_per_task}: expected at least 1, or -1 for all items")
     every_task = load_tasks(Path(bundle) if bundle else find_bundle())
     there = choose_tasks(tasks, every_task)
     compiled = compile and not hf_path and worth_compiling(there, compute)
@@ -127,7 +125,7 @@ def kept_score(task: CoreTask, scorer: Scorer, compute: Compute, path: Path, abo
     if compute.any(earlier is not None):
         print0(f"{task.label}: scored before, {path}")
         return earlier
-    score = score_task(task, scorer, compute, None if max_per_task == -1 else max_per_task)
+    score = score_task(task, scorer, compute, max_per_task)
     if compute.is_master:
         save_score(path, key, score)
     return score

@@ -9,15 +9,15 @@ bpb_quick, which base_train shows on its way, in windows that do not. +- is the 
 
 from typing import Literal
 
-from nanochat.configurator import configure
+from nanochat.configurator import Natural, Positive, configure
 
 # Model
 model_tag: str | None = None  # name of the checkpoint directory (None = the one saved last)
-step: int | None = None  # checkpoint step (None = the last)
+step: Natural | None = None  # checkpoint step (None = the last)
 # Evaluation
 corpus: str | None = None  # directory name in $NANOCHAT_BASE_DIR/data (None = the only one there)
-split_tokens = 20 * 524288  # tokens of each split to score; a smaller split is scored whole
-device_batch_size: int | Literal["auto"] = 32  # windows per rank and forward pass (auto = the most that fit)
+split_tokens: Positive = 20 * 524288  # tokens of each split to score; a smaller split is scored whole
+device_batch_size: Positive | Literal["auto"] = 32  # windows per rank and forward pass (auto = the most that fit)
 baselines = True  # also measure what must be beaten: byte frequencies and xz -9 (corpora up to 64 MB)
 # Machine
 device_type: Literal["auto", "cuda", "mps", "xpu", "cpu"] = "auto"  # cuda also stands for AMD's ROCm

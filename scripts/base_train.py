@@ -10,60 +10,60 @@ tokenizer, and a run that was stopped continues with --resume as if it had not b
 
 from typing import Literal
 
-from nanochat.configurator import configure
+from nanochat.configurator import Amount, Interval, Minutes, Natural, Positive, Rate, Seed, Several, Share, configure
 
 # Run
 run = "dummy"  # wandb run name; dummy = no wandb
 device_type: Literal["auto", "cuda", "mps", "xpu", "cpu"] = "auto"  # cuda also stands for AMD's ROCm
 dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # what matmuls compute in; master weights are always fp32
 compile = True  # torch.compile the blocks and the loss; without a C++ compiler the run is eager and says so
-seed = 42  # of the weights and of the order of the rows
+seed: Seed = 42  # of the weights and of the order of the rows
 # Text
 corpus: str | None = None  # directory name in $NANOCHAT_BASE_DIR/data (None = the only one there)
 packing: Literal["bos", "flat"] = "bos"  # bos: every row starts with BOS, best fit; flat: one long stream cut into rows
 # Model
-depth = 20  # number of Transformer layers; width and heads follow from it
-aspect_ratio = 64  # width / depth
-head_dim: int | None = None  # channels per attention head (None = 128, or 64 for models narrower than 512)
-kv_heads: int | None = None  # key/value heads (None = as many as query heads; fewer = grouped-query attention)
-max_seq_len = 2048  # context in tokens
+depth: Positive = 20  # number of Transformer layers; width and heads follow from it
+aspect_ratio: Positive = 64  # width / depth
+head_dim: Several | None = None  # channels per attention head (None = 128, or 64 for models narrower than 512)
+kv_heads: Positive | None = None  # key/value heads (None = as many as query heads; fewer = grouped-query attention)
+max_seq_len: Positive = 2048  # context in tokens
 window_pattern = "L"  # tiled over the layers: L sees the full context, S half of it; the last layer is always L
 # Horizon: at most one of these four; none = 20 tokens per parameter (Chinchilla)
-num_iterations: int | None = None  # optimizer steps (the only one that changes the plan of a resumed run)
-target_flops: float | None = None  # training FLOPs, for scaling laws
-target_param_data_ratio: float | None = None  # tokens per parameter
+num_iterations: Positive | None = None  # optimizer steps (the only one that changes the plan of a resumed run)
+target_flops: Amount | None = None  # training FLOPs, for scaling laws
+target_param_data_ratio: Amount | None = None  # tokens per parameter
 ratio_counts: Literal["all", "matmuls"] = "all"  # parameters of the ratio: all, or without the embedding (nanochat: 12)
-minutes: float | None = None  # training time, turned into steps once; evaluation, saving, compiling not counted
+minutes: Amount | None = None  # training time, turned into steps once; evaluation, saving, compiling not counted
 # Batch
-device_batch_size: int | Literal["auto"] = 32  # rows per rank and micro-batch (auto = the most that fit)
-total_batch_size = 524288  # tokens per step over all ranks, rounded to whole micro-batches
+device_batch_size: Positive | Literal["auto"] = 32  # rows per rank and micro-batch (auto = the most that fit)
+total_batch_size: Positive = 524288  # tokens per step over all ranks, rounded to whole micro-batches
 # Optimizers
-matrix_lr = 0.02  # Muon, for the matrices in the blocks
-embedding_lr = 0.2  # AdamW, for the embedding; scales with (width / 768)^-0.5
-unembedding_lr = 0.004  # AdamW, for the head; scales likewise
-weight_decay = 0.0  # Muon's cautious weight decay; falls to 0 along a cosine
-warmup_ratio = 0.0  # share of the run in which learning rates rise from 0
-warmdown_ratio = 0.4  # share of the run in which they fall to final_lr_frac
-final_lr_frac = 0.0  # where they end
+matrix_lr: Rate = 0.02  # Muon, for the matrices in the blocks
+embedding_lr: Rate = 0.2  # AdamW, for the embedding; scales with (width / 768)^-0.5
+unembedding_lr: Rate = 0.004  # AdamW, for the head; scales likewise
+weight_decay: Rate = 0.0  # Muon's cautious weight decay; falls to 0 along a cosine
+warmup_ratio: Share = 0.0  # share of the run in which learning rates rise from 0
+warmdown_ratio: Share = 0.4  # share of the run in which they fall to final_lr_frac
+final_lr_frac: Share = 0.0  # where they end
 skip_spikes = False  # no update by a step whose loss or gradient norm is 6 standard deviations too high
 # Memory (python -m scripts.plan says what fits without)
 shard = False  # FSDP2: weights, gradients and optimizer state in parts on all ranks; slower, same checkpoints
 offload = False  # with --shard: these parts in the host's memory, and on the GPU only while they are used
 recompute = False  # keep only each block's input, and compute the rest again in the backward pass; a third more FLOPs
 # Evaluation
-eval_every = 250  # steps between quick validations (-1 = never)
-eval_tokens = 20 * 524288  # tokens of each validation, quick or final; a smaller validation set is scored whole
-sample_every = 2000  # steps between samples (-1 = never)
-core_metric_every = -1  # steps between evaluations of CORE (-1 = never); the tasks: nanochat.dataset --prefetch=eval
-core_metric_max_per_task = 500  # items of each of its tasks
+eval_every: Interval = 250  # steps between quick validations (-1 = never)
+eval_tokens: Positive = 20 * 524288  # tokens of each validation, quick or final; less text is scored whole
+sample_every: Interval = 2000  # steps between samples (-1 = never)
+core_metric_every: Interval = -1  # steps between CORE scores (-1 = never); its tasks: nanochat.dataset --prefetch=eval
+core_metric_max_per_task: Interval = 500  # items of each of its tasks (-1 = all)
 # Checkpoints
 model_tag: str | None = None  # name of the checkpoint directory (None = d<depth>)
-save_every = -1  # steps between checkpoints (-1 = only at the end)
-save_minutes = -1.0  # minutes between checkpoints (-1 = by steps alone); both may be given
+save_every: Interval = -1  # steps between checkpoints (-1 = only at the end)
+save_minutes: Minutes = -1.0  # minutes between checkpoints (-1 = by steps alone); both may be given
 save_best = False  # save after each quick validation that is the best so far, and never delete that one
-keep_last = -1  # checkpoints to keep, older ones are deleted (-1 = all)
+keep_last: Interval = -1  # checkpoints to keep, older ones are deleted (-1 = all)
 resume = False  # continue from the newest whole checkpoint of this tag
-resume_from_step: int | None = None  # continue from this step
+resume_from_step: Natural | None = None  # continue from this step
 fresh = False  # start over although this tag has checkpoints; they are kept under another name
 settings = configure(__name__)
 
@@ -79,7 +79,7 @@ from nanochat.gpt import GPT, config_from_depth
 from nanochat.loss_eval import BitsPerByte, evaluate_bpb, validation_windows
 from nanochat.model import build_model
 from nanochat.run import Run, open_run
-from nanochat.schedule import BatchPlan, one_horizon, plan_batches, plan_horizon
+from nanochat.schedule import BatchPlan, plan_batches, plan_horizon
 from nanochat.sharding import placement
 from nanochat.sizing import choose_device_batch
 from nanochat.tokenizer import Tokenizer, get_tokenizer
@@ -172,12 +172,11 @@ def open_stream(text: Corpus, tokenizer: Tokenizer, batch: BatchPlan, compute: C
 
 def plan_steps(model: GPT, text: Corpus, tokenizer: Tokenizer, batch: BatchPlan, compute: Compute) -> tuple[int, str]:
     """The number of steps and where it comes from. For --minutes a few real steps are timed, and then undone."""
-    others = {"num_iterations": num_iterations, "target_flops": target_flops}
-    given = one_horizon(**others, target_param_data_ratio=target_param_data_ratio, minutes=minutes)
-    if "minutes" not in given:
-        return plan_horizon(batch.tokens, model.estimate_flops(), model.ratio_params(ratio_counts), **given)
+    if minutes is None:
+        counted = batch.tokens, model.estimate_flops(), model.ratio_params(ratio_counts)
+        return plan_horizon(*counted, num_iterations, target_flops, target_param_data_ratio)
     stream = open_stream(text, tokenizer, batch, compute, Position())
-    num_steps, formula = steps_for_minutes(given["minutes"], model, stream, batch, compute)
+    num_steps, formula = steps_for_minutes(minutes, model, stream, batch, compute)
     model.init_weights(seed)
     return num_steps, formula
 

@@ -10,22 +10,22 @@ calculator is shown in brackets.
 
 from typing import Literal
 
-from nanochat.configurator import configure
+from nanochat.configurator import Natural, Positive, Rate, Seed, Share, configure
 
 SHORT = {"p": "prompt", "i": "source", "g": "model_tag", "s": "step", "t": "temperature", "k": "top_k"}
 
 # Model
 source: Literal["base", "mid", "sft", "rl"] = "sft"  # stage of the checkpoint
 model_tag: str | None = None  # name of the checkpoint directory (None = the one saved last)
-step: int | None = None  # checkpoint step (None = the last)
+step: Natural | None = None  # checkpoint step (None = the last)
 # Text
 prompt: str | None = None  # answer this and exit (None = a chat)
-num_samples = 1  # base only: continuations of each text
-max_tokens = 256  # length of an answer; the end of the model's context may come first
-temperature = 0.6  # 0 = always the most likely token
-top_k = 50  # draw from the k most likely tokens only (0 = from all)
-top_p = 0.0  # draw from the most likely tokens that together reach this probability (0 = from all)
-seed = 42  # of the drawing
+num_samples: Positive = 1  # base only: continuations of each text
+max_tokens: Positive = 256  # length of an answer; the end of the model's context may come first
+temperature: Rate = 0.6  # 0 = always the most likely token
+top_k: Natural = 50  # draw from the k most likely tokens only (0 = from all)
+top_p: Share = 0.0  # draw from the most likely tokens that together reach this probability (0 = from all)
+seed: Seed = 42  # of the drawing
 # Machine
 device_type: Literal["auto", "cuda", "mps", "xpu", "cpu"] = "auto"  # cuda also stands for AMD's ROCm
 dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # what matmuls compute in

@@ -15,7 +15,7 @@ published is called partial.
 
 from typing import Literal
 
-from nanochat.configurator import configure
+from nanochat.configurator import Natural, Positive, Rate, Seed, configure
 
 SHORT = {
     "i": "source", "a": "task_name", "g": "model_tag", "s": "step", "t": "temperature", "m": "max_new_tokens",
@@ -25,18 +25,18 @@ SHORT = {
 # Model
 source: Literal["base", "mid", "sft", "rl"] = "sft"  # stage of the checkpoint
 model_tag: str | None = None  # name of the checkpoint directory (None = the one saved last)
-step: int | None = None  # checkpoint step (None = the last)
+step: Natural | None = None  # checkpoint step (None = the last)
 # Tasks
 task_name = "all"  # names joined by |, or all, or offline (those that need no download), or list to see them
-max_problems: int | None = None  # problems of each task (None = all of them)
+max_problems: Positive | None = None  # problems of each task (None = all of them)
 # Answers
-device_batch_size = 64  # answers per rank that are written together
-num_samples = 1  # answers to each generative problem: accuracy is over all of them, pass@k as well up to k = this
-max_new_tokens = 512  # length at which an unfinished answer is cut off
-temperature = 0.0  # 0 = always the most likely token
-top_k = 50  # draw from the k most likely tokens only (0 = from all)
-seed = 42  # of the drawing
-show = 2  # problems of each task to print with an answer
+device_batch_size: Positive = 64  # answers per rank that are written together
+num_samples: Positive = 1  # answers to each generative problem: accuracy is over all of them, pass@k up to k = this
+max_new_tokens: Positive = 512  # length at which an unfinished answer is cut off
+temperature: Rate = 0.0  # 0 = always the most likely token
+top_k: Natural = 50  # draw from the k most likely tokens only (0 = from all)
+seed: Seed = 42  # of the drawing
+show: Natural = 2  # problems of each task to print with an answer
 unsafe_exec = False  # run programs that a model wrote even where the machine cannot lock them in
 log_answers = False  # write every answer to records/answers/, a line of JSON per problem
 # Machine

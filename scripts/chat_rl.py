@@ -11,7 +11,7 @@ Prompts whose samples all got the same reward teach nothing and are skipped.
 
 from typing import Literal
 
-from nanochat.configurator import configure
+from nanochat.configurator import Interval, Minutes, Natural, Positive, Rate, Seed, Several, configure
 
 SHORT = {"i": "source", "g": "model_tag", "s": "step"}
 
@@ -19,40 +19,40 @@ SHORT = {"i": "source", "g": "model_tag", "s": "step"}
 run = "dummy"  # wandb run name; dummy = no wandb
 device_type: Literal["auto", "cuda", "mps", "xpu", "cpu"] = "auto"  # cuda also stands for AMD's ROCm
 dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # what matmuls compute in; master weights are always fp32
-seed = 42  # of the samples
+seed: Seed = 42  # of the samples
 # Start
 source: Literal["mid", "sft", "rl"] = "sft"  # stage of the checkpoint to start from
 source_tag: str | None = None  # name of its directory (None = --model-tag, without that the one saved last)
-step: int | None = None  # its step (None = the last)
+step: Natural | None = None  # its step (None = the last)
 # Problems
 task: Literal["GSM8K", "Arithmetic-Hard", "Arithmetic"] = "GSM8K"  # where prompts and rewards come from
-examples_per_step = 16  # prompts per step over all ranks
-num_samples = 16  # answers to each prompt
-max_new_tokens = 256  # length at which an unfinished answer is cut off
+examples_per_step: Positive = 16  # prompts per step over all ranks
+num_samples: Several = 16  # answers to each prompt
+max_new_tokens: Positive = 256  # length at which an unfinished answer is cut off
 # Horizon
-num_iterations: int | None = None  # optimizer steps (None = once through the problems)
+num_iterations: Positive | None = None  # optimizer steps (None = once through the problems)
 # Batch
-device_batch_size = 8  # answers per rank and forward/backward pass
+device_batch_size: Positive = 8  # answers per rank and forward/backward pass
 # Optimizers
-matrix_lr = 0.02  # Muon, for the matrices in the blocks
-embedding_lr = 0.2  # AdamW, for the embedding; scales with (width / 768)^-0.5
-unembedding_lr = 0.004  # AdamW, for the head; scales likewise
-init_lr_frac = 0.05  # share of these rates to begin with; they fall to 0 along a line
-weight_decay = 0.0  # Muon's cautious weight decay; falls to 0 along a cosine
+matrix_lr: Rate = 0.02  # Muon, for the matrices in the blocks
+embedding_lr: Rate = 0.2  # AdamW, for the embedding; scales with (width / 768)^-0.5
+unembedding_lr: Rate = 0.004  # AdamW, for the head; scales likewise
+init_lr_frac: Rate = 0.05  # share of these rates to begin with; they fall to 0 along a line
+weight_decay: Rate = 0.0  # Muon's cautious weight decay; falls to 0 along a cosine
 skip_spikes = False  # no update by a step whose loss or gradient norm is 6 standard deviations too high
 # Evaluation, on held-out problems
-eval_every = 60  # steps between evaluations (-1 = only at the start and at the end)
-eval_examples = 400  # problems of an evaluation
-eval_samples = 8  # answers to each: pass@k for k = 1, 2, 4, ... up to this many
-max_dead_steps = 5  # give up after so many steps in a row in which no prompt taught anything
+eval_every: Interval = 60  # steps between evaluations (-1 = only at the start and at the end)
+eval_examples: Positive = 400  # problems of an evaluation
+eval_samples: Positive = 8  # answers to each: pass@k for k = 1, 2, 4, ... up to this many
+max_dead_steps: Positive = 5  # give up after so many steps in a row in which no prompt taught anything
 # Checkpoints
 model_tag: str | None = None  # name of the new directory (None = that of the checkpoint to start from)
-save_every = 60  # steps between checkpoints (-1 = only at the end)
-save_minutes = -1.0  # minutes between checkpoints (-1 = by steps alone); both may be given
+save_every: Interval = 60  # steps between checkpoints (-1 = only at the end)
+save_minutes: Minutes = -1.0  # minutes between checkpoints (-1 = by steps alone); both may be given
 save_best = False  # save after each evaluation with the best pass@1 so far, and never delete that one
-keep_last = -1  # checkpoints to keep, older ones are deleted (-1 = all)
+keep_last: Interval = -1  # checkpoints to keep, older ones are deleted (-1 = all)
 resume = False  # continue from the newest whole checkpoint of this tag
-resume_from_step: int | None = None  # continue from this step
+resume_from_step: Natural | None = None  # continue from this step
 fresh = False  # start over although this tag has checkpoints; they are kept under another name
 settings = configure(__name__)
 
@@ -71,7 +71,7 @@ from nanochat.conversation import decode_parts, fingerprint, parts_text, render_
 from nanochat.engine import Engine, Sampling
 from nanochat.gpt import GPT
 from nanochat.run import Run, open_run
-from nanochat.schedule import cosine_to_zero, one_horizon
+from nanochat.schedule import cosine_to_zero
 from nanochat.task_eval import pass_at_k
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Rates, Spikes, Sums, agree, every, fits, update, zero_sums
@@ -82,7 +82,6 @@ from tasks.mixtures import rl_task
 
 def main() -> None:
     compute = compute_init(device_type, dtype, seed)
-    check_settings()
     start, tag = find_start("rl", source, source_tag, model_tag, step)
     model, tokenizer = open_model(start, compute.device, "train")
     problems, held_out = rl_task(task, "train"), rl_task(task, "dev")
@@ -94,9 +93,8 @@ def main() -> None:
     identity |= {"started_from": start.identity}
 
     with open_run("rl", tag, settings, identity, compute) as run:
-        given = one_horizon(num_iterations=num_iterations)
         once = max(1, len(problems) // examples_per_step)
-        num_steps, _ = run.horizon or (int(given.get("num_iterations", once)), "")
+        num_steps, _ = run.horizon or (num_iterations or once, "")
         print0(f"horizon: {num_steps:,} steps")
         rates = [rate * init_lr_frac for rate in (matrix_lr, embedding_lr, unembedding_lr)]
         optimizers = model.setup_optimizers(*rates, weight_decay, compute.dtype)
@@ -128,15 +126,6 @@ def main() -> None:
         questions = [str(held_out[i]["messages"][0]["content"]) for i in range(min(3, len(held_out)))]
         show_chats(questions, model, tokenizer, compute, run)
         run.finish()
-
-
-def check_settings() -> None:
-    """Raise UserError for numbers with which nothing can be tried."""
-    if min(examples_per_step, num_samples - 1, eval_examples, eval_samples, device_batch_size) < 1:
-        raise UserError(
-            f"--examples-per-step={examples_per_step} --num-samples={num_samples} --eval-examples={eval_examples} "
-            f"--eval-samples={eval_samples} --device-batch-size={device_batch_size}: expected at least 1, num-samples 2"
-        )
 
 
 def rates_of(number: int, num_steps: int) -> Rates:

@@ -5,7 +5,7 @@ python -m scripts.chat_web -i sft
 
 from typing import Literal
 
-from nanochat.configurator import configure
+from nanochat.configurator import Natural, Port, Positive, Rate, configure
 
 SHORT = {
     "i": "source", "g": "model_tag", "s": "step", "t": "temperature", "k": "top_k", "m": "max_tokens", "p": "port",
@@ -15,16 +15,16 @@ SHORT = {
 # Model
 source: Literal["mid", "sft", "rl"] = "sft"  # stage of the checkpoint
 model_tag: str | None = None  # name of the checkpoint directory (None = the one saved last)
-step: int | None = None  # checkpoint step (None = the last)
+step: Natural | None = None  # checkpoint step (None = the last)
 # Text, where a request doesn't say
-temperature = 0.8  # 0 = always the most likely token
-top_k = 50  # draw from the k most likely tokens only (0 = from all)
-max_tokens = 512  # length of a reply
+temperature: Rate = 0.8  # 0 = always the most likely token
+top_k: Natural = 50  # draw from the k most likely tokens only (0 = from all)
+max_tokens: Positive = 512  # length of a reply
 # Server
 host = "127.0.0.1"  # address to listen on; 0.0.0.0 = all of this machine's
-port = 8000  # of the page and the API (0 = any free one)
+port: Port = 8000  # of the page and the API (0 = any free one)
 # Machine
-num_gpus = 1  # replicas of the model; only 1 for now
+num_gpus: Positive = 1  # replicas of the model; only 1 for now
 device_type: Literal["auto", "cuda", "mps", "xpu", "cpu"] = "auto"  # cuda also stands for AMD's ROCm
 dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # what matmuls compute in
 settings = configure(__name__)

@@ -9,14 +9,14 @@ Nothing is built or changed. Ends with 2 and the reason where a file is not as i
 
 from typing import Literal
 
-from nanochat.configurator import configure
+from nanochat.configurator import Natural, configure
 
 SHORT = {"i": "source", "g": "model_tag", "s": "step"}
 
 # Checkpoint
 source: Literal["base", "mid", "sft", "rl"] = "base"  # stage of the checkpoint
 model_tag: str | None = None  # name of the checkpoint directory (None = the one saved last)
-step: int | None = None  # checkpoint step (None = the last)
+step: Natural | None = None  # checkpoint step (None = the last)
 all_steps = False  # list all steps of the tag instead
 # What to look at
 verify = True  # compare the sha256 of every file; without it only their sizes are compared

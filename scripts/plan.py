@@ -11,39 +11,39 @@ command that starts the run.
 
 from typing import Literal
 
-from nanochat.configurator import configure, read_block
+from nanochat.configurator import Amount, Fraction, Positive, Rate, Several, configure, read_block
 
 # Machine
-gpus = 1  # ranks, one per GPU
+gpus: Positive = 1  # ranks, one per GPU
 card: str | None = None  # its name, such as "RTX 4090": memory and peak come from the table (None = vram_gb decides)
-vram_gb: float | None = None  # memory of one GPU, or of the machine without one, in GB (None = the card's)
+vram_gb: Amount | None = None  # memory of one GPU, or of the machine without one, in GB (None = the card's)
 device_type: Literal["auto", "cuda", "cpu"] = "auto"  # auto = cuda, which also stands for AMD's ROCm
 dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # what matmuls compute in (auto = bfloat16)
 compile = True  # torch.compile, as base_train does it; eager training keeps more
-mfu: float | None = None  # assumed share of the cards' peak that training reaches (None = show 0.4 and 0.1)
-dollars_per_hour: float | None = None  # of one GPU, or of a machine without (None = known for H100, A100 and V100)
+mfu: Fraction | None = None  # assumed share of the cards' peak that training reaches (None = show 0.4 and 0.1)
+dollars_per_hour: Rate | None = None  # of one GPU, or of a machine without (None = known for H100, A100 and V100)
 # Model
-depth = 20  # number of Transformer layers; width and heads follow from it
-aspect_ratio = 64  # width / depth
-head_dim: int | None = None  # channels per attention head (None = 128, or 64 for models narrower than 512)
-kv_heads: int | None = None  # key/value heads (None = as many as query heads; fewer = grouped-query attention)
-vocab_size = 65536  # tokens in the vocabulary
-max_seq_len = 2048  # context in tokens
+depth: Positive = 20  # number of Transformer layers; width and heads follow from it
+aspect_ratio: Positive = 64  # width / depth
+head_dim: Several | None = None  # channels per attention head (None = 128, or 64 for models narrower than 512)
+kv_heads: Positive | None = None  # key/value heads (None = as many as query heads; fewer = grouped-query attention)
+vocab_size: Positive = 65536  # tokens in the vocabulary
+max_seq_len: Positive = 2048  # context in tokens
 window_pattern = "L"  # tiled over the layers: L sees the full context, S half of it; the last layer is always L
 # Horizon: at most one of these three; none = 20 tokens per parameter (Chinchilla)
-num_iterations: int | None = None  # optimizer steps
-target_flops: float | None = None  # training FLOPs
-target_param_data_ratio: float | None = None  # tokens per parameter
+num_iterations: Positive | None = None  # optimizer steps
+target_flops: Amount | None = None  # training FLOPs
+target_param_data_ratio: Amount | None = None  # tokens per parameter
 ratio_counts: Literal["all", "matmuls"] = "all"  # parameters of the ratio: all, or without the embedding (nanochat: 12)
 # Batch
-device_batch_size: int | Literal["auto"] = "auto"  # rows per rank and micro-batch (auto = the most that fit)
-total_batch_size = 524288  # tokens per step over all ranks (rounded to whole micro-batches, which is printed)
+device_batch_size: Positive | Literal["auto"] = "auto"  # rows per rank and micro-batch (auto = the most that fit)
+total_batch_size: Positive = 524288  # tokens per step over all ranks (rounded to whole micro-batches, which is printed)
 # Memory
 shard = False  # base_train --shard: weights, gradients and optimizer state in parts on all ranks
 offload = False  # base_train --offload: these parts in the host's memory
 recompute = False  # base_train --recompute: activations are computed again in the backward pass; a third more FLOPs
 # Checkpoints
-keep_last = 2  # checkpoints on the disk at a time
+keep_last: Positive = 2  # checkpoints on the disk at a time
 # Output
 table = False  # one line for each depth from 4 to 32 instead
 settings = configure(__name__)
@@ -51,7 +51,7 @@ settings = configure(__name__)
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -92,14 +92,6 @@ class Plan(NamedTuple):
 
 
 def main() -> None:
-    for name in ("gpus", "vram_gb", "device_batch_size", "keep_last", "mfu"):
-        value: Any = settings[name]
-        if value not in (None, "auto") and value <= 0:
-            raise UserError(f"--{name.replace('_', '-')}={value}: expected more than 0")
-    if mfu is not None and mfu > 1:
-        raise UserError(f"--mfu={mfu}: expected a share of the peak, at most 1")
-    if dollars_per_hour is not None and dollars_per_hour < 0:
-        raise UserError(f"--dollars-per-hour={dollars_per_hour}: expected a price of 0 or more")
     machine = find_machine()
     if table:
         show_table(machine)
@@ -117,7 +109,7 @@ def find_machine() -> Card:
 
 
 def make_plan(layers: int, machine: Card) -> Plan:
-    """Raises UserError where not a single row fits, or more than one horizon is given."""
+    """Raises UserError where not a single row fits."""
     config = config_from_depth(layers, vocab_size, max_seq_len, aspect_ratio, head_dim, kv_heads, window_pattern)
     with torch.device("meta"):
         model = GPT(config)

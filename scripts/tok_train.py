@@ -5,14 +5,14 @@
 The same text and settings give the same tokenizer, byte for byte, on any machine and any number of cores.
 """
 
-from nanochat.configurator import configure
+from nanochat.configurator import Natural, Positive, configure
 
 # Text
 corpus: str | None = None  # directory name in $NANOCHAT_BASE_DIR/data (None = the only one there)
-max_chars = 2_000_000_000  # stop after this many characters (the document that reaches it still counts)
-doc_cap = 10_000  # characters taken of each document, so that no long one dominates (0 = all)
+max_chars: Positive = 2_000_000_000  # stop after this many characters (the document that reaches it still counts)
+doc_cap: Natural = 10_000  # characters taken of each document, so that no long one dominates (0 = all)
 # Vocabulary
-vocab_size = 65_536  # tokens in all: 256 bytes, merges, 9 special tokens
+vocab_size: Positive = 65_536  # tokens in all: 256 bytes, merges, 9 special tokens
 settings = configure(__name__)
 
 import time

@@ -130,7 +130,5 @@ def test_scores_are_kept_sealed_and_used_for_the_same_question_only(tmp_path, ca
 def test_mistakes_are_one_line(score):
     with pytest.raises(UserError, match=r"--tasks=chose: expected all, or some of choose\|fill\|say"):
         score(tasks="choose|chose")
-    with pytest.raises(UserError, match="expected at least 1, or -1"):
-        score(max_per_task=0)
     with pytest.raises(UserError, match="no config.json there"):
         score(hf_path="/nowhere")

@@ -150,8 +150,6 @@ def test_mistyped_settings_get_one_line_and_exit_code_2(home, flags):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"minutes": 1.0}, "at most one horizon"),
-        ({"num_iterations": 0}, "more than 0"),
         ({"device_type": "cuda"}, "try --device-type=cpu"),
         ({"model_tag": "whole"}, "--resume"),
         ({"model_tag": "whole", "resume": True, "seed": 7}, "seed"),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from nanochat.common import UserError
 from nanochat.configurator import parse_args, read_block
 
 ROOT = Path(__file__).parent.parent
@@ -97,12 +98,40 @@ def test_commands_are_found_where_they_are_shown() -> None:
 
 
 def test_a_setting_has_the_same_type_in_every_script() -> None:
-    """And a comment: read_block() refuses a block where one is missing."""
+    """And a comment, and a range of its numbers: read_block() refuses a block where one is missing."""
     kinds: dict[str, tuple[str, type]] = {}
     for module, path in script_paths().items():
         for name, setting in read_block(path).settings.items():
-            first, kind = kinds.setdefault(name, (module, setting.kind))
-            assert kind is setting.kind, f"{name} is {kind.__name__} in {first}, {setting.kind.__name__} in {module}"
+            first, kind = kinds.setdefault(name, (module, setting.kind.type))
+            assert kind is setting.kind.type, f"{name} is {kind} in {first}, {setting.kind.type} in {module}"
+
+
+@pytest.mark.parametrize(
+    ("module", "flag"),
+    [
+        *(("scripts.base_train", f"--{flag}") for flag in ("seed=-1", "warmup-ratio=20", "warmdown-ratio=-1")),
+        *(("scripts.base_train", f"--{flag}") for flag in ("matrix-lr=-0.02", "kv-heads=0", "eval-tokens=0")),
+        *(("scripts.base_train", f"--{flag}") for flag in ("core-metric-max-per-task=0", "depth=0", "keep-last=0")),
+        *(("scripts.base_train", f"--{flag}") for flag in ("num-iterations=0", "minutes=0", "device-batch-size=0")),
+        *(("scripts.base_loss", f"--{flag}") for flag in ("device-batch-size=0", "split-tokens=-1")),
+        ("scripts.base_eval", "--max-per-task=0"),
+        ("scripts.chat_cli", "--max-tokens=0"),
+        ("scripts.chat_cli", "--top-p=2"),
+        *(("scripts.chat_eval", flag) for flag in ("-x=-2", "-n=0", "-m=-1", "-t=-1", "-b=0")),
+        ("scripts.chat_rl", "--num-samples=1"),
+        ("scripts.chat_web", "--port=70000"),
+        ("scripts.plan", "--dollars-per-hour=-2"),
+        ("scripts.tok_train", "--max-chars=-1"),
+        *(("nanochat.dataset", flag) for flag in ("-n=0", "--workers=0", "--val-fraction=1.0")),
+        *(("dev.gen_identity", f"--{flag}") for flag in ("num-train=0", "two-turns=1.5")),
+        *(("dev.gen_synthetic_data", f"--{flag}") for flag in ("num=0", "workers=0")),
+        ("dev.repackage_data", "--shard-chars=0"),
+    ],
+)
+def test_a_number_that_means_nothing_is_refused_before_anything_is_done(module: str, flag: str) -> None:
+    """They were tracebacks, nonsense, or numbers of nothing; some after hours."""
+    with pytest.raises(UserError, match=f"^{flag}: expected .*(int|float)"):
+        parse_args(read_block(script_paths()[module]), [flag])
 
 
 def test_help_of_every_script_imports_nothing_heavy() -> None:

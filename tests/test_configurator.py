@@ -14,24 +14,28 @@ SCRIPT = '''"""A stage."""
 
 from typing import Literal
 
-from nanochat.configurator import configure
+from nanochat.configurator import Amount, Interval, Positive, Rate, Share, configure
 
 SHORT = {"i": "source", "p": "prompt", "n": "num_files", "q": "quiet"}
 
 # -----------------------------------------------------------------------------
 # Model
-depth = 20  # number of layers
+depth: Positive = 20  # number of layers
 model_tag: str | None = None  # directory name (None = d<depth>)
 source: Literal["base", "mid"] = "mid"  # where from
-head_dim: Literal[64, 128] | None = None  # channels
-rows: int | Literal["auto"] = 32  # rows
-# Horizon: one of these
-num_files: int | None = None  # files
-matrix_lr = 0.02  # Muon
-minutes: float | None = (
+rows: Positive | Literal["auto"] = 32  # rows
+num_files: Interval | None = None  # files
+matrix_lr: Rate = 0.02  # Muon
+tokens: Positive = 20 * 524288  # of text
+warmup: Share = 0.0  # share of the run
+save_every: Interval = -1  # steps
+# Horizon: at most one of these three
+steps: Positive | None = None  # how many
+flops: Amount | None = None  # how much
+minutes: Amount | None = (
     None  # training time
 )
-tokens = 20 * 524288  # of text
+counts: Literal["all", "some"] = "all"  # what a ratio counts
 # Other
 prompt = ""  # text, with = and # in it
 compile = True  # or eager
@@ -80,12 +84,13 @@ def run(script: Path, *argv: str, rank: str = "0") -> subprocess.CompletedProces
 def test_block_is_what_stands_above_configure(script):
     settings = read_block(script).settings
     assert list(settings) == (
-        "depth model_tag source head_dim rows num_files matrix_lr minutes tokens prompt compile quiet".split()
+        "depth model_tag source rows num_files matrix_lr tokens warmup save_every steps flops minutes counts prompt "
+        "compile quiet".split()
     )
     assert settings["tokens"].default == 10485760
     assert settings["minutes"].help == "training time"  # ruff moves a long comment inside parentheses
     assert settings["depth"].section == "Model"
-    assert settings["minutes"].section == "Horizon: one of these"
+    assert settings["minutes"].section == "Horizon: at most one of these three"
 
 
 @pytest.mark.parametrize(
@@ -113,10 +118,13 @@ def test_block_is_what_stands_above_configure(script):
         (["-n", "8"], {"num_files": 8}),
         (["-n", "-1"], {"num_files": -1}),
         (["--num-files", "-1"], {"num_files": -1}),
-        (["--head-dim=128"], {"head_dim": 128}),
         (["--matrix-lr=1"], {"matrix_lr": 1.0}),
         (["--matrix-lr=1e-3"], {"matrix_lr": 0.001}),
-        (["--matrix-lr", "-.5"], {"matrix_lr": -0.5}),
+        (["--matrix-lr", "0"], {"matrix_lr": 0.0}),
+        (["--warmup=1"], {"warmup": 1.0}),
+        (["--save-every=-1"], {"save_every": -1}),
+        (["--steps", "-1", "--minutes=-1.0"], {"steps": None, "minutes": None}),  # as older command lines say it
+        (["--steps=5", "--minutes=None", "--flops=-1"], {"steps": 5, "minutes": None, "flops": None}),
         (["--minutes=6"], {"minutes": 6.0}),
         (["--quiet"], {"quiet": True}),
         (["-q"], {"quiet": True}),
@@ -150,8 +158,8 @@ def test_accepted_forms(script, argv, expected):
         (["--CONSTANT=4"], "no setting named CONSTANT (--CONSTANT=4)."),
         (["--_private=4"], "no setting named _private (--_private=4)."),
         (["--settings=4"], "no setting named settings (--settings=4)."),
-        (["--depth"], "--depth needs a value: --depth=VALUE (int, default 20)"),
-        (["--depth", "--quiet"], "--depth needs a value: --depth=VALUE (int, default 20)"),
+        (["--depth"], "--depth needs a value: --depth=VALUE (int >= 1, default 20)"),
+        (["--depth", "--quiet"], "--depth needs a value: --depth=VALUE (int >= 1, default 20)"),
         (["--prompt", "-dash"], "--prompt needs a value: --prompt=VALUE (str, default '')"),
         (["--prompt", "--"], "--prompt needs a value: --prompt=VALUE"),
         (["--depth=abc"], "--depth=abc: expected int"),
@@ -159,15 +167,25 @@ def test_accepted_forms(script, argv, expected):
         (["--depth=4.0"], "--depth=4.0: expected int"),
         (["--depth=True"], "--depth=True: expected int"),
         (["--depth=None"], "--depth=None: expected int"),
-        (["-n", "x"], "-n=x: expected int or None"),
+        (["--depth=0"], "--depth=0: expected int >= 1"),
+        (["--depth", "-1"], "--depth=-1: expected int >= 1"),
+        (["-n", "x"], "-n=x: expected int >= 1 or -1 or None"),
+        (["-n", "0"], "-n=0: expected int >= 1 or -1 or None"),
+        (["--save-every=-2"], "--save-every=-2: expected int >= 1 or -1"),
+        (["--matrix-lr=-.1"], "--matrix-lr=-.1: expected float >= 0"),
+        (["--warmup=20"], "--warmup=20: expected 0 <= float <= 1"),
+        (["--warmup=nan"], "--warmup=nan: expected 0 <= float <= 1"),
+        (["--minutes=0"], "--minutes=0: expected float > 0 or None"),
+        (["--minutes=inf"], "--minutes=inf: expected float > 0 or None"),
+        (["--steps=-2"], "--steps=-2: expected int >= 1 or None"),
+        (["--steps=5", "--minutes=1"], "--steps and --minutes: give at most one of flops, minutes, steps"),
         (["--matrix-lr=fast"], "--matrix-lr=fast: expected float"),
         (["--matrix-lr=nan"], "--matrix-lr=nan: expected float"),
         (["--matrix-lr=1e999"], "--matrix-lr=1e999: expected float"),
         (["--source=sft"], "--source=sft: expected one of base, mid"),
-        (["--rows=all"], "--rows=all: expected int or auto"),
+        (["--rows=all"], "--rows=all: expected int >= 1 or auto"),
         (["--depth=auto"], "--depth=auto: expected int"),
-        (["--num-files=auto"], "--num-files=auto: expected int or None"),
-        (["--head-dim=96"], "--head-dim=96: expected one of 64, 128 or None"),
+        (["--num-files=auto"], "--num-files=auto: expected int >= 1 or -1 or None"),
         (["--quiet=maybe"], "--quiet=maybe: expected bool"),
         (["--quiet", "false"], "--quiet false: a value for a bool is not spaced; write --quiet=false"),
         (["--no-compile=true"], "--no-compile=true: expected --no-compile or --compile=true"),
@@ -197,12 +215,34 @@ def test_settings_files_and_flags_apply_in_the_order_given(script, tmp_path):
     assert (origins["depth"], origins["quiet"]) == (f"{one}:3", "--quiet")
 
 
+def test_a_horizon_on_the_command_line_replaces_that_of_a_settings_file(script, tmp_path):
+    """base_train dev/configs/laptop.py --num-iterations=100 was refused."""
+    one, two = tmp_path / "one.py", tmp_path / "two.py"
+    one.write_text("minutes = 5.0\nsteps = None\n")
+    two.write_text("flops = 1e18\n")
+    found = parse_args(read_block(script), [str(one), "--steps=100"])
+    assert found == {"minutes": (None, "--steps"), "steps": (100, "--steps")}  # which is printed
+    assert values(script, str(one), str(two), "--counts=some") == {
+        "minutes": None, "steps": None, "flops": 1e18, "counts": "some",
+    }  # fmt: skip
+    assert values(script, str(one), "--minutes=6") == {"minutes": 6.0, "steps": None}
+    assert "--steps and --flops: give at most one" in refusal(script, str(one), "--steps=1", "--flops=1")
+    two.write_text("flops = 1e18\nsteps = 1\n")
+    assert f"{two}:1 and {two}:2: give at most one" in refusal(script, str(two))
+
+
+def test_a_settings_file_with_a_byte_order_mark_is_read(script, tmp_path):
+    (tmp_path / "my.py").write_text("\ufeffdepth = 3\n", encoding="utf-8")
+    assert values(script, str(tmp_path / "my.py")) == {"depth": 3}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("depth = 4\ndept = 3\n", ":2). Did you mean depth? --help lists them all."),
         ("depth = 4\ndepth = = 3\n", ":2: invalid syntax; expected name = value"),
-        ("depth = 'x'\n", ":1: depth = 'x': expected int"),
+        ("depth = 'x'\n", ":1: depth = 'x': expected int >= 1"),
+        ("depth = 0\n", ":1: depth = 0: expected int >= 1"),
         ("depth = True\n", ":1: depth = True: expected int"),
         ("matrix_lr = 1e999\n", "expected float"),
         (f"matrix_lr = 1{'0' * 400}\n", "expected float"),
@@ -254,16 +294,16 @@ def test_binary_as_settings_file(script, tmp_path):
         ("tag = [1]  # a list\n", ":2: setting tag needs a literal default and one of the types"),
         ("tag: list[int] = [1]  # a list\n", ":2: setting tag needs a literal default and one of the types"),
         ("tag: int | str = 1  # two types\n", ":2: setting tag needs a literal default and one of the types"),
+        ("tag = 1  # no range\n", ":2: setting tag needs a literal default and one of the types Positive, "),
+        ("tag: int = 1  # no range\n", ":2: setting tag needs a literal default and one of the types"),
+        ("tag: Share | Positive = 1  # two ranges\n", ":2: setting tag needs a literal default and one of the types"),
+        ("tag: Positive = 0  # wrong default\n", ":2: setting tag = 0: expected int >= 1"),
         ("tag: Literal['a', 1] = 1  # two types\n", ":2: setting tag needs a literal default and one of the types"),
         ("tag = open('x')  # a call\n", ":2: setting tag needs a literal default"),
-        ("tag: int = 'x'  # wrong default\n", ":2: setting tag = 'x': expected int"),
         ("tag: Literal['a'] = 'b'  # wrong default\n", ":2: setting tag = 'b': expected one of a"),
-        ("a = 1  # x\na = 2  # x\n", ":3: setting a is declared twice"),
-        ("SHORT = {'a': 'a', 'a': 'b'}\na = 1  # x\nb = 1  # x\n", ":2: SHORT maps single letters"),
-        ("SHORT = {'a': 'c'}\na = 1  # x\n", ":2: SHORT maps single letters"),
-        ("SHORT = {'ab': 'a'}\na = 1  # x\n", ":2: SHORT maps single letters"),
-        ("SHORT = {'h': 'a'}\na = 1  # x\n", ":2: SHORT maps single letters"),
-        ("SHORT = dict(a='a')\na = 1  # x\n", ":2: SHORT maps single letters"),
+        ("a = True  # x\na = True  # x\n", ":3: setting a is declared twice"),
+        ("SHORT = {'a': 'c'}\na = True  # x\n", ": SHORT maps letters (not h) to settings of the block"),
+        ("SHORT = {'h': 'a'}\na = True  # x\n", ": SHORT maps letters (not h) to settings of the block"),
     ],
 )
 def test_badly_written_block(tmp_path, block, message):
@@ -284,7 +324,14 @@ def test_badly_written_block_is_one_line_for_whoever_runs_it(tmp_path):
 def test_help_says_everything_the_block_says(script):
     text = help_text(read_block(script))
     assert text.startswith("A stage.\n")
-    for part in ["\nModel\n", "\nHorizon: one of these\n", "--model-tag", "-p, --prompt", "base, mid", "'mid'"]:
+    for part in [
+        "\nModel\n",
+        "\nHorizon: at most one of these three\n",
+        "--model-tag",
+        "-p, --prompt",
+        "base, mid",
+        "'mid'",
+    ]:
         assert part in text
     for setting in read_block(script).settings.values():
         assert setting.help in text and setting.type_name in text and repr(setting.default) in text

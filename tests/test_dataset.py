@@ -198,16 +198,12 @@ def test_corpus_of_another_folder_is_not_replaced(run, tmp_path):
         ({"source": "folder"}, "--path=DIR"),
         ({"source": "folder", "path": "/nowhere"}, "path=/nowhere: not a directory"),
         ({"source": "folder", "path": ".", "name": "a/b"}, "name=a/b: expected letters"),
-        ({"source": "folder", "path": ".", "val_fraction": 1.0}, "val_fraction=1.0: expected"),
         ({"source": "folder", "path": ".", "num_files": 8}, "num_files=8: means nothing to source=folder"),
         ({"source": "docs", "path": "."}, "path=.: means nothing to source=docs"),
         ({"val_fraction": 0.1}, "val_fraction=0.1: means nothing to source=climbmix"),
         ({"prefetch": "tasks", "num_files": 8}, "num_files=8: means nothing to prefetch=tasks"),
         ({"prefetch": "tasks", "path": "x"}, "path=x: means nothing"),
         ({"prefetch": "all", "source": "folder", "path": "x"}, "not together with source=folder"),
-        ({"workers": 0}, "workers=0: expected"),
-        ({"num_files": 0}, "num_files=0: climbmix has 1 to 6,542 training files"),
-        ({"num_files": -2}, "num_files=-2: climbmix has 1 to 6,542 training files"),
         ({"source": "fineweb-edu", "num_files": 1823}, "num_files=1823: fineweb-edu has 1 to 1,822 training files"),
     ],
 )
@@ -472,8 +468,7 @@ def test_command_answers_mistakes_in_one_line(tmp_path):
     for arguments, message in (
         (["--source=folder"], "--path=DIR"),
         (["--source=web"], "source=web"),
-        (["-n", "0"], "num_files=0"),
-        (["-n", "-2", "-w", "3"], "num_files=-2"),
+        (["-n", "9999", "-w", "3"], "num_files=9999"),
     ):
         done = command(tmp_path, "-m", "nanochat.dataset", *arguments)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -439,7 +439,6 @@ def test_a_data_sets_own_validation_split_is_taken(hub: Hub, make: Make, monkeyp
         ({"path": "owner/none"}, "cannot get the list of owner/none"),
         ({"path": "a/b/c"}, "a/b/c"),
         ({"path": None}, "--path=OWNER/NAME"),
-        ({"num_files": 0}, "num_files=0: expected 1 or more"),
         ({"prefetch": "all"}, "not together with source=hf"),
     ],
 )

@@ -212,9 +212,9 @@ def test_the_command_that_a_plan_ends_with_is_one_of_base_train(plan: Callable[.
     [
         (["--card=RTX 9999"], "--card='RTX 9999' is not in the table; give --vram-gb=GB, or one of: GB200"),
         (["--depth=32", "--vram-gb=8"], "a smaller --depth or --max-seq-len"),
-        (["--num-iterations=5", "--target-flops=1e18"], "--target-flops=1e+18: give at most one horizon"),
-        (["--gpus=0"], "--gpus=0: expected more than 0"),
-        (["--mfu=40"], "--mfu=40.0: expected a share"),
+        (["--num-iterations=5", "--target-flops=1e18"], "--num-iterations and --target-flops: give at most one of"),
+        (["--gpus=0"], "--gpus=0: expected int >= 1"),
+        (["--mfu=40"], "--mfu=40: expected 0 < float < 1"),
         (["--window-pattern=X"], "letters L and S"),
     ],
 )

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.common import UserError
 from nanochat.schedule import cosine_to_zero, muon_momentum, plan_batches, plan_horizon, trapezoid
 
 ratios = st.floats(0, 1)
@@ -64,18 +63,9 @@ def test_batch_is_whole_and_within_half_a_micro_batch(total, rows, length, ranks
     assert abs(plan.tokens - total) <= max(rows * length * ranks / 2, rows * length * ranks - total)
 
 
-def test_batch_of_nothing_is_refused():
-    with pytest.raises(UserError, match="device-batch-size=0"):
-        plan_batches(1024, 0, 16, 1)
-
-
 def test_horizons():
     plan = partial(plan_horizon, 1000, 600, (5000, "parameters"))
     assert plan(num_iterations=7)[0] == 7
     assert plan(target_flops=6e6)[0] == 10
     assert plan(target_param_data_ratio=20)[0] == 100
-    assert plan() == plan(num_iterations=-1)  # -1: not set
     assert plan() == (100, "20 tokens x 5,000 parameters / 1,000 tokens per step")
-    for wrong in ({"num_iterations": 3, "target_flops": 1e9}, {"num_iterations": 0}, {"target_flops": -2.0}):
-        with pytest.raises(UserError, match="give at most one horizon, and more than 0"):
-            plan(**wrong)
