@@ -125,10 +125,19 @@ def find_tag(source: str, model_tag: str | None) -> str:
     if not tags:
         raise UserError(f"no {source} checkpoint in {root}; make one with: python -m {STAGES[source].script}")
     if model_tag is None:
-        return max(tags, key=lambda tag: max(path.stat().st_mtime for path in tag.glob("step_*/meta.json"))).name
+        return max(tags, key=lambda tag: saved_at(step_dir(tag, saved_steps(tag)[-1]))).name
     if not saved_steps(checkpoints_dir(source, model_tag)):
         raise UserError(f"no {source} checkpoint {model_tag} in {root}; there is {', '.join(tag.name for tag in tags)}")
     return model_tag
+
+
+def saved_at(path: Path) -> float:
+    """When a checkpoint was saved: as it says itself, because the files of a copy are as old as the copy."""
+    meta = path / "meta.json"
+    try:
+        return float(json.loads(meta.read_bytes())["saved_at"])
+    except (ValueError, KeyError, TypeError):  # damaged, or saved before it was noted
+        return meta.stat().st_mtime
 
 
 def find_steps(source: str, model_tag: str | None, step: int | None) -> list[Path]:
@@ -315,7 +324,8 @@ def write_step(path: Path, tensors: dict[str, dict[str, Tensor]], tokenizer: Tok
             tokenizer.save(building)
             written = sorted(building.iterdir())
             files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in written}
-            meta = {"format": FORMAT, "step": step, **meta, "files": files, "provenance": provenance()}
+            meta = {"format": FORMAT, "step": step, "saved_at": time.time(), **meta}
+            meta |= {"files": files, "provenance": provenance()}
             (building / "meta.json").write_text(seal(json.dumps(meta, indent=1)))
             if path.exists():  # only reached when what stands there is damaged
                 os.replace(path, path.with_name(f"{path.name}-damaged-{time.strftime('%Y%m%d-%H%M%S')}"))

@@ -38,6 +38,7 @@ from nanochat.checkpoint_manager import (
     open_checkpoint,
     open_tensors,
     read_best,
+    saved_at,
     saved_steps,
     step_dir,
 )
@@ -48,8 +49,8 @@ SHOWN = ("format", "step", "model_config", "files", "provenance", "settings")  #
 
 
 def written(path: Path) -> str:
-    """When a file was written, local time. A copy that does not keep times has its own."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
+    """When a checkpoint was saved, local time."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(saved_at(path)))
 
 
 def find_evals(tag: str) -> dict[int, str]:
@@ -106,7 +107,7 @@ def show_tensors(path: Path) -> None:
 
 def show_checkpoint(checkpoint: Checkpoint) -> None:
     """Everything about one step. Raises UserError, at the end, for a file that is not as it was written."""
-    meta, when = checkpoint.meta, written(checkpoint.path / "meta.json")
+    meta, when = checkpoint.meta, written(checkpoint.path)
     print0(f"{checkpoint.path}\n  stage {source}, tag {checkpoint.tag}, step {checkpoint.step:,}, written {when}")
     print0(f"  measured at this step: {find_evals(checkpoint.tag).get(checkpoint.step, 'no record says')}")
     show("made by", {"format": meta["format"], **meta["provenance"]})
@@ -142,7 +143,7 @@ def show_steps(tag: str) -> None:
         remarks = wrong or ["whole" if verify else "sizes as written"]
         remarks += [*filter(None, [evals.get(number)]), *(["best"] if number == best else [])]
         size = sum(file.stat().st_size for file in path.iterdir())
-        print0(f"{number:>10,} {size:>15,}  {written(path / 'meta.json')}  {', '.join(remarks)}")
+        print0(f"{number:>10,} {size:>15,}  {written(path)}  {', '.join(remarks)}")
     if damaged:
         raise UserError(f"{len(damaged)} of {len(steps)} steps of {directory} are damaged: {damaged}")
 

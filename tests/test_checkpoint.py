@@ -1,6 +1,7 @@
 """A checkpoint exists whole or not at all, and says what is wrong with it."""
 
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -370,6 +371,16 @@ def test_what_was_set_aside_is_not_the_tag_saved_last(saved, tmp_path):
     save(saved, 1, tag="other")
     find_resume(fresh=True)
     assert manager.find_tag("base", None) == "other"
+
+
+def test_a_copy_of_the_base_directory_has_the_same_default(saved, tmp_path, monkeypatch):
+    """cp -r gave the files new times, in the order of their names: chat_cli talked to another model."""
+    save(saved, 3, tag="a")
+    for number, file in enumerate(sorted(tmp_path.rglob("meta.json"))):
+        os.utime(file, (1e9 + number, 1e9 + number))
+    assert manager.find_tag("base", None) == "a"
+    hurt(tmp_path / "base_checkpoints" / "a" / "step_000003" / "meta.json", "cut")
+    assert manager.find_tag("base", None) == "a", "a damaged one is as old as its file"
 
 
 def test_random_numbers_go_on_where_they_were(saved):
