@@ -51,6 +51,10 @@ def main() -> None:
         f"trained {vocab_size:,} tokens on {taken['documents']:,} documents, {megabytes:,.1f} MB, "
         f"in {seconds:.2f} s ({megabytes / seconds:.0f} MB/s)"
     )
+    share = taken["text_bytes"] / text.manifest["totals"]["train"]["text_bytes"]
+    if share < 1:
+        limits = f"at most {doc_cap or max_chars:,} characters of a document, {max_chars:,} in all"
+        print0(f"that is {share:.2%} of the training text: {limits}")
     lengths = tokenizer.token_bytes[tokenizer.token_bytes > 0]
     spread = {
         "min": int(lengths.min()),
@@ -70,6 +74,7 @@ def main() -> None:
         mb_per_second=round(megabytes / seconds, 1),
         token_bytes=spread,
         fingerprint=tokenizer.fingerprint,
+        share_of_text=round(share, 4),
         **taken,
     )
     record.close()

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from nanochat.common import UserError
 from nanochat.files import seal
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer, get_tokenizer
+from scripts import tok_train
+from tests.corpora import run_dataset, write_parquet
 
 TEXT = "The quick brown fox jumps over the lazy dog; the dog sleeps. Größe 你好 🙂 1,234 <|bos|>\n" * 20
 VOCAB_SIZE = 256 + 40 + len(SPECIAL_TOKENS)
@@ -140,3 +142,19 @@ def test_a_missing_tokenizer_names_the_command(base_dir: Path, tokenizer: Tokeni
         get_tokenizer()
     tokenizer.save(base_dir / "tokenizer")
     assert get_tokenizer().fingerprint == tokenizer.fingerprint
+
+
+def test_a_tokenizer_says_what_share_of_the_text_it_saw(
+    base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of books, 10,000 characters each were taken: 1 % of the text, and not a word of it."""
+    write_parquet(tmp_path / "in" / "a.parquet", [f"{number} " + "a book in words " * 300 for number in range(40)])
+    run_dataset(monkeypatch, source="folder", path=str(tmp_path / "in"))
+    for name, value in {"doc_cap": 1200, "vocab_size": 300}.items():
+        monkeypatch.setattr(tok_train, name, value)
+    tok_train.main()
+    said = capsys.readouterr().out
+    assert "that is 24.99% of the training text: at most 1,200 characters of a document, 2,000,000,000 in all" in said
+    monkeypatch.setattr(tok_train, "doc_cap", 0)
+    tok_train.main()
+    assert "of the training text" not in capsys.readouterr().out
