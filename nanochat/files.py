@@ -1,6 +1,7 @@
 """Files and folders that exist whole or not at all, and JSON files that know when a bit of them has changed."""
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -15,11 +16,12 @@ from typing import Any
 def whole(path: Path) -> Iterator[Path]:
     """A place beside `path` where the block writes a file or makes a folder. When the block ends well, every byte is
     flushed to the disk and the place is renamed to `path`; when it raises, nothing is left. Readers see what was there
-    before or all of the new. (Of two folders: killed between two renames, neither; the old one is beside, hidden.)
+    before or all of the new. (Of two folders: killed between two renames, neither; the next writer puts the old back.)
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    building = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    before = path.with_name(f".{path.name}.{os.getpid()}.before.tmp")
+    sweep(path)
+    building = path.with_name(f".{path.name}.{os.getpid()}@{os.uname().nodename}.tmp")
+    before = building.with_suffix(".before.tmp")
     try:
         yield building
         for written in [building, *(building.rglob("*") if building.is_dir() else ())]:
@@ -31,8 +33,29 @@ def whole(path: Path) -> Iterator[Path]:
     finally:
         if before.exists() and not path.exists():
             os.replace(before, path)
-        for left in (building, before):
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        remove(building)
+        remove(before)
+
+
+def sweep(path: Path) -> None:
+    """Take away what killed processes of this machine have left beside `path`; ones of other machines may be alive."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*@{os.uname().nodename}.*tmp"):
+        pid = left.name.removeprefix(f".{path.name}.").partition("@")[0]
+        if not pid.isdigit():  # of a longer name
+            continue
+        try:
+            os.kill(int(pid), 0)
+            alive = int(pid) != os.getpid()  # in containers every process may be number 7
+        except OSError as error:
+            alive = isinstance(error, PermissionError)
+        if not alive and left.match("*.before.tmp") and not path.exists():
+            os.replace(left, path)
+        elif not alive:
+            remove(left)
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:

@@ -88,6 +88,39 @@ def test_other_ranks_are_silent(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "" and not list((tmp_path).rglob("*.jsonl"))
 
 
+@pytest.mark.parametrize("alive", [False, True])
+def test_what_a_killed_writer_left_goes_with_the_next_one(tmp_path, alive):
+    """kill -9 while a corpus of 24 GB was built left .NAME.PID.building for ever."""
+    program = """import sys, time; from pathlib import Path; from nanochat.files import whole
+with whole(Path(sys.argv[1])) as building:
+    building.mkdir()
+    (building / "half").touch()
+    print(building, flush=True), time.sleep(60)"""
+    path = tmp_path / "corpus.a"
+    with subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            left = process.stdout.readline().strip()
+            if alive:
+                files.write_atomic(path, "new")
+            process.kill()
+            process.wait()
+            files.write_atomic(tmp_path / "corpus", "another name")
+            assert len(list(tmp_path.iterdir())) == 2 + alive and (tmp_path / left / "half").exists()
+        finally:
+            process.kill()
+    files.write_atomic(path, "newer")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["corpus", "corpus.a"]
+
+
+def test_a_folder_lost_between_two_renames_comes_back(tmp_path):
+    with files.whole(tmp_path / "a") as building:
+        building.mkdir()
+    (tmp_path / "a").rename(building.with_suffix(".before.tmp"))
+    with pytest.raises(ZeroDivisionError), files.whole(tmp_path / "a"):
+        raise ZeroDivisionError
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
 def test_a_sealed_file_is_read_as_it_was_written_or_not_at_all(tmp_path):
     path = tmp_path / "a.json"
     for value in ({"a": [1, {"b": None}]}, {"sha": "}"}, {"é": '\n"sha256":"'}):
