@@ -96,9 +96,9 @@ def load_tasks(bundle: Path) -> list[CoreTask]:
     """The tasks that core.yaml names, in its order; their files may be missing. UserError for a damaged bundle."""
     tasks = []
     try:
-        with open(bundle / "eval_meta_data.csv", encoding="utf-8", newline="") as file:
+        with open(bundle / "eval_meta_data.csv", encoding="utf-8-sig", newline="") as file:
             percent = {row["Eval Task"]: float(row["Random baseline"]) for row in csv.DictReader(file)}
-        for entry in yaml.safe_load((bundle / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]:
+        for entry in yaml.safe_load((bundle / "core.yaml").read_text(encoding="utf-8-sig"))["icl_tasks"]:
             label, kind = entry["label"], entry["icl_task_type"]
             if kind not in KINDS:
                 raise ValueError(f"{label}: icl_task_type {kind}, expected {', '.join(KINDS)}")
@@ -115,10 +115,10 @@ def load_tasks(bundle: Path) -> list[CoreTask]:
 def read_items(task: CoreTask) -> list[Item]:
     """All items of a task, shuffled. Raises UserError with the line that is none."""
     items = []
-    with open(task.path, encoding="utf-8") as file:
+    with open(task.path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             try:
-                items.append(parse_item(task.kind, json.loads(line), number))
+                items += [] if line.isspace() else [parse_item(task.kind, json.loads(line), number)]
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise UserError(f"{task.path}:{number}: no item of a {task.kind} task ({error!r})") from None
     if len(items) <= task.num_fewshot:
@@ -429,14 +429,14 @@ def mean_centred(results: Iterable[tuple[float, float, float]]) -> tuple[float, 
 
 
 def score_task(
-    task: CoreTask, scorer: Scorer, compute: Compute, max_items: int = -1, items: Sequence[Item] | None = None
+    task: CoreTask, scorer: Scorer, compute: Compute, max_items: int | None = None, items: Sequence[Item] | None = None
 ) -> TaskScore:
-    """Score the first max_items (-1 = all) of a task's shuffled `items` (None = read them). Collective: items are dealt
-    to the ranks, and every rank gets the answers to all.
+    """Score the first max_items (None or -1: all) of a task's shuffled `items` (None: read them). Collective: items are
+    dealt to the ranks, and every rank gets the answers to all.
     """
     began = time.perf_counter()
     items = read_items(task) if items is None else items
-    n = len(items) if max_items == -1 else min(max_items, len(items))
+    n = len(items) if max_items in (None, -1) else min(max_items, len(items))
     mine = range(compute.rank, n, compute.world_size)
     units, cut = [], np.zeros(n, dtype=bool)
     for i in mine:

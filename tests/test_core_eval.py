@@ -314,6 +314,16 @@ def test_a_damaged_item_is_one_line(tasks, line, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_bundle_with_byte_order_marks_and_blank_lines_is_read(tasks, tmp_path):
+    """Its items were refused as none; the marks are what some editors put at the beginning of a file."""
+    before = [item.continuations for item in read_items(tasks[0])]
+    tasks[0].path.write_text(tasks[0].path.read_text() + "\n  \n")
+    for path in (tasks[0].path, tmp_path / "bundle" / "core.yaml", tmp_path / "bundle" / "eval_meta_data.csv"):
+        path.write_text("\ufeff" + path.read_text())
+    assert load_tasks(tmp_path / "bundle") == tasks
+    assert [item.continuations for item in read_items(tasks[0])] == before
+
+
 def test_too_few_items_for_the_examples(tasks):
     tasks[2].path.write_text(tasks[2].path.read_text().split("\n")[0] + "\n")
     with pytest.raises(UserError, match="1 items; 3 examples and an item"):
