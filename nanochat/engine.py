@@ -95,18 +95,13 @@ class KVCache:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How continuations are drawn. Raises UserError for values that mean nothing."""
+    """How continuations are drawn."""
 
     max_tokens: int | None = None  # of a continuation (None = up to the end of the context)
     temperature: float = 1.0  # 0 = always the most likely token
     top_k: int | None = None  # draw from the k most likely tokens only (None or 0 = from all)
     top_p: float | None = None  # then from the fewest whose probabilities reach p (None or 0 = from all)
     seed: int = 42
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0 or (self.top_k or 0) < 0 or not 0 <= (self.top_p or 0) <= 1:
-            given = f"temperature={self.temperature} top_k={self.top_k} top_p={self.top_p}"
-            raise UserError(f"{given}: expected at least 0, at least 0, and 0 to 1")
 
 
 def sample(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
