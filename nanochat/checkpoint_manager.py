@@ -253,7 +253,7 @@ def take_directory(directory: Path) -> None:
         except OSError as error:
             print0(f"warning: {directory} cannot be locked ({error.strerror}); start one run at a time with this tag")
         TAKEN[directory] = handle
-    for stray in directory.glob(".step_*.tmp"):
+    for stray in directory.glob(".*step_*.tmp"):
         shutil.rmtree(stray)
 
 

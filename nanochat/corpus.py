@@ -194,9 +194,8 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     except DAMAGE as error:
         raise UserError(f"{path}: not a whole parquet file ({one_line(error)}); get it again") from None
     if names.count("text") != 1:
-        state = "several columns" if "text" in names else "no column"
-        found = ", ".join(repr(name)[1:-1] for name in names) or "none at all"
-        raise UserError(f"{path}: {state} named text, only {found}; rename the one that holds the text")
+        found = f"{names.count('text')} columns named text among {names}"
+        raise UserError(f"{path}: {found}; rename the one that holds the text")
     kind = schema.field("text").type
     plain = kind.value_type if pa.types.is_dictionary(kind) else kind
     if plain not in (pa.string(), pa.large_string(), pa.string_view()):

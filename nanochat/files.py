@@ -16,12 +16,14 @@ from typing import Any
 def whole(path: Path) -> Iterator[Path]:
     """A place beside `path` where the block writes a file or makes a folder. When the block ends well, every byte is
     flushed to the disk and the place is renamed to `path`; when it raises, nothing is left. Readers see what was there
-    before or all of the new. (Of two folders: killed between two renames, neither; the next writer puts the old back.)
+    before or all of the new. (Of two folders: killed between two renames, neither; the old one is beside, hidden.)
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path)
-    building = path.with_name(f".{path.name}.{os.getpid()}@{os.uname().nodename}.tmp")
-    before = building.with_suffix(".before.tmp")
+    for left in path.parent.glob(f".*@{os.uname().nodename}.{glob.escape(path.name)}.tmp"):  # by killed processes
+        if not is_alive(int(left.name[1:].partition("@")[0])):
+            remove(left)
+    building = path.with_name(f".{os.getpid()}@{os.uname().nodename}.{path.name}.tmp")
+    before = building.with_suffix(".before")
     try:
         yield building
         for written in [building, *(building.rglob("*") if building.is_dir() else ())]:
@@ -31,27 +33,18 @@ def whole(path: Path) -> Iterator[Path]:
         os.replace(building, path)
         flush(path.parent)
     finally:
-        if before.exists() and not path.exists():
-            os.replace(before, path)
+        if before.exists():
+            os.replace(before, building if path.exists() else path)
         remove(building)
-        remove(before)
 
 
-def sweep(path: Path) -> None:
-    """Take away what killed processes of this machine have left beside `path`; ones of other machines may be alive."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*@{os.uname().nodename}.*tmp"):
-        pid = left.name.removeprefix(f".{path.name}.").partition("@")[0]
-        if not pid.isdigit():  # of a longer name
-            continue
-        try:
-            os.kill(int(pid), 0)
-            alive = int(pid) != os.getpid()  # in containers every process may be number 7
-        except OSError as error:
-            alive = isinstance(error, PermissionError)
-        if not alive and left.match("*.before.tmp") and not path.exists():
-            os.replace(left, path)
-        elif not alive:
-            remove(left)
+def is_alive(pid: int) -> bool:
+    """Whether another process of this machine has that number. In containers all may have the number 7."""
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return pid != os.getpid()
 
 
 def remove(path: Path) -> None:
@@ -104,10 +97,7 @@ def read_sealed(path: Path | str) -> dict[str, Any]:
     body, _, seal_of_file = data.rpartition(b',\n"sha256":"')
     if seal_of_file != f'{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode():
         raise ValueError("not as it was written (sha256 differs)")
-    try:
-        content: dict[str, Any] = json.loads(data)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    content: dict[str, Any] = json.loads(data)
     del content["sha256"]
     return content
 

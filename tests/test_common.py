@@ -112,15 +112,6 @@ with whole(Path(sys.argv[1])) as building:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["corpus", "corpus.a"]
 
 
-def test_a_folder_lost_between_two_renames_comes_back(tmp_path):
-    with files.whole(tmp_path / "a") as building:
-        building.mkdir()
-    (tmp_path / "a").rename(building.with_suffix(".before.tmp"))
-    with pytest.raises(ZeroDivisionError), files.whole(tmp_path / "a"):
-        raise ZeroDivisionError
-    assert [file.name for file in tmp_path.iterdir()] == ["a"]
-
-
 def test_a_sealed_file_is_read_as_it_was_written_or_not_at_all(tmp_path):
     path = tmp_path / "a.json"
     for value in ({"a": [1, {"b": None}]}, {"sha": "}"}, {"é": '\n"sha256":"'}):
@@ -132,9 +123,6 @@ def test_a_sealed_file_is_read_as_it_was_written_or_not_at_all(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="not as it was written"):
             files.read_sealed(path)
-    path.write_text(files.seal('{"a":' + "[" * 100_000 + "]" * 100_000 + "}"))
-    with pytest.raises(ValueError, match="nested too deeply"):
-        files.read_sealed(path)
 
 
 def test_mutated_sealed_json_is_refused(tmp_path):
