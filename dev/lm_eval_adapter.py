@@ -42,7 +42,7 @@ from nanochat.checkpoint_manager import find_checkpoint, open_model
 from nanochat.common import UserError, print0, run_main
 from nanochat.compute import Compute, compute_cleanup, compute_init
 from nanochat.conversation import check_messages, decode_parts, parts_text, render_for_completion
-from nanochat.core_eval import GPTScorer, batch_units, make_units
+from nanochat.core_eval import GPTScorer, Row, batch_units, make_units
 from nanochat.engine import Engine, Sampling
 from nanochat.gpt import GPT
 from nanochat.loss_eval import document_windows
@@ -86,12 +86,12 @@ class Adapter:
         """The same for rows of tokens, of which those from the given place on are scored."""
         losses, misses = np.zeros(len(rows)), np.zeros(len(rows))
         longest = self.context + 1  # the last token of a row is never fed
-        units = [unit for i, row in enumerate(rows) for unit in make_units(i, [(0, *row)], longest, branches=False)]
+        units = [unit for i, row in enumerate(rows) for unit in make_units([Row(i, 0, *row)], longest, branches=False)]
         for batch in batch_units(units, self.scorer.batch_tokens):
             loss, hits = self.scorer.predict(batch)
-            of_row = np.repeat([unit.item for unit in batch], [len(unit.at) for unit in batch])
-            np.add.at(losses, of_row, loss.double().numpy())
-            np.add.at(misses, of_row, ~hits.numpy())
+            number = batch.asked[3].numpy()
+            np.add.at(losses, number, loss.double().numpy())
+            np.add.at(misses, number, ~hits.numpy())
         return [(-loss, not missed) for loss, missed in zip(losses.tolist(), misses.tolist(), strict=True)]
 
     def encode_pair(self, context: str, continuation: str) -> tuple[np.ndarray, int]:

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 import yaml  # type: ignore[import-untyped]
 from torch import Tensor
 
-from nanochat.attention import causal_attention
+from nanochat.attention import LayerCache, causal_attention
 from nanochat.common import UserError, get_base_dir
 from nanochat.compute import Compute
 from nanochat.files import one_line, read_sealed, sha256_file
@@ -163,28 +163,35 @@ def render_prompts(task: CoreTask, items: Sequence[Item], index: int) -> list[st
 # Tokens: what is computed, and what is asked of it
 
 
-@dataclass(frozen=True)
-class Unit:
-    """Sequences of one item that are computed together: `tokens` (T,) are the `stem` tokens that all begin with, then
-    the rest of each, its branch. Asked (N,): from place at[i] to predict targets[i], for choice choices[i].
-    """
+class Row(NamedTuple):
+    """One choice of an item: its tokens, of which those from `start` on are scored."""
 
     item: int
-    stem: int
+    choice: int
     tokens: np.ndarray
-    positions: np.ndarray  # (T,) in a token's own sequence
-    branches: np.ndarray  # (T,) 0 for the stem, then 1, 2, ...
-    at: np.ndarray
-    targets: np.ndarray
-    choices: np.ndarray
+    start: int
+
+
+class Unit(NamedTuple):
+    """Rows of one item that are computed together: the `stem` tokens that all begin with once, then the rest of each,
+    its branch. The last token of a row is never fed.
+    """
+
+    rows: list[Row]
+    stem: int
 
     @property
     def tail(self) -> int:
         """Tokens of all branches."""
-        return len(self.tokens) - self.stem
+        return sum(len(row.tokens) - 1 - self.stem for row in self.rows)
 
 
-Row = tuple[int, np.ndarray, int]  # number of the choice, its tokens, the first of them that is scored
+class Batch(NamedTuple):
+    """Units as a model is fed them, one to a line of T places: stems, padded to the longest, then branches."""
+
+    fed: Tensor  # (3, B, T): tokens, positions in their own row, branches (0 = stem, then 1, 2, ...; -1 = padding)
+    stem: int  # places for the stems
+    asked: Tensor  # (5, N): from this line and place to predict this target, for this item and choice
 
 
 def shared_prefix(rows: Sequence[np.ndarray]) -> int:
@@ -194,82 +201,64 @@ def shared_prefix(rows: Sequence[np.ndarray]) -> int:
     return int(differs.argmax()) if differs.any() else length
 
 
-def scored_rows(kind: str, rows: Sequence[np.ndarray]) -> list[Row]:
+def scored_rows(kind: str, item: int, encoded: Sequence[np.ndarray]) -> list[Row]:
     """The choices of an item and where their scored tokens begin. What is scored is told from the tokens, not the text:
     all after the common prefix, or the common suffix. A choice may have none; it then never wins.
     """
-    shared = shared_prefix([row[::-1] for row in rows] if kind == "schema" else rows)
-    choices = rows[1:] if kind == "language_modeling" else rows  # the first is the context alone
-    return [(i, row, len(row) - shared if kind == "schema" else shared) for i, row in enumerate(choices)]
+    shared = shared_prefix([tokens[::-1] for tokens in encoded] if kind == "schema" else encoded)
+    choices = encoded[1:] if kind == "language_modeling" else encoded  # the first is the context alone
+    return [
+        Row(item, i, tokens, len(tokens) - shared if kind == "schema" else shared) for i, tokens in enumerate(choices)
+    ]
 
 
-def make_units(item: int, rows: Sequence[Row], context: int, branches: bool) -> list[Unit]:
-    """The units of an item. Rows longer than `context` lose their beginning, and share a unit with those that lost
-    equally much; without `branches` only with those that are fed the same tokens, which are all but the last of a row.
+def make_units(rows: Sequence[Row], context: int, branches: bool) -> list[Unit]:
+    """The units of an item's rows, without those of which nothing is asked. Rows longer than `context` lose their
+    beginning, and share a unit with those that lost equally much; without `branches` only with those that are fed the
+    same tokens, which are all but the last of a row.
     """
-    groups: dict[Any, list[Row]] = {}
-    for choice, tokens, start in rows:
-        crop = max(0, len(tokens) - context)
-        key = crop if branches else tokens[crop:-1].tobytes()
-        groups.setdefault(key, []).append((choice, tokens[crop:], max(1, start - crop)))
-    return [join_rows(item, group) for group in groups.values()]
+    groups: dict[int | bytes, list[Row]] = {}
+    for row in rows:
+        if row.start < len(row.tokens):
+            crop = max(0, len(row.tokens) - context)
+            tokens, start = row.tokens[crop:], max(1, row.start - crop)
+            groups.setdefault(crop if branches else tokens[:-1].tobytes(), []).append(
+                row._replace(tokens=tokens, start=start)
+            )
+    return [Unit(group, shared_prefix([row.tokens[:-1] for row in group])) for group in groups.values()]
 
 
-def join_rows(item: int, rows: Sequence[Row]) -> Unit:
-    stem = shared_prefix([tokens[:-1] for _, tokens, _ in rows])
-    branches = np.repeat(np.arange(len(rows) + 1), [stem, *(len(tokens) - 1 - stem for _, tokens, _ in rows)])
-    fed, positions = np.empty_like(branches), np.empty_like(branches)
-    asked = []
-    for branch, (choice, tokens, start) in enumerate(rows, 1):
-        places = np.flatnonzero((branches == 0) | (branches == branch))  # of this row's tokens
-        fed[places], positions[places] = tokens[:-1], np.arange(len(places))
-        asked.append((places[start - 1 :], tokens[start:], np.full(len(tokens[start:]), choice)))
-    return Unit(item, stem, fed, positions, branches, *map(np.concatenate, zip(*asked, strict=True)))
-
-
-def batch_units(units: Sequence[Unit], max_tokens: int) -> Iterator[list[Unit]]:
+def batch_units(units: Iterable[Unit], max_tokens: int) -> Iterator[Batch]:
     """Batches of at most max_tokens with their padding (one unit may have more). Longest first, so that too large a
-    batch shows at once; units with branches apart from those without, which need no mask. Nothing is computed for a
-    unit of which nothing is asked.
+    batch shows at once; units with branches apart from those without, which need no mask.
     """
     batch: list[Unit] = []
     stem = tail = 0
-    for unit in sorted((unit for unit in units if len(unit.at)), key=lambda unit: (not unit.tail, -len(unit.tokens))):
+    for unit in sorted(units, key=lambda unit: (not unit.tail, -unit.stem - unit.tail)):
         stem, tail = max(stem, unit.stem), max(tail, unit.tail)
         if batch and ((len(batch) + 1) * (stem + tail) > max_tokens or bool(unit.tail) != bool(batch[0].tail)):
-            yield batch
+            yield lay_out(batch)
             batch, stem, tail = [], unit.stem, unit.tail
         batch.append(unit)
     if batch:
-        yield batch
+        yield lay_out(batch)
 
 
-def widths(units: Sequence[Unit]) -> tuple[int, int]:
-    """Places of a batch for the stem and, if there are any, for the branches together: what the widest unit needs, and
-    at least 2, because torch.compile makes a graph of its own for 1.
-    """
-    stem, tail = max(unit.stem for unit in units), max(unit.tail for unit in units)
-    return max(2, stem), max(2, tail) if tail else 0
-
-
-def pad(units: Sequence[Unit], values: Sequence[np.ndarray], empty: int = 0) -> Tensor:
-    """(B, T) of values that belong to the units' tokens: all branches of a batch begin at the same place, and `empty`
-    stands after what is shorter.
-    """
-    stem, tail = widths(units)
-    table = np.full((len(units), stem + tail), empty, dtype=np.int64)
-    for row, unit, value in zip(table, units, values, strict=True):
-        row[: unit.stem] = value[: unit.stem]
-        row[stem : stem + unit.tail] = value[unit.stem :]
-    return torch.from_numpy(table)
-
-
-def asked_places(units: Sequence[Unit]) -> Tensor:
-    """Row, place in pad() and target, (3, N), of everything that is asked of a batch."""
-    stem, _ = widths(units)
-    rows = np.repeat(np.arange(len(units)), [len(unit.at) for unit in units])
-    places = np.concatenate([np.where(unit.at < unit.stem, unit.at, unit.at - unit.stem + stem) for unit in units])
-    return torch.from_numpy(np.stack([rows, places, np.concatenate([unit.targets for unit in units])]))
+def lay_out(units: Sequence[Unit]) -> Batch:
+    """Stems and branches get at least 2 places each, if there are any: torch.compile makes a graph of its own for 1."""
+    stem, tail = max(2, *(unit.stem for unit in units)), max(unit.tail for unit in units)
+    fed = np.full((3, len(units), stem + (max(2, tail) if tail else 0)), [[[0]], [[0]], [[-1]]])
+    asked = []
+    for line, unit in enumerate(units):
+        end = stem  # of the branches so far
+        for branch, (item, choice, tokens, start) in enumerate(unit.rows, 1):
+            position = np.arange(len(tokens) - 1)
+            is_stem = position < unit.stem
+            place = np.where(is_stem, position, position - unit.stem + end)
+            fed[:, line, place] = tokens[:-1], position, np.where(is_stem, 0, branch)
+            asked.append(np.stack(np.broadcast_arrays(line, place[start - 1 :], tokens[start:], item, choice)))
+            end += len(tokens) - 1 - unit.stem
+    return Batch(torch.from_numpy(fed), stem, torch.from_numpy(np.concatenate(asked, axis=1)))
 
 
 # -----------------------------------------------------------------------------
@@ -286,29 +275,25 @@ class Scorer(Protocol):
 
     def encode(self, text: list[str], prepend: int, /) -> list[list[int]]: ...
 
-    def predict(self, units: Sequence[Unit]) -> tuple[Tensor, Tensor]:
+    def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Of everything asked, in order: the loss in nats, and whether the target is the likeliest token; (N,) each."""
 
 
 @dataclass(frozen=True)
 class Branches:
     """In place of a layer's cache: nothing is remembered, only who looks at whom is said, by a mask for the last n of
-    the T tokens. Those before them are stems, which are causal and need none. In the last layer no one asks for these,
-    and zeros stand in their place.
+    the T tokens. Those before them are stems, which are causal and need none.
     """
 
     window: int
     mask: Tensor  # (B, 1, n, T): 0, or -inf where a token must not look
-    last: bool
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         start = q.size(2) - self.mask.size(2)
+        stems = causal_attention(q[:, :, :start], k[:, :, :start], v[:, :, :start], self.window)
         gqa = q.size(1) != k.size(1)
-        after = F.scaled_dot_product_attention(q[:, :, start:], k, v, attn_mask=self.mask, enable_gqa=gqa)
-        if self.last:
-            return F.pad(after, (0, 0, start, 0))
-        before = causal_attention(q[:, :, :start], k[:, :, :start], v[:, :, :start], self.window)
-        return torch.cat([before, after], dim=2)
+        branches = F.scaled_dot_product_attention(q[:, :, start:], k, v, attn_mask=self.mask, enable_gqa=gqa)
+        return torch.cat([stems, branches], dim=2)
 
 
 class GPTScorer:
@@ -332,13 +317,13 @@ class GPTScorer:
         self.bos, self.encode = tokenizer.get_bos_token_id(), tokenizer.encode
 
     @torch.inference_mode()
-    def predict(self, units: Sequence[Unit]) -> tuple[Tensor, Tensor]:
-        rows, places, targets = asked_places(units).to(self.device)
-        if self.compiled and len(units) == 1:  # one row is a case of its own for torch.compile: spare it a graph
-            units = [*units, *units]
-        positions, caches = self.layout(units, int(places.min()))
-        idx = pad(units, [unit.tokens for unit in units]).to(self.device)
-        states = self.model.hidden(idx, self.dtype, positions, caches)[rows, places]
+    def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        fed, (lines, places, targets, *_) = batch.fed.to(self.device), batch.asked.to(self.device)
+        if self.compiled and fed.size(1) == 1:  # one line is a case of its own for torch.compile: spare it a graph
+            fed = fed.expand(-1, 2, -1)
+        tokens, positions, branches = fed
+        caches = self.caches(positions, branches, batch.stem) if batch.stem < tokens.size(1) else None
+        states = self.model.hidden(tokens, self.dtype, positions, caches)[lines, places]
         losses, hits = [], []
         for part in slice_rows(len(targets), self.model.config.vocab_size, self.device):
             logits = self.model.logits(states[part])
@@ -346,29 +331,15 @@ class GPTScorer:
             hits.append(logits.argmax(dim=-1) == targets[part])
         return torch.cat(losses).cpu(), torch.cat(hits).cpu()
 
-    def layout(self, units: Sequence[Unit], first: int) -> tuple[Tensor, list[Any]]:
-        """The positions (B, T) of units of which nothing before place `first` is asked, and what each layer looks at:
-        without branches it is causal, but for the last layer, if a quarter of the places or fewer are asked for.
+    def caches(self, positions: Tensor, branches: Tensor, stem: int) -> list[LayerCache]:
+        """What each layer looks at: a branch at itself and the stem, as far back as the window goes. Padding is a
+        branch of its own. The masks have the model's dtype, or attention would make such copies in every layer.
         """
-        stem, tails = widths(units)
-        position = pad(units, [unit.positions for unit in units]).to(self.device)
-        branch = pad(units, [unit.branches for unit in units], empty=-1).to(self.device)
+        ahead = positions[:, stem:, None] - positions[:, None, :]
+        seen = (ahead >= 0) & ((branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, stem:, None]))
         windows = self.model.config.windows()
-        masked = {w: Branches(w, self.mask(position, branch, stem, w), False) if tails else None for w in set(windows)}
-        caches = [masked[window] for window in windows]
-        first = min(first, stem + tails - 2)
-        if 4 * (stem + tails - first) <= stem + tails:
-            caches[-1] = Branches(windows[-1], self.mask(position, branch, first, windows[-1]), True)
-        return position, caches
-
-    def mask(self, position: Tensor, branch: Tensor, start: int, window: int) -> Tensor:
-        """(B, 1, T - start, T) for the tokens from place `start` on: each sees its own branch and the stem, as far back
-        as the window goes. Padding is a branch of its own.
-        """
-        ahead = position[:, start:, None] - position[:, None, :]
-        seen = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, start:, None])
-        seen &= (ahead >= 0) & (ahead < window)
-        return torch.where(seen, 0.0, -torch.inf).to(self.dtype)[:, None]  # what attention would make, in every layer
+        masks = {w: torch.where(seen & (ahead < w), 0.0, -torch.inf).to(self.dtype)[:, None] for w in set(windows)}
+        return [Branches(window, masks[window]) for window in windows]
 
 
 def default_batch_tokens(device: torch.device) -> int:
@@ -441,24 +412,22 @@ def score_task(
     units, cut = [], np.zeros(n, dtype=bool)
     for i in mine:
         encoded = scorer.encode(render_prompts(task, items, i), scorer.bos)
-        rows = scored_rows(task.kind, [np.array(ids) for ids in encoded])
-        units += make_units(i, rows, scorer.context, scorer.branches)
-        cut[i] = any(len(tokens) > scorer.context for _, tokens, _ in rows)
-    sums = np.zeros((n, max(len(item.contexts) for item in items), 3))  # loss, tokens, tokens that were the likeliest
+        rows = scored_rows(task.kind, i, [np.array(ids) for ids in encoded])
+        units += make_units(rows, scorer.context, scorer.branches)
+        cut[i] = any(len(row.tokens) > scorer.context for row in rows)
+    sums = torch.zeros(n, max(len(item.contexts) for item in items), 3, dtype=torch.float64)  # loss, tokens, hits
     for batch in batch_units(units, scorer.batch_tokens):
         losses, hits = scorer.predict(batch)
-        places = np.repeat([unit.item for unit in batch], [len(unit.at) for unit in batch])
-        choices = np.concatenate([unit.choices for unit in batch])
-        each = np.stack([losses.double().numpy(), np.ones(len(places)), hits.double().numpy()], axis=-1)
-        np.add.at(sums, (places, choices), each)
-    answers = [judge(task.kind, i, items[i], sums[i], bool(cut[i])) for i in mine]
+        each = torch.stack([losses, torch.ones_like(losses), hits], dim=-1).double()
+        sums.index_put_(tuple(batch.asked[3:]), each, accumulate=True)
+    answers = [judge(task.kind, i, items[i], sums[i].numpy(), bool(cut[i])) for i in mine]
     answers = sorted(chain(*compute.gather(answers)), key=lambda answer: answer.index)
     right, was_cut = sum(answer.right for answer in answers), sum(answer.cut for answer in answers)
     return TaskScore(task.label, n, right, was_cut, task.baseline, time.perf_counter() - began, answers)
 
 
 def judge(kind: str, index: int, item: Item, sums: np.ndarray, cut: bool) -> Answer:
-    """The answer to an item, from the sums (choices, 3) of loss, tokens and hits."""
+    """The answer to an item, from the sums (choices, 3) of loss, tokens and tokens that were the likeliest."""
     loss, tokens, hits = sums[: len(item.contexts)].T
     means = np.where((tokens > 0) & np.isfinite(loss), loss / np.maximum(tokens, 1), np.inf)
     logged = [float(mean) if mean < np.inf else None for mean in means]

@@ -6,7 +6,6 @@ common beginning of an item's choices (not every model takes a mask of one's own
 """
 
 import inspect
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from nanochat.common import UserError, print0
 from nanochat.compute import Compute
-from nanochat.core_eval import Unit, asked_places, default_batch_tokens, pad
+from nanochat.core_eval import Batch, default_batch_tokens
 from nanochat.files import one_line
 
 
@@ -39,22 +38,14 @@ class HFScorer:
         return [[prepend, *row] for row in rows]
 
     @torch.inference_mode()
-    def predict(self, units: Sequence[Unit]) -> tuple[Tensor, Tensor]:
+    def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Losses and hits of everything asked; logits at no more places than some unit asks for, if the model can."""
-        idx = pad(units, [unit.tokens for unit in units])
-        lengths = torch.tensor([len(unit.tokens) for unit in units])
-        fed = (torch.arange(idx.size(1)) < lengths[:, None]).long()
-        rows, places, targets = asked_places(units)
-        kept = torch.arange(idx.size(1))
-        options: dict[str, Any] = {"attention_mask": fed.to(self.device), "use_cache": False}
+        (tokens, _, branches), (lines, places, targets, *_) = batch.fed.to(self.device), batch.asked.to(self.device)
+        options: dict[str, Any] = {"attention_mask": (branches == 0).long(), "use_cache": False}
         if self.picks:
-            kept, places = places.unique(return_inverse=True)
-            options["logits_to_keep"] = kept.to(self.device)
-        logits = self.model(idx.to(self.device), **options).logits  # (B, len(kept), V)
-        asked = logits[rows.to(self.device), places.to(self.device)].float()
-        targets = targets.to(self.device)
-        losses = F.cross_entropy(asked, targets, reduction="none")
-        return losses.cpu(), (asked.argmax(dim=-1) == targets).cpu()
+            options["logits_to_keep"], places = places.unique(return_inverse=True)
+        logits = self.model(tokens, **options).logits[lines, places].float()  # (N, V)
+        return F.cross_entropy(logits, targets, reduction="none").cpu(), (logits.argmax(dim=-1) == targets).cpu()
 
 
 def load_hf(folder: Path, compute: Compute, batch_tokens: int | None = None) -> HFScorer:

@@ -4,6 +4,7 @@ import csv
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from nanochat.common import UserError
 from nanochat.compute import Compute
 from nanochat.core_eval import CoreTask, GPTScorer, load_tasks, mean_centred, read_items, render_prompts, score_task
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.hf_model import HFScorer, load_hf
+from nanochat.hf_model import context_of, load_hf, start_token
 from nanochat.tokenizer import Tokenizer
 from tests.reference import core as slow
 from tests.test_conversation import BYTES
@@ -133,20 +134,24 @@ def test_scoring_fewer_items_changes_no_prompt(tasks):
 
 
 def test_what_is_scored_is_told_from_the_tokens():
-    row = [np.array(ids) for ids in ([9, 1, 2, 3, 4], [9, 1, 5, 4], [9, 1, 2])]
-    assert [start for _, _, start in core_eval.scored_rows("multiple_choice", row)] == [2, 2, 2]
-    assert [start for _, _, start in core_eval.scored_rows("schema", row[:2])] == [4, 3]
-    assert core_eval.scored_rows("language_modeling", [row[2], row[0]])[0][2] == 3
+    encoded = [np.array(ids) for ids in ([9, 1, 2, 3, 4], [9, 1, 5, 4], [9, 1, 2])]
+    assert [row.start for row in core_eval.scored_rows("multiple_choice", 0, encoded)] == [2, 2, 2]
+    assert [row.start for row in core_eval.scored_rows("schema", 0, encoded[:2])] == [4, 3]
+    assert core_eval.scored_rows("language_modeling", 0, [encoded[2], encoded[0]])[0].start == 3
 
 
 def test_the_beginning_of_an_item_is_computed_once():
-    rows = [(i, np.array([7, 8, 9, *tail]), 3) for i, tail in enumerate(([1, 2], [3], [1, 4, 5]))]
-    (unit,) = core_eval.make_units(0, rows, 16, branches=True)
-    assert unit.tokens.tolist() == [7, 8, 9, 1, 1, 4] and (unit.stem, unit.tail) == (3, 3)
-    assert unit.positions.tolist() == [0, 1, 2, 3, 3, 4] and unit.branches.tolist() == [0, 0, 0, 1, 3, 3]
-    assert unit.at.tolist() == [2, 3, 2, 2, 4, 5] and unit.targets.tolist() == [1, 2, 3, 1, 4, 5]
-    assert [len(unit.tokens) for unit in core_eval.make_units(0, rows, 5, branches=True)] == [4, 4]  # 1st and 2nd; 3rd
-    assert [len(unit.tokens) for unit in core_eval.make_units(0, rows, 16, branches=False)] == [4, 3, 5]
+    rows = [core_eval.Row(5, i, np.array([7, 8, 9, *tail]), 3) for i, tail in enumerate(([1, 2], [3], [1, 4, 6], []))]
+    units = core_eval.make_units(rows, 16, branches=True)
+    fed, stem, asked = core_eval.lay_out(units)
+    tokens, positions, branches = fed[:, 0]
+    assert stem == 3 and tokens.tolist() == [7, 8, 9, 1, 1, 4]
+    assert positions.tolist() == [0, 1, 2, 3, 3, 4] and branches.tolist() == [0, 0, 0, 1, 3, 3]
+    line, place, target, item, choice = asked.tolist()
+    assert place == [2, 3, 2, 2, 4, 5] and target == [1, 2, 3, 1, 4, 6] and choice == [0, 0, 1, 2, 2, 2]
+    assert line == [0] * 6 and item == [5] * 6, "and nothing is asked of the choice without tokens of its own"
+    assert [len(unit.rows) for unit in core_eval.make_units(rows, 5, branches=True)] == [2, 1]
+    assert [unit.stem for unit in core_eval.make_units(rows, 16, branches=False)] == [4, 3, 5]
 
 
 # -----------------------------------------------------------------------------
@@ -202,25 +207,27 @@ def test_published_tasks_are_answered_as_one_item_at_a_time(bundle, words, train
     assert not trained or sum(right.values()) > 0
 
 
+def ask(folder: Path, model: GPT, *choices: str) -> core_eval.Answer:
+    """The answer to one item, of which the second choice is right."""
+    path = folder / "t.jsonl"
+    path.write_text(json.dumps({"query": "x", "choices": choices, "gold": 1}) + "\n")
+    task = CoreTask("t", "multiple_choice", path, 0, " ", 0.5)
+    return score_task(task, GPTScorer(model, BYTES, CPU), CPU).answers[0]
+
+
 def test_a_choice_without_tokens_of_its_own_never_wins(tmp_path):
     """In nanochat the mean of nothing is NaN, and the first choice wins with it."""
-    path = tmp_path / "t.jsonl"
-    path.write_text(json.dumps({"query": "x", "choices": ["ab", "abc"], "gold": 1}) + "\n")
-    task = CoreTask("t", "multiple_choice", path, 0, " ", 0.5)
-    (answer,) = score_task(task, GPTScorer(model_of(), BYTES, CPU), CPU).answers
+    answer = ask(tmp_path, model_of(), "ab", "abc")
     assert answer.losses[0] is None and answer.prediction == 1 and answer.right
 
 
 def test_equal_choices_go_to_the_first_and_nan_to_none(tmp_path):
-    path = tmp_path / "t.jsonl"
-    path.write_text(json.dumps({"query": "x", "choices": ["b", "a", "a"], "gold": 1}) + "\n")
-    task = CoreTask("t", "multiple_choice", path, 0, " ", 0.5)
     model = model_of()
-    (answer,) = score_task(task, GPTScorer(model, BYTES, CPU), CPU).answers
+    answer = ask(tmp_path, model, "b", "a", "a")
     assert answer.prediction in (0, 1) and answer.losses[1] == pytest.approx(answer.losses[2], abs=1e-6)
     with torch.no_grad():
         model.wte.weight.fill_(torch.nan)
-    (answer,) = score_task(task, GPTScorer(model, BYTES, CPU), CPU).answers
+    answer = ask(tmp_path, model, "b", "a", "a")
     assert answer.prediction == -1 and not answer.right and answer.losses == [None] * 3
 
 
@@ -232,23 +239,18 @@ class Fake:
     def __init__(self, loss):
         self.loss, self.encode = loss, BYTES.encode
 
-    def predict(self, units):
-        losses = [self.loss(unit.item, choice) for unit in units for choice in unit.choices.tolist()]
+    def predict(self, batch):
+        losses = [self.loss(item, choice) for item, choice in batch.asked[3:].T.tolist()]
         return torch.tensor(losses, dtype=torch.float32), torch.tensor(losses) == 0
 
 
-def test_the_oracle_is_always_right_and_a_constant_answer_is_worth_nothing(tasks):
-    for task in tasks:
-        gold = [item.gold for item in read_items(task)]
-        assert score_task(task, Fake(lambda i, choice: float(choice != gold[i])), CPU).centered == 1.0  # noqa: B023
-        assert score_task(task, Fake(lambda i, choice: 1.0 + choice), CPU).centered == 0.0
-
-
-def test_the_oracle_is_right_on_every_published_task(bundle):
-    for task in bundle:
+def test_the_oracle_is_always_right_and_a_constant_answer_is_worth_nothing(tasks, bundle):
+    for task in [*tasks, *bundle]:
         gold = [item.gold for item in read_items(task)]
         score = score_task(task, Fake(lambda i, choice: float(choice != gold[i])), CPU, 40)  # noqa: B023
-        assert score.right == score.n == min(40, len(gold)), task.label
+        assert score.right == score.n == min(40, len(gold)) and score.centered == 1.0, task.label
+    for task in tasks:
+        assert score_task(task, Fake(lambda i, choice: 1.0 + choice), CPU).centered == 0.0
 
 
 def test_the_order_of_choices_does_not_matter(tasks):
@@ -351,16 +353,8 @@ def tiny_gpt2(transformers, folder: Path) -> Path:
         tokenizer_object=words, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
     ).save_pretrained(folder)
     torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=257,
-        n_positions=64,
-        n_embd=32,
-        n_layer=2,
-        n_head=2,
-        initializer_range=0.3,
-        bos_token_id=256,
-        eos_token_id=256,
-    )
+    sizes = {"vocab_size": 257, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
+    config = transformers.GPT2Config(**sizes, bos_token_id=256, eos_token_id=256)
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
 
@@ -375,27 +369,21 @@ class Plain:
         return self.model(idx).logits
 
 
-class PlainTokenizer:
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-
-    def get_bos_token_id(self):
-        return self.tokenizer.bos_token_id
-
-    def encode(self, texts, prepend):
-        return [[prepend, *self.tokenizer.encode(text)] for text in texts]
-
-
 def test_a_model_folder_is_scored_by_the_same_rules(transformers, tasks, tmp_path):
     scorer = load_hf(tiny_gpt2(transformers, tmp_path / "gpt2"), CPU, batch_tokens=200)
     assert scorer.context == 64 and scorer.bos == 256 and scorer.picks
+    words = scorer.tokenizer
+    tokenizer = SimpleNamespace(
+        get_bos_token_id=lambda: words.bos_token_id,
+        encode=lambda texts, prepend: [[prepend, *words.encode(text)] for text in texts],
+    )
     for task in tasks:
         rows = slow.read_rows(task.path)
         score = score_task(task, scorer, CPU, 9)
         assert score.cut > 0 or task.kind == "schema"
         for answer in score.answers:
             how = (task.kind, task.num_fewshot, task.delimiter, 64)
-            expected = slow.answer(Plain(scorer.model), PlainTokenizer(scorer.tokenizer), rows, answer.index, *how)
+            expected = slow.answer(Plain(scorer.model), tokenizer, rows, answer.index, *how)
             assert answer.losses == pytest.approx(expected["losses"], abs=1e-5) and answer.right == expected["right"]
 
 
@@ -417,15 +405,7 @@ def test_a_folder_that_is_no_model_is_one_line(transformers, tmp_path):
 
 
 def test_a_model_says_how_much_it_takes_and_how_texts_begin():
-    class Nothing:
-        bos_token_id, eos_token_id = None, None
-
-    class Ends(Nothing):
-        eos_token_id = 5
-
-    assert HFScorer.branches is False
-    from nanochat.hf_model import context_of, start_token
-
-    assert context_of(Nothing()) == 2048 and start_token(Ends()) == 5
+    assert context_of(SimpleNamespace()) == 2048
+    assert start_token(SimpleNamespace(bos_token_id=None, eos_token_id=5)) == 5
     with pytest.raises(UserError, match="neither a BOS nor an EOS"):
-        start_token(Nothing())
+        start_token(SimpleNamespace(bos_token_id=None, eos_token_id=None))
