@@ -79,8 +79,11 @@ def main() -> None:
 
 
 def run_program(job: dict[str, Any]) -> None:
-    """Run the job's code as __main__; then serve its function, or report that its end was reached."""
-    module = sys.modules["__main__"] = type(sys)("__main__")
+    """Run the job's code as __main__, or as a module if its function is to be served; then serve that, or report that
+    its end was reached.
+    """
+    name = "program" if "serve" in job else "__main__"
+    module = sys.modules["__main__"] = sys.modules[name] = type(sys)(name)
     sys.argv[:] = [job["name"]]
     if "call" in job:
         name, calls, answers = job["call"]

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from nanochat.common import UserError
 from nanochat.compute import Compute
 from nanochat.conversation import Conversations, decode_parts, parts_text, render_for_completion
 from nanochat.engine import Engine, Sampling
@@ -29,6 +30,8 @@ class Judge(Conversations, Protocol):
 
     def evaluate(self, conversation: Conversation, answer: str) -> bool: ...
 
+    def flexible(self, conversation: Conversation, answer: str, right: bool) -> bool: ...
+
 
 @dataclass
 class Answered:
@@ -38,6 +41,7 @@ class Answered:
     prompt: str  # the last question
     answers: list[str]  # none where the prompt did not fit
     right: list[bool]
+    flexible: list[bool]  # by a rule of the task that forgives more, if it has one
 
 
 @dataclass
@@ -65,7 +69,7 @@ class TaskResult:
     @property
     def accuracy(self) -> float:
         """The share of right answers, which is pass@1."""
-        return sum(self.right) / max(1, self.n * self.num_samples)
+        return sum(self.right) / (self.n * self.num_samples)
 
     @property
     def stderr(self) -> float:
@@ -75,15 +79,16 @@ class TaskResult:
     def among(self, indices: Iterable[int]) -> "TaskResult":
         return replace(self, problems=[self.problems[index] for index in indices])
 
+    def flexible(self) -> "TaskResult":
+        return replace(self, problems=[replace(problem, right=problem.flexible) for problem in self.problems])
+
 
 # -----------------------------------------------------------------------------
 # Arithmetic of results
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean of independent values and its standard error: their standard deviation / sqrt(n). 0, 0 of none."""
-    if not values:
-        return 0.0, 0.0
+    """The mean of independent values and its standard error: their standard deviation / sqrt(n)."""
     mean = sum(values) / len(values)
     return mean, math.sqrt(sum((value - mean) ** 2 for value in values)) / len(values)
 
@@ -112,10 +117,13 @@ def evaluate_task(
 ) -> TaskResult:
     """The task's first max_problems. Each rank works on batch_size at a time: prompts of a categorical task, answers of
     a generative one, which gets num_samples to each problem. What is answered does not depend on ranks and batch_size.
+    Raises UserError where there is no problem to answer.
     """
     began = time.perf_counter()
     assert engine.tokenizer, "an engine without a tokenizer knows no chats"
     n = len(task) if max_problems is None else min(max_problems, len(task))
+    if n < 1:
+        raise UserError(f"nothing to answer: {max_problems} of {len(task)} problems", everywhere=True)
     mine = {i: task[i] for i in range(compute.rank, n, compute.world_size)}
     prompts = {i: render_for_completion(mine[i]["messages"], engine.tokenizer) for i in mine}
     fitting = {i: prompt for i, prompt in prompts.items() if len(prompt) < engine.model.config.sequence_len}
@@ -130,8 +138,10 @@ def evaluate_task(
     problems = []
     for i, conversation in mine.items():
         question = [message["content"] for message in conversation["messages"] if message["role"] == "user"][-1]
-        right = [bool(task.evaluate(conversation, answer)) for answer in answers.get(i, [])]
-        problems.append(Answered(i, question, answers.get(i, []), right))
+        said = answers.get(i, [])
+        right = [bool(task.evaluate(conversation, answer)) for answer in said]
+        flexible = [task.flexible(conversation, *judged) for judged in zip(said, right, strict=True)]
+        problems.append(Answered(i, question, said, right, flexible))
     everyone = sorted(chain(*compute.gather(problems)), key=lambda problem: problem.index)
     return TaskResult(everyone, num_samples, time.perf_counter() - began)
 

@@ -160,10 +160,15 @@ def report_task(name: str, task: Task, result: TaskResult, record: Record) -> No
     pass_at = pass_at_k(result.right, result.num_samples) if result.num_samples > 1 else {}
     more = {"of": of, "partial": partial, "num_samples": result.num_samples, "parts": scores, "seconds": result.seconds}
     more["pass_at"] = {k: {"value": value, "stderr": error} for k, (value, error) in pass_at.items()}
+    flexible = result.flexible()
+    if flexible.right != result.right:
+        more["flexible"] = score(flexible)
     record.write("task", **about, **score(result), **more)
     count = f"{result.n:,} of {of:,} (partial)" if partial else f"{result.n:,}"
     long = f", {result.too_long} prompts longer than the context" if result.too_long else ""
     print0(f"{name}: {result.accuracy:.1%} +- {result.stderr:.1%} of {count}, {result.seconds:.1f} s{long}")
+    if "flexible" in more:
+        print0(f"    flexible, by the last number anywhere: {flexible.accuracy:.1%} +- {flexible.stderr:.1%}")
     for group in [group for group in task.groups if group in scores]:
         part = scores[group]
         print0(f"    {group}: {part['accuracy']:.1%} +- {part['stderr']:.1%} of {part['n']:,}")

@@ -60,6 +60,10 @@ class Task(ABC):
         """Whether `answer` (the text an assistant wrote, without its tool calls) is right for this conversation."""
         raise NotImplementedError(f"{self.name} has no right answers; it is for training only")
 
+    def flexible(self, conversation: Conversation, answer: str, right: bool) -> bool:
+        """The same by a rule that forgives more, where the benchmark has two; `right` is what evaluate() says."""
+        return right
+
     def labels(self, index: int) -> tuple[str, ...]:
         """The parts of the task that task[index] belongs to, such as its subject: each gets an accuracy of its own."""
         return ()

@@ -1,11 +1,15 @@
 """GSM8K: grade-school word problems with the steps written out (Cobbe et al. 2021, arXiv:2110.14168).
 
 The published answers mark every computation as `<<48/2=24>>`; here those are calls of the calculator. Splits: the last
-500 rows of the published training file are dev, the rest train; test is test. Only the number after `####` is judged.
+500 rows of the published training file are dev, the rest train; test is test.
+
+Right is, as in lm-eval's strict-match, who has the right number after `####`; how it is written does not matter, only
+that it is one number (see extract_answer). flexible() also takes the last number anywhere, as lm-eval's
+flexible-extract does, whose patterns these are; chat_eval reports that as well where it differs.
 """
 
 import re
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 
 from nanochat.calculator import use_calculator
 from nanochat.common import UserError
@@ -13,7 +17,18 @@ from tasks.common import Conversation, Task, assistant, check_split, load_rows, 
 
 DEV_ROWS = 500
 ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>]*)>>")  # matches all 27,998 published; a single < is "less than"
-NUMBER = re.compile(r"\s*([-\u2212]?)\$?([-\u2212]?)(\d[\d,]*(?:\.\d+)?|\.\d+)(?![\d/]|[.,]\d|[eE][-+]?\d)", re.ASCII)
+COMMA = r"(?:,|\{,\}|\\,)"  # between thousands: plain, and two ways of LaTeX
+MARK = r"[\s*_`\\$\u00a3\u20ac\u00a5]"  # what a number is written with: bold, mathematics, money
+NUMBER = re.compile(
+    rf"""
+    (?:{MARK}|boxed\{{)* ([-+\u2212]?) {MARK}* ([-+\u2212]?)
+    ((?:[0-9]{{1,3}}(?:{COMMA}[0-9]{{3}})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)
+    (?![.,]?[0-9]|[eE][-+]?[0-9]|{COMMA}[0-9]|\\[dt]?frac)  # the rest of another number
+    (?![^\S\n]*[-+*x/:^\u00d7\u00f7\u2010-\u2015\u2212]*[^\S\n]*[0-9])  # a fraction, a range, a calculation
+    """,
+    re.VERBOSE,
+)
+FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 
 
 class GSM8K(Task):
@@ -45,6 +60,10 @@ class GSM8K(Task):
         expected = extract_answer(message_text(conversation["messages"][-1]))
         return expected is not None and extract_answer(answer) == expected
 
+    def flexible(self, conversation: Conversation, answer: str, right: bool) -> bool:
+        number = last_number(answer)
+        return right or (number is not None and number == extract_answer(message_text(conversation["messages"][-1])))
+
 
 def answer_parts(answer: str) -> list[dict[str, str]]:
     """A published answer as parts: text, and each `<<expression=result>>` as a call of the calculator and its output.
@@ -65,12 +84,22 @@ def answer_parts(answer: str) -> list[dict[str, str]]:
 
 
 def extract_answer(text: str) -> Decimal | None:
-    """The number after the last `####`, or None where there is none: "so #### $1,000." gives 1000. A minus, a dollar
-    sign, commas between digits and what follows the number are tolerated, except what makes it another one: 3/4, 1e5.
+    """The number after the last `####`, or None where there is none: "#### **$1,000.** That is" gives 1000. A sign, a
+    currency, bold, a box in LaTeX, commas between thousands and what follows the number are tolerated, except what
+    makes it another one, or one of several: 3/4, 72 1/2, 72-73, 1e5, 3,14.
     """
     _, marker, rest = text.rpartition("####")
     match = NUMBER.match(rest) if marker else None
     if not match or (match[1] and match[2]):
         return None
-    number = Decimal(match[3].replace(",", ""))
-    return -number if match[1] or match[2] else number
+    number = Decimal(re.sub(COMMA, "", match[3]))
+    return number if (match[1] or match[2]) in ("", "+") else -number
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number in a text, as lm-eval's flexible-extract finds it; None where that is none."""
+    found = [match.group() for match in FLEXIBLE.finditer(text)]
+    try:
+        return Decimal(re.sub(r"[,$]|\.$", "", found[-1])) if found else None
+    except InvalidOperation:
+        return None

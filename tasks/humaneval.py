@@ -1,16 +1,21 @@
 """HumanEval: 164 Python functions to write from their signature and docstring (Chen et al. 2021, arXiv:2107.03374).
 
 An answer is right when the item's own tests pass. The answer runs in a jail and the tests in another: what a program is
-kept from, and what not, is said in nanochat/execution.py. It has the standard library and no other packages.
+kept from, and what not, is said in nanochat/execution.py. It has the standard library and no other packages, and is not
+__main__, as in the official harness.
 """
 
+import ast
 import re
+import textwrap
+import warnings
 
 from nanochat.common import UserError
 from nanochat.execution import check_program
 from tasks.common import Conversation, Task, assistant, load_rows, user
 
-FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)  # one that is cut off at the end counts too
+FENCE = re.compile(r"(?:`{3,}|~{3,})(?:[^\n`~]*\n)?")  # with what stands behind it: the name of the language
+MOST_FENCES = 20  # of an answer are looked at: the pieces between them are tried out in pairs
 TIMEOUT = 5.0  # seconds; the slowest of the reference solutions takes 0.15 s
 
 
@@ -42,23 +47,39 @@ class HumanEval(Task):
         return {"messages": [user(question), assistant(answer)], **item}
 
     def evaluate(self, conversation: Conversation, answer: str) -> bool:
-        program, tests = answer_program(conversation, extract_code(answer)), checker_program(conversation)
+        program, tests = answer_program(conversation, answer), checker_program(conversation)
         return check_program(program, tests, conversation["entry_point"], TIMEOUT, unsafe=self.unsafe).success
 
 
-def extract_code(answer: str) -> str:
-    """The last fenced block of an answer, or all of it where there is none."""
-    blocks = FENCE.findall(answer)
-    return str(blocks[-1] if blocks else answer)
-
-
-def answer_program(item: Conversation, code: str) -> str:
-    """What comes before the function in the prompt, and the code. Code that does not define the function is taken as
-    the continuation of the prompt.
+def answer_program(item: Conversation, answer: str) -> str:
+    """What comes before the function in the prompt, and the code that defines it: the last piece of the answer between
+    two fences, or between one and an end of the answer, that is a program with such a function. Where there is none,
+    the prompt and its continuation: the last piece that begins with a space, or all of the answer.
     """
-    function = re.escape(item["entry_point"])
-    defined = re.search(rf"^(?:async )?def {function}\b|^{function}\s*=", code, re.MULTILINE)
-    return f"{before_function(item) if defined else item['prompt']}{code}"
+    fences = [match.span() for match in FENCE.finditer(answer)][:MOST_FENCES]
+    starts, ends = [0, *(end for _, end in fences)], [*(start for start, _ in fences), len(answer)]
+    for i in reversed(range(len(starts))):
+        for end in ends[i:]:  # beyond the next one where a docstring has fences
+            code = textwrap.dedent(answer[starts[i] : end])
+            if defines(code, item["entry_point"]):
+                return before_function(item) + code
+    pieces = [answer[start:end] for start, end in zip(starts, ends, strict=True)]
+    indented = [piece for piece in pieces if piece.strip() and piece.lstrip("\n")[0].isspace()]
+    return str(item["prompt"] + (indented or [answer])[-1])
+
+
+def defines(code: str, function: str) -> bool:
+    """Whether this is a program that gives the name `function` to something."""
+    if function not in code:
+        return False
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            body = ast.parse(code).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    named = [node.name for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+    assigned = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
+    return function in named + [target.id for target in assigned if isinstance(target, ast.Name)]
 
 
 def checker_program(item: Conversation) -> str:

@@ -209,6 +209,18 @@ def test_fewer_problems_than_there_are_is_partial_too(run):
     assert " of 5 of 500 (partial), " in printed and events[1]["partial"]
 
 
+@pytest.mark.parametrize(("answer", "strict", "flexible"), [("It is 1.", "0.0%", "33.3%"), ("#### 1", "33.3%", None)])
+def test_gsm8k_is_told_by_both_rules_where_they_differ(run, monkeypatch, answer, strict, flexible):
+    monkeypatch.setattr(chat_eval, "Engine", lambda *_: Says(lambda prompt: answer))
+    printed, events, _ = run(task_name="GSM8K")
+    assert f"GSM8K: {strict} +- " in printed
+    if flexible:
+        assert f"\n    flexible, by the last number anywhere: {flexible} +- " in printed
+        assert events[1]["flexible"]["accuracy"] == pytest.approx(1 / 3)
+    else:
+        assert "flexible" not in printed and "flexible" not in events[1]
+
+
 def test_mmlu_is_told_by_group_and_subject(run):
     printed, events, _ = run(task_name="MMLU")
     parts = events[1]["parts"]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -17,7 +18,7 @@ from tasks.arc import ARC
 from tasks.common import Task, load_rows, message_text, write_rows
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K, answer_parts, extract_answer
-from tasks.humaneval import HumanEval, answer_program, checker_program, extract_code
+from tasks.humaneval import HumanEval, answer_program, checker_program
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 
@@ -163,18 +164,56 @@ def published_answers(split: str) -> Iterator[str]:
         ("#### 10 dollars", "10"),
         ("####   10  \n ", "10"),
         ("#### 1\n#### $2.50 #### 3,000", "3000"),
+        ("#### 1{,}000", "1000"),
+        ("#### 1\\,234{,}000.50", "1234000.5"),
+        ("#### **72**", "72"),
+        ("**#### 72**", "72"),
+        ("#### **$-1,072**.", "-1072"),
+        ("#### +72", "72"),
+        ("#### \u00a372", "72"),
+        ("#### \u20ac 72", "72"),
+        ("#### \\$72", "72"),
+        ("#### `72`", "72"),
+        ("#### $\\boxed{72}$", "72"),
+        ("#### 72 (12 * 6)", "72"),
+        ("#### 72\n3 of them are red", "72"),
     ],
 )
 def test_the_number_after_the_last_mark_is_the_answer(text, number):
     assert extract_answer(text) == Decimal(number)
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "72", "####", "#### ", "#### x", "#### 3/4", "#### 1/2", "#### 1e5", "#### 1.2.3", "#### --5", "#### 1 ####"],
+NO_NUMBERS = (
+    "#### x|#### 3/4|#### 1/2|#### 1e5|#### 1.2.3|#### --5|#### 1 ####|#### 72 1/2|#### 72-73|#### 72 \u2013 73"
 )
+NO_NUMBERS += (
+    "|#### 5*3=15|#### 5 x 3|#### 10:30|#### 3,14|#### 1,0000|#### 1\\,000-2|#### 72\\frac{1}{2}|#### 1 000|#### -+5"
+)
+
+
+@pytest.mark.parametrize("text", ["", "72", "####", "#### ", *NO_NUMBERS.split("|")])
 def test_what_is_no_number_is_no_answer(text):
     assert extract_answer(text) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "strict", "flexible"),
+    [
+        ("So it is $1,072.", False, True),
+        ("#### 1,072", True, True),
+        ("#### 1{,}072", True, True),
+        ("#### 1,072 of 5", True, True),
+        ("#### 5, not 1072.", False, True),
+        ("1072 or 1073", False, False),
+        ("#### none...", False, False),
+        ("", False, False),
+    ],
+)
+def test_the_last_number_anywhere_is_the_flexible_answer(base_dir, answer, strict, flexible):
+    """lm-eval's flexible-extract; its strict-match asks for the ####."""
+    write_rows("openai/gsm8k", "main", "test", [{"question": "q", "answer": "#### 1072"}], "test")
+    task = GSM8K("test")
+    assert task.evaluate(task[0], answer) == strict and task.flexible(task[0], answer, strict) == flexible
 
 
 def test_annotations_become_calls_of_the_calculator():
@@ -244,30 +283,56 @@ def test_wrong_splits_are_one_line(base_dir, make, message):
         make()
 
 
+DEF = 'def f(x):\n    """Doubles:\n    ```\n    f(2)\n    ```\n    """\n    return 2 * x\n'
+PROMPT = "import math\n\ndef helper():\n    return 1\n\ndef f(x):\n    '''Doc'''\n"
+ITEM = {"prompt": PROMPT, "entry_point": "f", "test": "def check(f): pass"}
+HEAD = "import math\n\ndef helper():\n    return 1\n\n"
+
+
 @pytest.mark.parametrize(
     ("answer", "code"),
     [
-        ("x = 1", "x = 1"),
-        ("    return 1\n", "    return 1\n"),
-        ("First\n```python\nx = 1\n```\nthen\n```py\nx = 2\n```\nend", "x = 2\n"),
-        ("```\nx = 1\n```", "x = 1\n"),
-        ("```python\nx = 1", "x = 1"),
-        ("Use `x`.", "Use `x`."),
+        ("def f(x): return 2", "def f(x): return 2"),
+        (f"First\n```python\n{DEF}```\nthen\n```py\nf = abs\n```\nend", "f = abs\n"),
+        (f"```\n{DEF}", DEF),
+        (f"{DEF}```\nThis doubles.", DEF),
+        (f"{DEF}```python\n```", DEF),
+        (f"```python\n{DEF}```\nIt is used so:\n```python\nprint(f(2))\n```\nand prints\n```\n4\n```", DEF),
+        (f"~~~python\n{DEF}~~~\nf(2)", DEF),
+        (f"1. So:\n\n    ```python\n{textwrap.indent(DEF, '    ')}    ```\n", DEF),
+        ("```python\ndef f(x): return 2```", "def f(x): return 2"),
+        ("```python\ndef f(x): return 2\n```\nor not\n```python\ndef f(x: return 3\n```", "def f(x): return 2\n"),
     ],
 )
-def test_the_last_code_block_is_the_program(answer, code):
-    assert extract_code(answer) == code
+def test_the_block_that_defines_the_function_is_the_program(answer, code):
+    """Stray fences, blocks of usage and output, indented fences, fences in docstrings: right functions were wrong."""
+    assert answer_program(ITEM, answer) == HEAD + code
 
 
-def test_imports_and_helpers_of_the_prompt_are_there():
-    prompt = "import math\n\ndef helper():\n    return 1\n\ndef f(x):\n    '''Doc'''\n"
-    item = {"prompt": prompt, "entry_point": "f", "test": "def check(f): pass"}
-    head = "import math\n\ndef helper():\n    return 1\n\n"
-    tail = "\n\ndef check(f): pass\n\ncheck(f)\n"
-    assert answer_program(item, "def f(x): return 2") == head + "def f(x): return 2"
-    assert answer_program(item, "    return 2") == prompt + "    return 2"
-    assert answer_program(item, "def f2(x): return 2").startswith(prompt)
-    assert checker_program(item) == head + tail
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        ("    return 1\n", "    return 1\n"),
+        ("```python\n    return 1\n```\n", "    return 1\n"),
+        ("    return 1\n```\nThis returns 1.", "    return 1\n"),
+        ("def f2(x): return 2", "def f2(x): return 2"),
+        ("Use `f`.", "Use `f`."),
+        ("(" * 5000 + "f", "(" * 5000 + "f"),
+    ],
+)
+def test_code_without_the_function_continues_the_prompt(answer, code):
+    assert answer_program(ITEM, answer) == PROMPT + code
+
+
+def test_the_tests_have_imports_and_helpers_of_the_prompt():
+    assert checker_program(ITEM) == HEAD + "\n\ndef check(f): pass\n\ncheck(f)\n"
+
+
+def test_a_main_block_does_not_run(published):
+    """Nor does it in the official harness: programs that wait for input there were wrong."""
+    item = HumanEval(stop=1)[0]
+    block = "if __name__ == '__main__':\n    raise ValueError(input())"
+    assert HumanEval().evaluate(item, oracle(item).removesuffix("```") + f"\n\n{block}\n```")
 
 
 # -----------------------------------------------------------------------------
