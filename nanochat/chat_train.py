@@ -119,19 +119,25 @@ def chat_stream(
     in what the assistant says, or with all_tokens only in the padding.
     """
     blocks = partial(chat_blocks, conversations, tokenizer, batch.sequence_len, all_tokens)
-    too_little = (
-        f"no conversation of {len(conversations)} has a supervised token within {batch.sequence_len} tokens; "
-        "raise --max-seq-len or choose another mixture"
-    )
+    too_little = nothing_supervised(conversations, batch.sequence_len)
     batches = stream(blocks, start or ChatPosition(), batch, compute.rank, seed, too_little)
     for rows, position in prefetch(batches, depth=4):
         tokens = to_device(rows, compute)
         yield tokens[:, 0, :-1], tokens[:, 1, 1:], position
 
 
+def nothing_supervised(conversations: Conversations, sequence_len: int) -> str:
+    found = f"no conversation of {len(conversations)} has a supervised token within {sequence_len} tokens"
+    return f"{found}; raise --max-seq-len or choose another mixture"
+
+
 def rows_in_epoch(conversations: Conversations, tokenizer: Tokenizer, sequence_len: int, all_tokens: bool) -> int:
-    """How many rows one epoch has: counted where it is a single block, else estimated from the first one."""
-    block = next(chat_blocks(conversations, tokenizer, sequence_len, all_tokens, ChatPosition()))
+    """How many rows one epoch has: counted where it is a single block, else estimated from the first one. Raises
+    UserError where that has none.
+    """
+    block = next(chat_blocks(conversations, tokenizer, sequence_len, all_tokens, ChatPosition()), None)
+    if not block or not len(block.rows):
+        raise UserError(nothing_supervised(conversations, sequence_len), everywhere=True)
     return max(1, round(len(block.rows) * max(1.0, len(conversations) / CHAT_BLOCK)))
 
 
@@ -193,7 +199,7 @@ def evaluate_chats(
     poll: Callable[[], None] | None = None,
 ) -> float:
     """Nats per supervised token over all conversations, packed as in training, each once; otherwise like evaluate_bpb.
-    Batches are padded, so that a compiled model sees one shape.
+    Batches are padded, so that a compiled model sees one shape. Raises UserError where no token is supervised.
     """
     totals, B = torch.zeros(2, dtype=torch.float64), batch.device_batch_size
     for block in chat_blocks(conversations, tokenizer, batch.sequence_len, all_tokens, ChatPosition()):
@@ -209,7 +215,9 @@ def evaluate_chats(
                 loss = model(rows[:, 0, :-1], targets, loss_reduction="sum", dtype=compute.dtype)
             totals += torch.stack([loss, (targets >= 0).sum()]).double().cpu()
     loss_sum, count = compute.sum(totals).tolist()
-    return float(loss_sum / max(1.0, count))
+    if not count:
+        raise UserError(nothing_supervised(conversations, batch.sequence_len), everywhere=True)
+    return float(loss_sum / count)
 
 
 def show_chats(questions: Sequence[str], model: GPT, tokenizer: Tokenizer, compute: Compute, run: Run) -> None:

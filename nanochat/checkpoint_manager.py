@@ -258,12 +258,16 @@ def take_directory(directory: Path) -> None:
 
 
 def set_aside(directory: Path, steps: list[int]) -> None:
-    """Move checkpoints that this run is going to write again to `<tag>-before-<time>`."""
+    """Move checkpoints that this run is going to write again to `<tag>-before-<time>`, and the mark of the best if it
+    is among them: it would spare, and be the mark to beat of, another run's step of that number.
+    """
     if steps:
         aside = directory.with_name(f"{directory.name}-before-{time.strftime('%Y%m%d-%H%M%S')}")
         aside.mkdir(exist_ok=True)
         for step in steps:
             os.replace(step_dir(directory, step), step_dir(aside, step))
+        if (directory / BEST).exists() and read_best(directory) == (-1, math.inf):
+            os.replace(directory / BEST, aside / BEST)
         print0(f"set aside: steps {steps} of {directory.name} moved to {aside}")
 
 

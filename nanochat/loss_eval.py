@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from nanochat.common import UserError
 from nanochat.compute import Compute, collective
 from nanochat.dataloader import to_device
 from nanochat.gpt import GPT
@@ -119,11 +120,13 @@ def window_rows(windows: Sequence[Window], rows: int, sequence_len: int) -> np.n
 def ratio_over_documents(sums: np.ndarray) -> BitsPerByte:
     """Bits per byte from nats, bytes and tokens of each document (n, 3). The standard error is that of a ratio
     estimator R = sum(b) / sum(y) for n clusters: sqrt(n / (n - 1) sum((b - R y)^2)) / sum(y) (Cochran, Sampling
-    Techniques, 1977, section 6.4, without its correction for finite populations).
+    Techniques, 1977, section 6.4, without its correction for finite populations). Raises UserError of no bytes.
     """
     sums = sums[sums[:, 2] > 0]
     bits, lengths, n = sums[:, 0] / math.log(2), sums[:, 1], len(sums)
-    total = max(1.0, lengths.sum())
+    total = lengths.sum()
+    if not total:
+        raise UserError("there is no bits per byte of nothing: the text to score has no bytes", everywhere=True)
     bpb = bits.sum() / total
     stderr = math.sqrt(n / (n - 1) * ((bits - bpb * lengths) ** 2).sum()) / total if n > 1 else None
     return BitsPerByte(float(bpb), stderr, int(lengths.sum()), int(sums[:, 2].sum()), n)

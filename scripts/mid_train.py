@@ -108,6 +108,7 @@ def main() -> None:
     device_rows = choose_device_batch(device_batch_size, model, total_batch_size, T, compute, compile)
     batch = plan_batches(total_batch_size, device_rows, T, compute.world_size)
     print0(f"batch: {batch} (asked for {total_batch_size:,})")
+    print0(f"validation: about {rows_in_epoch(held_out, tokenizer, T, all_tokens=True):,} rows")  # raises for none
     identity = {"model_config": model.config_dict(), "rows_per_step": batch.rows, "row_length": T, "seed": seed}
     identity |= {"conversations": fingerprint(conversations), "started_from": start.identity}
 

@@ -71,8 +71,14 @@ def test_long_conversations_are_cut_and_counted():
 
 
 def test_nothing_to_learn_is_an_error_and_not_an_endless_loop():
-    with pytest.raises(UserError, match="no conversation of 3 has a supervised token within 31 tokens"):
-        batches(1, [chat("q" * 100, "a")] * 3)
+    chats = [chat("q" * 100, "a")] * 3
+    for use in (
+        lambda: batches(1, chats),
+        lambda: rows_in_epoch(chats, BYTES, T, False),
+        lambda: evaluate_chats(small_model(), chats, BYTES, BatchPlan(4, T, 1, 1), CPU, False),
+    ):
+        with pytest.raises(UserError, match="no conversation of 3 has a supervised token within 31 tokens"):
+            use()
 
 
 def test_an_epoch_is_counted_in_rows(monkeypatch):

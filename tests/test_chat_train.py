@@ -1,5 +1,6 @@
 """Midtraining, SFT and RL: what they learn, how they stop and go on, what they refuse. On ranks: test_ranks.py."""
 
+import json
 import os
 import signal
 
@@ -131,6 +132,17 @@ def test_a_batch_without_a_supervised_token_changes_no_weight(home):
     result = train.update(optimizers, agreed, train.Rates(1.0, 0.9, 1.0), compute)
     assert result.tokens == 0 and result.loss == 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_held_out_answers_beyond_the_row_end_sft_before_its_first_step(stage, home, tmp_path):
+    """They gave "validation loss 0.0000", which --save-best kept as the best for ever."""
+    lines = (home / "chats.jsonl").read_text().splitlines()
+    long = json.dumps([{"role": "user", "content": "x" * 500}, {"role": "assistant", "content": "y"}])
+    lines[::20] = [long] * len(lines[::20])  # these are held out
+    file = tmp_path / "long.jsonl"
+    file.write_text("\n".join(lines))
+    with pytest.raises(UserError, match="no conversation of .* has a supervised token within 256 tokens"):
+        stage("sft", "nothing", mixture=str(file))
 
 
 def test_sft_of_an_sft_model_keeps_its_start(stage, home):

@@ -362,8 +362,21 @@ def test_the_mark_of_a_step_that_is_gone_means_nothing(saved, tmp_path):
     manager.mark_best("base", "t", 10, 1.0, CPU)
     find_resume(resume_from_step=5)
     assert manager.is_best("base", "t", 7.0)
+    manager.mark_best("base", "t", 5, 1.0, CPU)
     hurt(tmp_path / "base_checkpoints" / "t" / "best.json")
     assert manager.is_best("base", "t", 7.0)
+
+
+def test_the_mark_of_the_best_moves_with_its_run(saved, tmp_path):
+    """After --fresh, --keep-last=1 spared the new run's step of the old best's number, whose score had to be beaten."""
+    root = tmp_path / "base_checkpoints"
+    manager.mark_best("base", "t", 5, 1.25, CPU)
+    find_resume(fresh=True)
+    (aside,) = root.glob("t-before-*")
+    assert manager.read_best(aside) == (5, 1.25) and not (root / "t" / "best.json").exists()
+    for step in (5, 10):
+        save(saved, step, keep_last=1)
+    assert manager.saved_steps(root / "t") == [10] and manager.is_best("base", "t", 7.0)
 
 
 def test_what_was_set_aside_is_not_the_tag_saved_last(saved, tmp_path):

@@ -81,7 +81,7 @@ def train_a_little(model: GPT, tokenizer: Tokenizer, text: str, steps: int = 40)
         optimizer.zero_grad()
 
 
-def assert_same_as_slow(task: CoreTask, model: GPT, tokenizer: Tokenizer, n: int | None = None, **options) -> int:
+def assert_same_as_slow(task: CoreTask, model: GPT, tokenizer: Tokenizer, n: int = -1, **options) -> int:
     """Compare all answers; returns how many were right."""
     rows = slow.read_rows(task.path)
     score = score_task(task, GPTScorer(model, tokenizer, CPU, **options), CPU, n)

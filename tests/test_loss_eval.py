@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanochat.common import UserError
 from nanochat.compute import Compute
 from nanochat.gpt import GPTConfig
 from nanochat.loss_eval import BitsPerByte, document_windows, evaluate_bpb, ratio_over_documents, validation_windows
@@ -70,9 +71,9 @@ MODELS = {257: model(), SPLITTING.get_vocab_size(): model(SPLITTING.get_vocab_si
 @settings(max_examples=25, deadline=None)
 @given(data=st.data(), tokenizer=st.sampled_from([ByteTokenizer(), SPLITTING]))
 def test_every_byte_is_scored_once_and_the_number_equals_one_window_at_a_time(data, tokenizer):
-    """Empty documents, those of many windows, characters of several bytes; in one array or many."""
+    """Empty documents beside others, those of many windows, characters of several bytes; in one array or many."""
     piece = st.sampled_from(["the cat", " sat", "\u00e4", "\u4e2d\u6587", "\U0001f600", "x", "\n"])
-    documents = data.draw(st.lists(st.lists(piece, max_size=25).map("".join), min_size=1, max_size=5))
+    documents = ["x", *data.draw(st.lists(st.lists(piece, max_size=25).map("".join), max_size=5))]
     stride, rows, cut = (data.draw(st.integers(low, high)) for low, high in ((1, 16), (1, 5), (0, len(documents))))
     net = MODELS[tokenizer.get_vocab_size()]
     texts = [pa.array(part, pa.string()) for part in (documents[:cut], documents[cut:])]
@@ -80,7 +81,7 @@ def test_every_byte_is_scored_once_and_the_number_equals_one_window_at_a_time(da
     slow = [bits_and_bytes(net, tokenizer, text, 16, stride) for text in documents]
     assert [size for _, size in slow] == [len(text.encode()) for text in documents]
     assert result.bytes == sum(size for _, size in slow) and result.documents == sum(map(bool, documents))
-    assert result.bpb == pytest.approx(sum(bits for bits, _ in slow) / max(1, result.bytes), rel=1e-5)
+    assert result.bpb == pytest.approx(sum(bits for bits, _ in slow) / result.bytes, rel=1e-5)
 
 
 def test_the_standard_error_is_what_documents_scatter_by():
@@ -94,7 +95,14 @@ def test_the_standard_error_is_what_documents_scatter_by():
     scatter = np.std([result.bpb for result in drawn])
     assert np.mean([result.stderr for result in drawn]) == pytest.approx(scatter, rel=0.1)
     assert drawn[0].documents == 40
-    assert ratio_over_documents(np.zeros((0, 3))).bpb == 0 and ratio_over_documents(np.ones((1, 3))).stderr is None
+    assert ratio_over_documents(np.ones((1, 3))).stderr is None
+
+
+@pytest.mark.parametrize(("texts", "rows"), [([], 2), ([pa.array(["", ""])], 2), (TEXTS, 0)])
+def test_no_number_comes_of_scoring_nothing(texts, rows):
+    """base_loss --device-batch-size=0 said: val bpb 0.0000, 0 bytes."""
+    with pytest.raises(UserError, match="no bits per byte of nothing"):
+        score(model(), ByteTokenizer(), texts, rows)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7])
