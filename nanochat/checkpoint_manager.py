@@ -317,12 +317,9 @@ def write_step(path: Path, tensors: dict[str, dict[str, Tensor]], tokenizer: Tok
         if not tensor.isfinite().all():
             raise NotFinite(f"{name} has values that are not finite: step {step} is not saved, earlier ones stay")
     size = sum(tensor.nbytes for _, tensor in everything)
-    need = size + 2**20
     try:
         with whole(path) as building:
             building.mkdir()
-            if shutil.disk_usage(building).free < need:
-                raise OSError("No space left on device")
             for name, state in tensors.items():
                 save_file(state, building / name)
             tokenizer.save(building)
@@ -336,7 +333,7 @@ def write_step(path: Path, tensors: dict[str, dict[str, Tensor]], tokenizer: Tok
     except (OSError, SafetensorError) as error:
         why, free = getattr(error, "strerror", None) or one_line(error), shutil.disk_usage(path.parent).free
         failed = f"step {path.name[5:]} could not be saved ({why})"
-        needs = f"a checkpoint needs {need:,} bytes and {path.parent} has {free:,} free"
+        needs = f"a checkpoint needs {size + 2**20:,} bytes and {path.parent} has {free:,} free"
         raise UserError(f"{failed}: {needs}; make room (--keep-last=2 keeps it), then go on with --resume") from None
     return size
 
@@ -373,20 +370,18 @@ def read_best(directory: Path) -> tuple[int, float]:
 
 def rng_state() -> dict[str, str]:
     """torch's default generators, alike on every rank. No stage draws from them, an experiment with dropout does."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
+    states = {"cpu": torch.get_rng_state()} | (
+        {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}
+    )
     return {device: base64.b64encode(state.numpy().tobytes()).decode() for device, state in states.items()}
 
 
 def restore_rng(states: dict[str, str]) -> None:
     """Take over the generators of a checkpoint, as far as this machine has them."""
     for device, text in states.items():
-        state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-        if device == "cpu":
-            torch.set_rng_state(state)
-        elif torch.cuda.is_available():
-            torch.cuda.set_rng_state(state)
+        if device == "cpu" or torch.cuda.is_available():
+            state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+            (torch if device == "cpu" else torch.cuda).set_rng_state(state)
 
 
 # -----------------------------------------------------------------------------

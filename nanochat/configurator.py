@@ -34,11 +34,11 @@ import textwrap
 import tokenize
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, takewhile
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
-from nanochat.common import UserError, get_rank, print0
+from nanochat.common import UserError, print0, say_why
 
 # What a number may be, by the name that a setting's line says: type, as --help shows it, test.
 Positive = Annotated[int, "int >= 1", lambda n: n >= 1]
@@ -176,14 +176,6 @@ def assignment(node: ast.stmt) -> tuple[str, ast.expr | None, ast.expr | None]:
     return "", None, None
 
 
-def ends_block(node: ast.stmt) -> bool:
-    """Whether this is the configure line, a function or a class."""
-    match assignment(node)[2]:
-        case ast.Call(func=ast.Name(id="configure")):
-            return True
-    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-
-
 def read_type(annotation: ast.expr | None, default: object) -> tuple[Kind, tuple[str | None, ...]]:
     """(kind, words) of a setting; ValueError when that is none of the allowed types."""
     match annotation:
@@ -213,13 +205,12 @@ def read_comments(source: str) -> dict[int, str]:
 
 def read_block(path: Path) -> Block:
     """The settings block of a script, which is not imported; UserError with file and line when it is badly written."""
-    source = path.read_text(encoding="utf-8")
+    source = path.read_text(encoding="utf-8").partition("\nsettings = configure(")[0] + "\n"
     tree, comments = ast.parse(source, str(path)), read_comments(source)
-    body = list(takewhile(lambda node: not ends_block(node), tree.body))
     settings: dict[str, Setting] = {}
     short: dict[str, str] = {}
     section, end = "Settings", 0
-    for node in body:
+    for node in tree.body:
         above, start, end = range(end + 1, node.lineno), node.lineno, node.end_lineno or node.lineno
         section = [section, *(comments[line] for line in above if line in comments)][-1]
         name, annotation, value = assignment(node)
@@ -367,8 +358,7 @@ def configure(module_name: str) -> dict[str, object]:
             sys.exit(0)
         given = parse_args(block, sys.argv[1:])
     except UserError as error:
-        if get_rank() == 0:
-            print(f"{path.stem}: {error}", file=sys.stderr, flush=True)
+        say_why(str(error), everywhere=True)
         sys.exit(2)
     for name, (value, origin) in given.items():
         setattr(module, name, value)

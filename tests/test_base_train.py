@@ -160,7 +160,6 @@ def test_mistyped_settings_get_one_line_and_exit_code_2(home, flags):
         ({"model_tag": "none", "resume": True}, "no base checkpoint none"),
         ({"corpus": "elsewhere"}, "elsewhere"),
         ({"head_dim": 7}, "head-dim"),
-        ({"dtype": "float16"}, "bfloat16, float32"),
     ],
 )
 def test_mistakes_are_told_in_one_line(train_here, changes, message):
