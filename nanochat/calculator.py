@@ -7,9 +7,9 @@ powers, functions, variables.
 
 import ast
 import re
-from collections.abc import Callable
 from decimal import Decimal, Inexact, localcontext
 from fractions import Fraction
+from operator import add, mod, mul, sub, truediv
 
 MAX_CHARS = 256  # no honest expression is longer, and with it time, memory and nesting are bounded
 PLACES = 1000  # more than any result with a finite decimal form has, whose expression is that short
@@ -18,13 +18,7 @@ THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 NUMBER = re.compile(r"\d+\.?\d*|\.\d+")
 ARITHMETIC = re.compile(r"[-+*/%(). \d]+", re.ASCII)
 COUNT = re.compile(r"""\s*(['"])([^'"\\\n]*)\1\s*\.\s*count\s*\(\s*(['"])([^'"\\\n]*)\3\s*\)\s*""")
-OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
-    ast.Add: lambda a, b: a + b,
-    ast.Sub: lambda a, b: a - b,
-    ast.Mult: lambda a, b: a * b,
-    ast.Div: lambda a, b: a / b,
-    ast.Mod: lambda a, b: a % b,
-}
+OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.Mod: mod}
 
 
 def use_calculator(expression: str) -> str | None:

@@ -199,7 +199,7 @@ def test_a_full_context_is_an_error_and_not_a_frozen_cache():
     with pytest.raises(UserError, match="1 to 31"):
         engine.generate_batch([[1] * 32], Sampling())
     cache = KVCache(SMALL, 1, 4, torch.device("cpu"), torch.float32)
-    with pytest.raises(UserError, match="4 fit"):
+    with pytest.raises(AssertionError, match="overflows"):
         engine.forward(torch.zeros(1, 5, dtype=torch.long), cache)
 
 
