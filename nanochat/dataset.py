@@ -47,6 +47,7 @@ settings = configure(__name__)
 from nanochat import corpus_writer, task_data
 from nanochat.corpus import MANIFEST, fingerprint_of, load_corpus, read_manifest
 from nanochat.download import Listing, fetch_files, list_repository, persist
+from nanochat.names import list_parquet_files, parquets_iter_batched  # noqa: F401  # for scripts written for nanochat
 
 # Hub corpora: repository and number of its last file, which is the validation file.
 HUBS = {

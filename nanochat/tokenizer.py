@@ -1,13 +1,14 @@
 """The tokenizer: text <-> token ids, trained and run by `rustbpe`, kept in one sealed JSON file.
 
 Promises: decode(encode(text)) == text; ordinary text never becomes a special token, whatever it says; equal tokenizers
-make equal files; a file in which a bit has changed is refused. Does not: render chats, normalise text, or read pickles.
+make equal files; a file in which a bit has changed is refused. Does not: normalise text, or read pickles.
 """
 
 import hashlib
+import importlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,11 @@ SPECIAL_TOKENS = (
     "<|output_end|>",
 )
 MAX_VOCAB_SIZE = 1 << 24  # a hundred times the largest that anybody uses
-BATCH_CHARS = 1 << 22  # plain strings are handed to Rust in lots of this size
+
+
+def late(name: str) -> Any:
+    """A function of names.py, which is loaded when it is called: training does without, and without chats."""
+    return lambda *values, **named: getattr(importlib.import_module("nanochat.names"), name)(*values, **named)
 
 
 class Tokenizer:
@@ -51,31 +56,22 @@ class Tokenizer:
 
     @staticmethod
     def train(
-        texts: Iterable[Any],
-        vocab_size: int,
-        pattern: str = "nanochat",
-        progress: Callable[[str, int], None] | None = None,
-        num_threads: int | None = None,
+        texts: Iterable[Any], vocab_size: int, pattern: str = "nanochat", progress: rustbpe.Progress | None = None
     ) -> "Tokenizer":
         """Learn `vocab_size` tokens (the 256 bytes and the special tokens among them) from texts.
 
-        A text is a str; an Arrow array of strings counts as many, and is not copied. `progress` is called with
-        ("bytes", so far) while texts are read and ("merges", so far) after that. The same texts give the same tokenizer
-        for any number of threads. Raises UserError where vocab_size is too small, or larger than the texts can give.
+        A text is a str; an Arrow array of strings counts as many, and is not copied. `progress` is called now and then
+        with the merges learnt so far. The same texts give the same tokenizer on any number of cores. Raises UserError
+        where vocab_size is too small, or larger than the texts can give.
         """
         smallest = 256 + len(SPECIAL_TOKENS)
-        if vocab_size < smallest:
-            raise UserError(f"vocab_size {vocab_size}: bytes and special tokens need --vocab-size={smallest} or more")
-        if vocab_size > MAX_VOCAB_SIZE:
-            raise UserError(f"vocab_size {vocab_size}: at most --vocab-size={MAX_VOCAB_SIZE}")
-        trainer = rustbpe.Trainer(pattern, num_threads)
-        fed = 0
+        if not smallest <= vocab_size <= MAX_VOCAB_SIZE:
+            needed = f"bytes and special tokens need --vocab-size={smallest} or more"
+            raise UserError(f"vocab_size {vocab_size}: {needed}, and at most {MAX_VOCAB_SIZE}")
+        trainer = rustbpe.Trainer(pattern)
         for batch in batches(texts):
             trainer.feed(batch)
-            if progress:
-                fed += batch.nbytes if hasattr(batch, "nbytes") else sum(map(len, batch))
-                progress("bytes", fed)
-        merges = trainer.train(vocab_size - smallest, partial(progress, "merges") if progress else None)
+        merges = trainer.train(vocab_size - smallest, progress)
         if (most := smallest + len(merges)) < vocab_size:
             gives = f"this text gives {len(merges)} merges"
             raise UserError(f"vocab_size {vocab_size}: {gives}, so at most --vocab-size={most}")
@@ -177,6 +173,15 @@ class Tokenizer:
     def get_special_tokens(self) -> list[str]:
         return list(self._special_ids)
 
+    # For scripts written for nanochat
+    train_from_iterator, from_directory, __call__ = train, load, encode
+    render_conversation = late("render_conversation")
+    render_for_completion = late("render_for_completion")
+    visualize_tokenization = late("visualize_tokenization")
+
+
+RustBPETokenizer, get_token_bytes = Tokenizer, late("get_token_bytes")
+
 
 def get_tokenizer() -> Tokenizer:
     """The tokenizer that tok_train saved in the base directory."""
@@ -192,17 +197,7 @@ def expand_merges(merges: np.ndarray) -> list[bytes]:
 
 
 def batches(texts: Iterable[Any]) -> Iterator[Any]:
-    """Arrow arrays as they come; single strings in lists of about BATCH_CHARS characters."""
-    pending: list[str] = []
-    chars = 0
-    for text in texts:
-        if not isinstance(text, str):
-            yield text
-            continue
-        pending.append(text)
-        chars += len(text)
-        if chars >= BATCH_CHARS:
-            yield pending
-            pending, chars = [], 0
-    if pending:
-        yield pending
+    """Arrow arrays as they come; single strings in lots, as each call of Rust costs 65 us."""
+    for single, group in groupby(texts, lambda text: isinstance(text, str)):
+        while lot := list(islice(group, 1024 if single else 1)):
+            yield lot if single else lot[0]

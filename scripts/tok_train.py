@@ -16,7 +16,8 @@ vocab_size: Positive = 65_536  # tokens in all: 256 bytes, merges, 9 special tok
 settings = configure(__name__)
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -41,8 +42,8 @@ def main() -> None:
             bar.n = count
             bar.refresh()
 
-        documents = counted(capped(iter_text(text.train)), taken)
-        tokenizer = Tokenizer.train(documents, vocab_size, progress=show)
+        documents = counted(capped(iter_text(text.train)), taken, show)
+        tokenizer = Tokenizer.train(documents, vocab_size, progress=partial(show, "merges"))
     seconds = time.perf_counter() - start
     tokenizer.save(get_base_dir() / "tokenizer")
 
@@ -96,11 +97,12 @@ def capped(texts: Iterable[pa.Array]) -> Iterator[pa.Array]:
         yield documents
 
 
-def counted(texts: Iterable[pa.Array], taken: dict[str, int]) -> Iterator[pa.Array]:
+def counted(texts: Iterable[pa.Array], taken: dict[str, int], show: Callable[[str, int], None]) -> Iterator[pa.Array]:
     """Add up what passes."""
     for documents in texts:
         taken["documents"] += len(documents)
         taken["text_bytes"] += pc.sum(pc.binary_length(documents)).as_py()
+        show("bytes", taken["text_bytes"])
         yield documents
 
 

@@ -15,8 +15,8 @@ common configurator files record schedule compute sharding muon adamw model atte
 tokenizer corpus dataloader loss_eval calculator engine core_eval checkpoint_manager signals run train
 """.split()
 LEAVES = """
-conversation chat_train task_eval hf_model download corpus_writer task_data dataset jail_stub execution report_page
-report server
+conversation names chat_train task_eval hf_model download corpus_writer task_data dataset jail_stub execution
+report_page report server
 """.split()
 # What one reads to understand and change the training of a model.
 STORY = ["speedrun.sh", "scripts/base_train.py"] + [

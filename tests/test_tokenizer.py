@@ -85,17 +85,17 @@ def test_decode_replaces_cut_characters_and_refuses_unknown_ids(tokenizer: Token
 
 def test_training_takes_strings_and_arrow_and_reports_progress() -> None:
     documents = TEXT.splitlines(keepends=True)
-    seen: list[tuple[str, int]] = []
-    one = Tokenizer.train(documents, VOCAB_SIZE, progress=lambda what, count: seen.append((what, count)), num_threads=2)
-    two = Tokenizer.train([pa.array(documents[:5]), pa.chunked_array([documents[5:]])], VOCAB_SIZE, num_threads=1)
+    seen: list[int] = []
+    one = Tokenizer.train(documents, VOCAB_SIZE, progress=seen.append)
+    two = Tokenizer.train([pa.array(documents[:5]), pa.chunked_array([documents[5:8]]), *documents[8:]], VOCAB_SIZE)
     assert one.fingerprint == two.fingerprint
-    assert ("bytes", len(TEXT)) in seen
+    assert seen == sorted(seen) and 0 <= seen[0] <= seen[-1] <= VOCAB_SIZE - 265
 
 
 def test_a_vocabulary_size_that_cannot_be_says_what_can() -> None:
     with pytest.raises(UserError, match="vocab_size 264: .* --vocab-size=265 or more"):
         Tokenizer.train(["text"], 264)
-    with pytest.raises(UserError, match="vocab_size 1000000000000: at most"):
+    with pytest.raises(UserError, match="vocab_size 1000000000000: .* at most 16777216"):
         Tokenizer.train(["text"], 10**12)
     with pytest.raises(UserError, match="gives 3 merges, so at most --vocab-size=268"):
         Tokenizer.train(["text"], 1000)
