@@ -255,7 +255,8 @@ class Engine:
                         running[slot], cache.lengths[slot] = None, 0
             yield said
             if any(running):
-                logits = self.forward(torch.tensor(sampled, device=self.model.device)[:, None], cache)
+                states = self.forward(torch.tensor(sampled, device=self.model.device)[:, None], cache)
+                logits = self.model.logits(states)
 
     def continuations(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, num_samples: int, first: Sequence[int] | None
@@ -279,23 +280,23 @@ class Engine:
         prompts = {id(sequence.prompt): sequence.prompt for sequence in sequences.values()}  # samples share one
         row_of = {key: row for row, key in enumerate(prompts)}
         rows = [row_of[id(sequence.prompt)] for sequence in sequences.values()]
-        logits, read = self.prefill(list(prompts.values()))
+        states, read = self.prefill(list(prompts.values()))
         cache.put(list(sequences), read, rows)
-        return logits[rows]
+        return self.model.logits(states)[rows]
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, KVCache]:
-        """Read all prompts in one pass, shorter ones padded at the end: logits (P, V) of what follows, their cache."""
+        """Read all prompts in one pass, shorter ones padded at the end: states (P, C) at their ends, their cache."""
         lengths = [len(tokens) for tokens in prompts]
         rows = [torch.tensor(tokens, dtype=torch.long) for tokens in prompts]
         T = round_length(max(lengths), self.model.device)
         idx = torch.stack([F.pad(row, (0, T - len(row))) for row in rows])  # (P, T)
         cache = KVCache(self.model.config, len(prompts), T, self.model.device, self.dtype)
-        logits = self.forward(idx.to(self.model.device), cache, torch.tensor(lengths) - 1)
+        states = self.forward(idx.to(self.model.device), cache, torch.tensor(lengths) - 1)
         cache.lengths = lengths  # the padding lies beyond
-        return logits, cache
+        return states, cache
 
     def forward(self, idx: Tensor, cache: KVCache, last: Tensor | None = None) -> Tensor:
-        """Append idx (B, T) to the slots; logits (B, V) fp32 of what follows each row's place `last` (B,) or end."""
+        """Append idx (B, T) to the slots; the final states (B, C) at each row's place `last` (B,) or end."""
         hidden = self.model.hidden(idx, self.dtype, cache.begin_step(idx.size(1)), list(cache.layers))
         rows = torch.arange(len(idx), device=idx.device)
-        return self.model.logits(hidden[:, -1] if last is None else hidden[rows, last.to(idx.device)])
+        return hidden[:, -1] if last is None else hidden[rows, last.to(idx.device)]

@@ -150,14 +150,17 @@ def evaluate_task(
 def choose_letters(
     engine: Engine, prompts: Mapping[int, Sequence[int]], letters: Mapping[int, Sequence[str]], batch_size: int
 ) -> dict[int, list[str]]:
-    """The one letter that the model would rather begin each answer with than any other letter of the problem."""
+    """The one letter that the model would rather begin each answer with than any other letter of the problem. They are
+    compared in fp32: in bf16 two of similar logits are often equal, which the first would win.
+    """
     assert engine.tokenizer
     chosen = {}
+    head = engine.model.lm_head.weight
     letter_ids = {letter: engine.tokenizer.encode(letter)[0] for letter in set().union(*letters.values())}
     numbers = sorted(prompts, key=lambda number: -len(prompts[number]))  # little padding; the largest batch comes first
     for batch in [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]:
-        logits, _ = engine.prefill([prompts[number] for number in batch])  # (B, V)
-        for number, row in zip(batch, logits.cpu(), strict=True):
+        states, _ = engine.prefill([prompts[number] for number in batch])  # (B, C)
+        for number, state in zip(batch, states.float().cpu(), strict=True):
             ids = [letter_ids[letter] for letter in letters[number]]
-            chosen[number] = [letters[number][int(row[ids].argmax())]]
+            chosen[number] = [letters[number][int((head[ids].float().cpu() @ state).argmax())]]
     return chosen

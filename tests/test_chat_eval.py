@@ -42,7 +42,8 @@ class Says:
 
     def __init__(self, rule: Callable[[Prompt], str]):
         self.rule = rule
-        self.model = SimpleNamespace(config=SimpleNamespace(sequence_len=10**9))
+        head = SimpleNamespace(weight=torch.eye(BYTES.get_vocab_size()))
+        self.model = SimpleNamespace(config=SimpleNamespace(sequence_len=10**9), lm_head=head)
         self.tokenizer = BYTES
 
     def generate_batch(
@@ -51,10 +52,10 @@ class Says:
         return [BYTES.encode(self.rule(prompt)) for prompt in prompts for _ in range(num_samples)], None
 
     def prefill(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, None]:
-        logits = torch.zeros(len(prompts), BYTES.get_vocab_size())
-        for row, prompt in zip(logits, prompts, strict=True):
+        states = torch.zeros(len(prompts), BYTES.get_vocab_size())
+        for row, prompt in zip(states, prompts, strict=True):
             row[BYTES.encode(self.rule(prompt))[0]] = 1
-        return logits, None
+        return states, None
 
 
 def accuracy(task: Any, rule: Callable[[Prompt], str]) -> float:

@@ -42,7 +42,7 @@ def test_any_chunking_of_a_prompt_gives_the_same_logits(cuts):
     start = 0
     for cut in cuts:
         with torch.no_grad():
-            logits = engine.forward(ids[:, start : start + cut], cache)
+            logits = engine.model.logits(engine.forward(ids[:, start : start + cut], cache))
         start += cut
         torch.testing.assert_close(logits, model(ids[:, :start])[:, -1], atol=1e-4, rtol=1e-4)
 
@@ -56,7 +56,7 @@ def test_rows_of_different_length_decode_together():
     with torch.no_grad():
         engine.forward(ids[:, :8], cache)
         cache.lengths[1] = 5  # the second row forgets its last three tokens
-        logits = engine.forward(ids[:, 8:9], cache)
+        logits = engine.model.logits(engine.forward(ids[:, 8:9], cache))
         alone = torch.cat([ids[1:, :5], ids[1:, 8:9]], dim=1)
         torch.testing.assert_close(logits[0], model(ids[:1, :9])[0, -1], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(logits[1], model(alone)[0, -1], atol=1e-4, rtol=1e-4)

@@ -4,6 +4,7 @@ import itertools
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -64,6 +65,18 @@ def test_letters_are_chosen_by_their_logits_alone(engine):
         assert answered.right == [answered.answers[0] == "ABCD"[i % 4]]
     assert (result.n, sum(result.right)) == (23, sum(answered.right[0] for answered in result.problems))
     assert result.stderr == pytest.approx((result.accuracy * (1 - result.accuracy) / 23) ** 0.5)
+
+
+def test_letters_that_tie_in_bfloat16_are_told_apart():
+    """Of equal logits the first letter won, whatever the model preferred."""
+    head = torch.zeros(256, 2)
+    head[ord("A"), 0] = head[ord("B"), 0] = 8
+    head[ord("B"), 1] = 1 / 64
+    states = torch.ones(1, 2, dtype=torch.bfloat16)
+    assert torch.nn.functional.linear(states, head[[ord("A"), ord("B")]].bfloat16()).diff().item() == 0
+    model = SimpleNamespace(lm_head=SimpleNamespace(weight=head.bfloat16()))
+    engine: Any = SimpleNamespace(model=model, tokenizer=BYTES, prefill=lambda prompts: (states, None))
+    assert task_eval.choose_letters(engine, {0: [1]}, {0: "AB"}, 1) == {0: ["B"]}
 
 
 def on_ranks(count: int, work: Callable[[Compute], T]) -> list[T]:
