@@ -86,6 +86,6 @@ stage rl chat_rl $RANKS -m scripts.chat_rl -- --model-tag="$TAG" --run="$WANDB_R
 trained rl && stage eval rl_eval $RANKS -m scripts.chat_eval -- -i rl -a GSM8K --model-tag="$TAG" ${EVAL_ARGS:-}
 
 # -----------------------------------------------------------------------------
-trained sft && stage report hello python -m scripts.chat_cli --model-tag="$TAG" -p "Why is the sky blue?"
+trained sft && stage report hello python -m scripts.chat_cli --model-tag="$TAG" -p "Why is the sky blue?" </dev/null
 stage report report python -m nanochat.report generate ${DOLLARS_PER_HOUR:+--dollars-per-hour=$DOLLARS_PER_HOUR}
 ! trained sft || echo Talk to it, after: source .venv/bin/activate, with: python -m scripts.chat_web

@@ -42,6 +42,6 @@ stage rl chat_rl python -m scripts.chat_rl dev/configs/laptop_rl.py --model-tag=
 stage eval rl_eval python -m scripts.chat_eval -i rl -a offline --model-tag=laptop --max-new-tokens=128
 
 # 5. Who is it? And the report.
-trained sft && stage report hello python -m scripts.chat_cli --model-tag=laptop -p "Who are you?"
+trained sft && stage report hello python -m scripts.chat_cli --model-tag=laptop -p "Who are you?" </dev/null
 stage report report python -m nanochat.report generate ${DOLLARS_PER_HOUR:+--dollars-per-hour="$DOLLARS_PER_HOUR"}
 ! trained sft || echo Talk to it, after: source .venv/bin/activate, with: python -m scripts.chat_web

@@ -3,6 +3,7 @@
 Imports only the standard library, so that `--help` and every mistake answer at once.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -26,6 +27,10 @@ STAGES = {
     "sft": Stage("chatsft_checkpoints", "scripts.chat_sft", "SFT"),
     "rl": Stage("chatrl_checkpoints", "scripts.chat_rl", "RL"),
 }
+
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the last by ulimit -f
+CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}  # to this user
 
 
 class UserError(ValueError):
@@ -61,12 +66,13 @@ class Stopped(Exception):
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's main() and turn its end into an exit code: 0 done, 2 the user's mistake (one line, no traceback),
-    3 numbers that are not finite, 130 Ctrl-C, 128 + n stopped by signal n after saving. Every other exception is ours
-    and keeps its traceback.
+    """Run a script's main() and turn its end into an exit code: 0 done, 2 the user's mistake or a full disk or missing
+    rights (one line, no traceback), 3 numbers that are not finite, 130 Ctrl-C, 128 + n stopped by signal n after
+    saving, 141 the reader of stdout has gone. Every other exception is ours and keeps its traceback.
     """
     try:
         main()
+        print(end="", flush=True)
     except UserError as error:
         say_why(str(error), error.everywhere)
         sys.exit(error.exit_code)
@@ -76,12 +82,36 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         say_why("interrupted", everywhere=False)
         sys.exit(130)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+    except (OSError, RuntimeError) as error:
+        reason = refusal(error)
+        if not reason:
             raise
-        less = "Fewer rows (--device-batch-size) need less, python -m scripts.plan says what else; training: --resume"
-        say_why(f"{str(error).splitlines()[0]} {less}", everywhere=False)
+        say_why(reason, everywhere=False)
         sys.exit(2)
+
+
+def refusal(error: OSError | RuntimeError) -> str:
+    """Why the machine, not the program, failed, with what mends it; "" for any other error. Where that is because
+    nobody reads stdout any more, the process ends at once and says nothing.
+    """
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        less = "Fewer rows (--device-batch-size) need less, python -m scripts.plan says what else; training: --resume"
+        return f"{str(error).splitlines()[0]} {less}"
+    if "temporary directory" in str(error):  # tempfile's: none of the usual ones takes a file
+        return f"{str(error)[:200]}; make room, or name another one: export TMPDIR=DIR"
+    if not isinstance(error, OSError):
+        return ""
+    place, full = error.filename, error.errno in FULL
+    try:
+        if place is None:  # perhaps it was stdout, which has lost what it could not write: only a new line shows it
+            print(flush=True)
+    except OSError:
+        into_nothing(sys.stdout)
+        if error.errno == errno.EPIPE:
+            sys.exit(128 + signal.SIGPIPE)
+        place = "standard output"
+    mend = "make room, then start again" if full else "mend that, or choose another: export NANOCHAT_BASE_DIR=DIR"
+    return f"{place or get_base_dir()}: {error.strerror}; {mend}" if full or (place and error.errno in CLOSED) else ""
 
 
 def say_why(reason: str, everywhere: bool) -> None:
@@ -112,7 +142,7 @@ def print0(*values: object, **options: Any) -> None:
         try:
             print(*values, **options, flush=True)
         except OSError:
-            into_nothing(sys.stdout)
+            into_nothing(options.get("file") or sys.stdout)
 
 
 def into_nothing(stream: TextIO) -> None:
@@ -123,11 +153,7 @@ def into_nothing(stream: TextIO) -> None:
 
 
 def get_base_dir() -> Path:
-    """$NANOCHAT_BASE_DIR, or ~/.cache/nanochat. Created if absent; raises UserError where that is impossible."""
+    """$NANOCHAT_BASE_DIR, or ~/.cache/nanochat. Created if absent."""
     base_dir = Path(os.path.expanduser(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat")).absolute()
-    try:
-        base_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        other = "choose another: export NANOCHAT_BASE_DIR=DIR"
-        raise UserError(f"cannot create {base_dir} ({error.strerror}); {other}") from None
+    base_dir.mkdir(parents=True, exist_ok=True)
     return base_dir

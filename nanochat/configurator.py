@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, NamedTuple, TextIO, get_args, get_origin
 
 from nanochat.common import UserError, print0, say_why
 
@@ -340,17 +340,21 @@ def help_text(block: Block) -> str:
     return "\n".join(lines).lstrip()
 
 
-def configure(module_name: str) -> dict[str, object]:
+def configure(module_name: str, status: TextIO | None = None) -> dict[str, object]:
     """All settings of the calling module, {name: value}; `settings = configure(__name__)` stands right under its block.
 
     When the module is `__main__`, sys.argv is applied first: the module's variables are set, and rank 0 prints each
-    override with its origin. --help prints the settings and exits 0; a mistake is printed by rank 0 and exits 2 on all
-    ranks, with nothing assigned. When it is imported, the defaults are returned and nothing else happens.
+    override with its origin to `status` (stdout if None). --help prints the settings and exits 0; a mistake is printed
+    by rank 0 and exits 2 on all ranks, with nothing assigned. When it is imported, the defaults are returned and
+    nothing else happens.
     """
     module = sys.modules[module_name]
     path = Path(str(module.__file__))
     if module_name != "__main__":
         return {name: setting.default for name, setting in read_block(path).settings.items()}
+    for stream in (sys.stdin, sys.stdout):  # that a terminal cannot show a character ends no run; stderr escapes them
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         block = read_block(path)
         if {"--help", "-h"} & set(sys.argv[1:]):
@@ -362,5 +366,5 @@ def configure(module_name: str) -> dict[str, object]:
         sys.exit(2)
     for name, (value, origin) in given.items():
         setattr(module, name, value)
-        print0(f"{name} = {value!r} (from {origin}, default {block.settings[name].default!r})")
+        print0(f"{name} = {value!r} (from {origin}, default {block.settings[name].default!r})", file=status)
     return {name: getattr(module, name) for name in block.settings}

@@ -11,7 +11,6 @@ whole stays, and is not fetched again; everything that ends in failure is one Us
 in another process, nor check a plain address for more than the announced size.
 """
 
-import errno
 import os
 import shutil
 import time
@@ -23,11 +22,10 @@ from typing import Any, NamedTuple
 
 import huggingface_hub  # its parts load (a second) when they are used
 
-from nanochat.common import UserError
+from nanochat.common import FULL, UserError
 from nanochat.files import one_line, sha256_file, whole
 
 PAUSES = (1, 5)  # seconds before the second and the third attempt, where the server does not say how long to wait
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the last by ulimit -f
 ARRIVING = ".arriving"  # where files grow, in the folder that they are for
 
 

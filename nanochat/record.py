@@ -11,7 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-from nanochat.common import UserError, get_base_dir, get_rank
+from nanochat.common import UserError, get_base_dir, get_rank, print0
+
+EVALUATIONS = ("tok_eval", "base_loss", "base_eval", "chat_eval", "lm_eval")
 
 
 def provenance() -> dict[str, Any]:
@@ -69,17 +71,24 @@ class Record:
 
 
 def open_record(stage: str, tag: str, settings: dict[str, Any], **about: Any) -> Record:
-    """Start a record for one run of one stage (rank 0 writes; other ranks get a silent one). Its first event says the
-    settings, where it comes from, and what else is known `about` the run, such as Compute.about().
+    """Start a record for one run of one stage (rank 0 writes; other ranks get a silent one, and so does an evaluation
+    where none can be written, such as of somebody else's models). Its first event says the settings, where it comes
+    from, and what else is known `about` the run, such as Compute.about().
     """
     if get_rank() != 0:
         return Record(None)
     folder = get_base_dir() / "records"
-    folder.mkdir(exist_ok=True)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     paths = (folder / f"{stage}-{tag}-{stamp}{attempt}.jsonl" for attempt in ("", *(f"-{n}" for n in range(1, 1000))))
     path = next(path for path in paths if not path.exists())  # two runs within one second must not share a file
-    record = Record(open(path, "x", encoding="utf-8"))  # noqa: SIM115  # lives as long as the run
+    try:
+        folder.mkdir(exist_ok=True)
+        record = Record(open(path, "x", encoding="utf-8"))  # noqa: SIM115  # lives as long as the run
+    except OSError as error:
+        if stage not in EVALUATIONS:
+            raise
+        print0(f"{error.filename}: {error.strerror}; this evaluation goes on without a record")
+        return Record(None)
     record.write("start", stage=stage, tag=tag, settings=settings, **provenance(), **about)
     return record
 

@@ -30,7 +30,7 @@ from statistics import fmean
 from typing import Any
 
 from nanochat import report_page as page
-from nanochat.common import STAGES, UserError, get_base_dir, run_main
+from nanochat.common import STAGES, UserError, get_base_dir, print0, run_main
 from nanochat.files import write_atomic
 from nanochat.record import read_record
 from nanochat.report_page import Curve, Series
@@ -59,10 +59,11 @@ def main() -> None:
 
 def write(name: str, text: str, drawn: Sequence[Curve]) -> None:
     """Print a report, and write it as name.md and name.html."""
+    print0(text)
     path = get_base_dir() / "report" / name
     write_atomic(path.with_name(f"{name}.md"), text)
     write_atomic(path.with_name(f"{name}.html"), page.to_html(text, drawn))
-    print(f"{text}\nwritten to {path}.md and {path}.html", flush=True)
+    print0(f"written to {path}.md and {path}.html")
 
 
 def build(runs: Sequence[Events], dollars: float | None = None) -> tuple[str, list[Curve]]:

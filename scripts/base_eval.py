@@ -73,7 +73,8 @@ def main() -> None:
             scores.append(score)
     if compute.is_master:
         log_core(scores, [task.label for task in every_task if task not in there], record)
-        print0(f"the answer to every item: {folder}")
+        if folder.is_dir():
+            print0(f"the answer to every item: {folder}")
     record.write("end")
     record.close()
     compute_cleanup()
@@ -127,7 +128,10 @@ def kept_score(task: CoreTask, scorer: Scorer, compute: Compute, path: Path, abo
         return earlier
     score = score_task(task, scorer, compute, max_per_task)
     if compute.is_master:
-        save_score(path, key, score)
+        try:
+            save_score(path, key, score)
+        except OSError as error:
+            print0(f"{error.filename}: {error.strerror}; the answers to {task.label} are not kept")
     return score
 
 

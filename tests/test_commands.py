@@ -48,7 +48,7 @@ KNOWN = """
 def script_paths() -> dict[str, Path]:
     """{module: file} of everything with a settings block."""
     paths = [path for folder in ("scripts", "nanochat", "dev") for path in (ROOT / folder).glob("*.py")]
-    with_block = [path for path in paths if "\nsettings = configure(__name__)" in path.read_text(encoding="utf-8")]
+    with_block = [path for path in paths if "\nsettings = configure(__name__" in path.read_text(encoding="utf-8")]
     return {f"{path.parent.name}.{path.stem}": path for path in with_block}
 
 
@@ -153,7 +153,7 @@ def test_a_setting_is_one_line() -> None:
     """A formatter breaks a line that is too long, and the most read lines of the project with it."""
     for script, path in script_paths().items():
         source = path.read_text(encoding="utf-8")
-        for node in ast.parse(source.partition("\nsettings = configure(__name__)")[0]).body:
+        for node in ast.parse(source.partition("\nsettings = configure(__name__")[0]).body:
             name = ast.unparse(node).split(maxsplit=1)[0].strip(":")
             if isinstance(node, ast.Assign | ast.AnnAssign) and name.islower():
                 line = source.splitlines()[node.lineno - 1]

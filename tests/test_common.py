@@ -1,16 +1,21 @@
 """Whole files, exit codes, and records that survive a crash."""
 
+import ctypes
+import errno
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
 from nanochat import common, files
 from nanochat import record as record_of
 from nanochat.common import Stopped, UserError
+from tests import tiny
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -26,11 +31,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["file.json"]
 
 
-def test_base_dir_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
+def test_base_dir_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "file" / "below"))
-    with pytest.raises(UserError, match="export NANOCHAT_BASE_DIR"):
-        common.get_base_dir()
+    with pytest.raises(SystemExit):
+        common.run_main(common.get_base_dir)
+    said = f"{tmp_path}/file/below: Not a directory; mend that, or choose another: export NANOCHAT_BASE_DIR=DIR\n"
+    assert capsys.readouterr().err.endswith(said)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +46,8 @@ def test_base_dir_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
         (UserError("depth=0: expected at least 1"), 2, "depth=0: expected at least 1"),
         (Stopped(signal.SIGTERM), 143, "stopped by SIGTERM"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/a/b"), 2, "/a/b: No space left on device; make room"),
+        (OSError(errno.EACCES, os.strerror(errno.EACCES), "/a/b"), 2, "/a/b: Permission denied; mend that"),
     ],
 )
 def test_ends_become_exit_codes(error, code, said, capsys):
@@ -49,6 +58,77 @@ def test_ends_become_exit_codes(error, code, said, capsys):
         common.run_main(main)
     message = capsys.readouterr().err
     assert end.value.code == code and said in message and message.count("\n") == 1
+
+
+def test_a_missing_temporary_directory_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "missing")])
+    with pytest.raises(SystemExit) as end:
+        common.run_main(tempfile.mkdtemp)
+    message = capsys.readouterr().err
+    assert end.value.code == 2 and "export TMPDIR=DIR" in message and message.count("\n") == 1
+
+
+SPEAK = """
+import sys
+from nanochat.configurator import configure
+word = ""  # to say
+settings = configure(__name__)
+from nanochat.common import run_main
+def main():
+    print("日本", word, sys.stdin and sys.stdin.read(), flush=True)
+    print("and on")
+run_main(main)
+"""
+
+
+def test_what_a_terminal_cannot_show_is_replaced_and_the_run_goes_on(tmp_path):
+    """A sample with such a character ended training, unsaved; such a byte on stdin ended chat_cli."""
+    (tmp_path / "speak.py").write_text(SPEAK, encoding="utf-8")
+    environment = {**tiny.environment(tmp_path), "PYTHONIOENCODING": "latin-1"}
+    command = [sys.executable, tmp_path / "speak.py", "--word=é本"]
+    result = subprocess.run(command, input=b"\xe9", env=environment, capture_output=True, timeout=60)
+    assert result.returncode == 0 and result.stdout.splitlines()[1:] == [b"?? \xe9? \xe9", b"and on"], result
+    environment["PYTHONIOENCODING"] = "utf-8"
+    result = subprocess.run(command, input=b"a\xffb", env=environment, capture_output=True, timeout=60)
+    assert result.returncode == 0 and "a\ufffdb\nand on" in result.stdout.decode(), result
+
+
+@pytest.mark.parametrize(
+    ("redirected", "code", "said"),
+    [
+        ("</dev/null >/dev/full", 2, "speak: standard output: No space left on device; make room, then start again\n"),
+        ("</dev/null | true; exit ${PIPESTATUS[0]}", 141, ""),
+        ("<&- >&-", 0, ""),
+    ],
+)
+def test_streams_that_are_full_or_gone_end_in_an_exit_code_and_closed_ones_are_empty(tmp_path, redirected, code, said):
+    (tmp_path / "speak.py").write_text(SPEAK, encoding="utf-8")
+    line = f"{sys.executable} {tmp_path / 'speak.py'} {redirected}"
+    result = subprocess.run(["bash", "-c", line], env=tiny.environment(tmp_path), capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (code, said)
+
+
+def without_rights() -> None:
+    """For a child of root's: without CAP_DAC_OVERRIDE it may write only where others may."""
+    ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # PR_CAPBSET_DROP
+
+
+def test_somebody_elses_models_are_evaluated_without_a_record_and_the_rest_says_so(tmp_path):
+    code = "from nanochat import common, record\n"
+    code += "common.run_main(lambda: print([record.open_record(s, 'x', {}).path for s in ('chat_eval', 'base')]))"
+    tmp_path.chmod(0o555)
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=tiny.environment(tmp_path),
+        capture_output=True,
+        text=True,
+        preexec_fn=without_rights,
+    )
+    tmp_path.chmod(0o755)
+    assert result.stdout == f"{tmp_path}/records: Permission denied; this evaluation goes on without a record\n"
+    assert result.stderr.startswith(f"-c: {tmp_path}/records: Permission denied; mend that, or choose another")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
 
 
 def test_our_own_errors_keep_their_traceback():
