@@ -399,23 +399,18 @@ def open_tensors(path: Path) -> Iterator[Any]:
 
 
 def restore_model(model: GPT, checkpoint: Checkpoint) -> None:
-    """Load weights in place. UserError names the first tensor that is not the model's; those before it are in then."""
+    """Load weights in place. Raises UserError, before any is loaded, for the first tensor that is not the model's."""
     path, weights = checkpoint.file("model.safetensors"), dict(model.named_parameters())
     with open_tensors(path) as file, torch.no_grad():
-        stored = set(file.keys())
-        for name in sorted(stored | weights.keys()):
-            if name not in stored:
-                raise UserError(f"{path} has no tensor {name}, which this model needs; is it of another model?")
-            if name not in weights:
-                raise UserError(f"{path} has a tensor {name} that this model does not have; is it of another model?")
-            saved, p = file.get_slice(name), weights[name]
-            shape, needed = tuple(saved.get_shape()), tuple(p.shape)
-            if shape != needed:
-                raise UserError(f"{path}: {name} has shape {shape}, this model needs {needed}; check --depth")
-            rows = saved[own_rows(p)]  # a sharded model reads just its rows
-            if rows.dtype != p.dtype:
-                raise UserError(f"{path}: {name} is {rows.dtype}, this model needs {p.dtype}")
-            local(p).copy_(rows)
+        saved = {name: file.get_slice(name) for name in sorted(file.keys())}
+        stored = {name: f"{tensor.get_dtype()} {tuple(tensor.get_shape())}" for name, tensor in saved.items()}
+        needed = {name: f"F32 {tuple(p.shape)}" for name, p in weights.items()}
+        for name in sorted(stored | needed):
+            there, wanted = stored.get(name, "not there"), needed.get(name, "no such tensor")
+            if there != wanted:
+                raise UserError(f"{path}: {name} is {there}, this model has {wanted}; check --depth and --model-tag")
+        for name, p in weights.items():
+            local(p).copy_(saved[name][own_rows(p)])  # a sharded model reads just its rows
 
 
 def restore_optimizers(optimizers: Sequence[AdamW | Muon], checkpoint: Checkpoint) -> None:

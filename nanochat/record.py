@@ -26,13 +26,10 @@ def provenance() -> dict[str, Any]:
 
 def git_state() -> str:
     """The checkout's commit, with "+dirty" where tracked files were changed; "unknown" outside a checkout."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--abbrev=12"]
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+dirty" if git("status", "--porcelain", "-uno") else "")
+        run = subprocess.run([*command, "--dirty=+dirty"], capture_output=True, text=True, check=True, timeout=10)
+        return run.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 

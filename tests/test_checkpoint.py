@@ -183,29 +183,23 @@ def test_another_setting_is_refused_by_name(saved):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"wte.weight": None}, "has no tensor wte.weight, which this model needs"),
-        ({"value_embeds.1": torch.ones(3)}, "has a tensor value_embeds.1 that this model does not have"),
-        (
-            {"wte.weight": torch.ones(50, 8)},
-            r"wte.weight has shape \(50, 8\), this model needs \(50, 16\); check --dep",
-        ),
-        ({"wte.weight": torch.ones(1, 16)}, r"wte.weight has shape \(1, 16\), this model needs \(50, 16\)"),
-        ({"wte.weight": torch.ones(50, 16).half()}, "wte.weight is torch.float16, this model needs torch.float32"),
+        ({"wte.weight": None}, r"wte.weight is not there, this model has F32 \(50, 16\); check --depth"),
+        ({"value_embeds.1": torch.ones(3)}, r"value_embeds.1 is F32 \(3,\), this model has no such tensor"),
+        ({"wte.weight": torch.ones(50, 8)}, r"wte.weight is F32 \(50, 8\), this model has F32 \(50, 16\); check"),
+        ({"wte.weight": torch.ones(1, 16)}, r"wte.weight is F32 \(1, 16\), this model has F32 \(50, 16\)"),
+        ({"wte.weight": torch.ones(50, 16).half()}, r"wte.weight is F16 \(50, 16\), this model has F32"),
     ],
 )
-def test_the_first_difference_from_the_model_is_named(saved, change, words):
+def test_the_first_difference_from_the_model_is_named_and_nothing_loaded(saved, change, words):
     checkpoint = manager.find_checkpoint("base", "t")
     path = checkpoint.file("model.safetensors")
     tensors = load_file(path) | change
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+    other = build_model(CONFIG, CPU.device, 1)
+    before = [p.clone() for p in other.parameters()]
     with pytest.raises(UserError, match=words):
-        manager.restore_model(saved, checkpoint)
-
-
-def test_the_weights_of_another_model_are_named(saved):
-    other = build_model(GPTConfig(**{**CONFIG.__dict__, "n_layer": 2}), CPU.device, 1)
-    with pytest.raises(UserError, match=r"has no tensor blocks\.1\.attn\.c_k\.weight"):
-        manager.restore_model(other, manager.find_checkpoint("base", "t"))
+        manager.restore_model(other, checkpoint)
+    assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
 
 
 def raw(header, data=b"", length=None):
@@ -221,19 +215,12 @@ def entry(shape=(2,), offsets=(0, 8), dtype="F32"):
     "data",
     [
         b"",
-        bytes(7),
         raw(b"{}", length=1 << 63),
-        raw(b"{}", length=3),
-        raw(b"[]"),
         raw(b'{"x":'),
         raw(b'{"x":' + b"[" * 1_000_000),
-        raw(b"{}", b"x"),
         raw(b'{"\\u001b[2J\\n":1}'),
         entry((-2,)),
-        entry((1 << 33, (1 << 31) + 1)),
         entry(offsets=(8, 0)),
-        entry((1,), (4, 8)),
-        entry((3,), (0, 12)),
         entry(dtype="F31"),
     ],
 )
@@ -286,17 +273,6 @@ def test_resume_from_a_damaged_step_is_refused(saved, tmp_path):
         find_resume(resume_from_step=10)
     with pytest.raises(UserError, match="is whole"):
         find_resume(resume=True)
-
-
-def test_every_bit_of_meta_json_counts(saved, tmp_path):
-    path = tmp_path / "base_checkpoints" / "t" / "step_000010" / "meta.json"
-    data = path.read_bytes()
-    for bit in range(0, 8 * len(data), 97):
-        damaged = bytearray(data)
-        damaged[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"meta.json is damaged .*; use another step: --step=5"):
-            manager.find_checkpoint("base", "t")
 
 
 def test_a_damaged_checkpoint_in_the_place_of_a_new_one_is_kept(saved, tmp_path):

@@ -32,6 +32,7 @@ KNOWN = """
 -m scripts.base_train --warmup-ratio=0 --warmdown-ratio=0.4 --final-lr-frac=0 --eval-every=250 --eval-tokens=1000
 -m scripts.base_train --sample-every=1 --save-every=-1 --resume-from-step=5 --model-tag=x --window-pattern=SSSL
 -m scripts.base_train --aspect-ratio=64 --head-dim=128 --device-type=cpu
+-m scripts.base_train dev/configs/laptop.py --num-iterations=100 --target-flops=-1
 -m scripts.base_loss --device_batch_size=1 --split_tokens=4096
 -m scripts.chat_cli -p "Why is the sky blue?"
 -m scripts.mid_train --dry-run --device_batch_size=16 --run=dummy
