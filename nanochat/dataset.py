@@ -257,19 +257,15 @@ def main() -> None:
     """Get what the settings ask for; one line where the disk or the rights are wanting."""
     check_settings()
     data = get_base_dir() / "data"
-    try:
-        data.mkdir(exist_ok=True)
-        if prefetch == "list":
-            list_needs(data)
-        if prefetch in (None, "all"):
-            report_corpus(data, time.perf_counter(), make_corpus(data))
-        if prefetch in ("all", "tasks"):
-            fetch_tasks(workers)
-        if prefetch in ("all", "eval"):
-            print0(f"{task_data.fetch_bundle(path)}: complete")
-    except OSError as error:
-        reason = f"{error.strerror or error}; make room, then run the same command"
-        raise UserError(f"cannot write to {data.parent}: {reason}") from None
+    data.mkdir(exist_ok=True)
+    if prefetch == "list":
+        list_needs(data)
+    if prefetch in (None, "all"):
+        report_corpus(data, time.perf_counter(), make_corpus(data))
+    if prefetch in ("all", "tasks"):
+        fetch_tasks(workers)
+    if prefetch in ("all", "eval"):
+        print0(f"{task_data.fetch_bundle(path)}: complete")
 
 
 def report_corpus(data: Path, started: float, manifest: dict[str, Any]) -> None:

@@ -308,10 +308,9 @@ def read_run(path: Path) -> Events:
     """The events of one record, none for an empty one. Raises UserError for a damaged one."""
     try:
         events = read_record(path)
-        if not all(isinstance(event, dict) and {"event", "time"} <= event.keys() for event in events):
-            raise ValueError("an event without a name or a time")
-        if events and not {"stage", "tag", "settings", "argv"} <= events[0].keys():
-            raise ValueError("it does not begin with a start event")
+        named = all(isinstance(event, dict) and {"event", "time"} <= event.keys() for event in events)
+        if not named or (events and not {"stage", "tag", "settings", "argv"} <= events[0].keys()):
+            raise ValueError("not events with name and time, of which the first is a start")
         return events
     except ValueError as error:
         reason = str(error).removeprefix(f"{path}:")

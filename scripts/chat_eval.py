@@ -185,12 +185,9 @@ def report_task(name: str, task: Task, result: TaskResult, record: Record) -> No
 def write_answers(record: Path, name: str, result: TaskResult) -> None:
     """Append a task's answers to the file in answers/ that has the record's name."""
     path = record.parent / "answers" / record.name
-    try:
-        path.parent.mkdir(exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"task": name, **asdict(problem)}) + "\n" for problem in result.problems)
-    except OSError as error:
-        raise UserError(f"cannot write to {path} ({error.strerror}); make room, then evaluate again") from None
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps({"task": name, **asdict(problem)}) + "\n" for problem in result.problems)
 
 
 def report_mean(label: str, tasks: dict[str, Task], results: dict[str, TaskResult], record: Record) -> None:

@@ -417,8 +417,8 @@ def test_generate_writes_both_faces_and_reset_puts_the_records_aside(base_dir, c
     [
         (b'{"event": "start"\n{}\n', "damaged record .*bad.jsonl: 1: not a JSON object"),
         (b"\xff\xfe\n", "damaged record .*bad.jsonl: .*codec"),
-        (b"[1]\n", "damaged record .*bad.jsonl: an event without"),
-        (b'{"event": "step", "time": 1}\n', "damaged record .*bad.jsonl: it does not begin with a start"),
+        (b"[1]\n", "damaged record .*bad.jsonl: not events"),
+        (b'{"event": "step", "time": 1}\n', "damaged record .*bad.jsonl: not events .* the first is a start"),
     ],
 )
 def test_a_damaged_record_is_one_line_that_names_it(base_dir, content, said):
