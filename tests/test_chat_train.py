@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-from nanochat import train
+from nanochat import attention, train
 from nanochat.common import Stopped, UserError
 from nanochat.compute import Compute
 from scripts import chat_rl, chat_sft, mid_train
@@ -119,6 +119,20 @@ def test_rl_prints_its_vital_signs(stage, home, rewarded, capsys):
     assert len(steps) == 6 and all(keys <= step.keys() and step["groups"] == 3 for step in steps)
     assert [event["step"] for event in tiny.events(home, "rl", "vital", "eval")] == [0, 6]
     assert "groups with signal" in capsys.readouterr().out
+
+
+def test_rl_waited_for_a_plan_at_each_length_of_a_row(monkeypatch):
+    """On Hopper; rows of few lengths give the same gradient."""
+    answers = [([4, 5], [0, 1], 0.5), ([6, 7, 8], [1, 1, 1], -0.5)]
+    group = [chat_rl.Rollout([1, 2, 3], tokens, mask, True, "", 0.0, gain) for tokens, mask, gain in answers]
+    models, widths = [small_model(), small_model()], []
+    for step, model in zip((1, 16), models, strict=True):
+        monkeypatch.setitem(attention.LENGTHS, "cpu", step)
+        sums = chat_rl.policy_gradient(model, [group], Compute(torch.device("cpu"), torch.float32))
+        widths.append(sums.batches[0][0].size(1))
+    assert widths == [5, 16]
+    for exact, padded in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(padded.grad, exact.grad)
 
 
 def test_a_batch_without_a_supervised_token_changes_no_weight(home):
