@@ -228,7 +228,7 @@ def policy_gradient(model: GPT, groups: list[list[Rollout]], compute: Compute) -
 
 
 def measure(groups: list[list[Rollout]], compute: Compute) -> dict[str, float]:
-    """What tells a living run from a dead one, over all ranks."""
+    """What tells a living run from a dead one, over all ranks; of no answers only that there are none."""
     rollouts = [rollout for group in groups for rollout in group]
     mine = [
         len(groups),
@@ -242,30 +242,35 @@ def measure(groups: list[list[Rollout]], compute: Compute) -> dict[str, float]:
     groups_in_all, alive, n, total, squares, ended, parsed = compute.sum(
         torch.tensor(mine, dtype=torch.float64)
     ).tolist()
-    mean, squared, ended, parsed = (value / max(1.0, n) for value in (total, squares, ended, parsed))
+    counts = {"groups_with_signal": int(alive), "groups": int(groups_in_all)}
+    if not n:
+        return counts
+    mean, squared, ended, parsed = (value / n for value in (total, squares, ended, parsed))
     return {
         "reward": round(mean, 6),
         "reward_std": round(math.sqrt(max(0.0, squared - mean**2)), 6),
         "ended": round(ended, 6),
         "parsed": round(parsed, 6),
-        "groups_with_signal": int(alive),
-        "groups": int(groups_in_all),
+        **counts,
     }
 
 
 def describe(vitals: dict[str, float]) -> str:
-    return (
-        f"reward {vitals['reward']:.3f} +- {vitals['reward_std']:.3f}, ended {vitals['ended']:.0%}, parsed "
-        f"{vitals['parsed']:.0%}, groups with signal {vitals['groups_with_signal']}/{vitals['groups']}"
-    ) + bool(vitals["left_out"]) * f", {vitals['left_out']} prompts longer than the context"
+    long = f", {vitals['left_out']} prompts longer than the context" if vitals["left_out"] else ""
+    if not vitals["groups"]:
+        return f"no answers{long}"
+    rewards = f"reward {vitals['reward']:.3f} +- {vitals['reward_std']:.3f}, ended {vitals['ended']:.0%}"
+    signal = f"groups with signal {vitals['groups_with_signal']}/{vitals['groups']}"
+    return f"{rewards}, parsed {vitals['parsed']:.0%}, {signal}{long}"
 
 
 def diagnose(vitals: dict[str, float], dead_steps: int) -> str:
     """Why nothing is learned, and what to do about it."""
-    ended, parsed, reward = vitals["ended"], vitals["parsed"], vitals["reward"]
+    nothing = f"no prompt taught anything for {dead_steps} steps"
     if not vitals["groups"]:
-        why = "all their prompts fill the context: train with a larger --max-seq-len"
-    elif ended < 0.05:
+        return f"{nothing}; all their prompts fill the context: train with a larger --max-seq-len"
+    ended, parsed, reward = vitals["ended"], vitals["parsed"], vitals["reward"]
+    if ended < 0.05:
         why = f"{ended:.0%} of the answers ended in {max_new_tokens} tokens: raise --max-new-tokens or run chat_sft"
     elif parsed < 0.05:
         why = f"{parsed:.0%} of the answers have a `#### number`: the model does not know the form; run chat_sft"
@@ -273,7 +278,7 @@ def diagnose(vitals: dict[str, float], dead_steps: int) -> str:
         why = f"reward {reward:.2f}: there is nothing left to learn; take harder problems"
     else:
         why = f"reward {reward:.2f}: too hard; raise --num-samples, take easier problems or run chat_sft for longer"
-    return f"no prompt taught anything for {dead_steps} steps; {why}"
+    return f"{nothing}; {why}"
 
 
 def evaluate(model: GPT, tokenizer: Tokenizer, held_out: Task, run: Run) -> None:

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from nanochat.common import get_base_dir, print0, run_main
+from nanochat.common import UserError, get_base_dir, print0, run_main
 from nanochat.corpus import iter_text, load_corpus
 from nanochat.record import open_record
 from nanochat.tokenizer import Tokenizer
@@ -112,7 +112,9 @@ def compression(tokenizer: Tokenizer, texts: Iterable[pa.Array]) -> float:
     for documents in texts:
         text_bytes += pc.sum(pc.binary_length(documents)).as_py()
         tokens += len(tokenizer.encode_arrow(documents)[0])
-    return text_bytes / max(1, tokens)
+    if not tokens:
+        raise UserError("the validation text has no bytes: there is no compression of nothing")
+    return text_bytes / tokens
 
 
 if __name__ == "__main__":

@@ -171,22 +171,23 @@ def test_sft_of_an_sft_model_keeps_its_start(stage, home):
 
 
 def test_rl_prompts_longer_than_the_context_are_left_out(stage, home, rewarded, monkeypatch, capsys):
-    """One of them ended the run, and every run that resumed it."""
+    """One of them ended the run, and every run that resumed it; a step without answers had reward 0.000."""
     made = Arithmetic.get_example
 
     def long(task, index):
         example = made(task, index)
-        if index % 3 == 0:
+        if index in (0, 1, 2, 4):
             example["messages"][0]["content"] += " very" * 300
         return example
 
     monkeypatch.setattr(Arithmetic, "get_example", long)
     stage("rl", "long", num_iterations=2, eval_examples=6)
     steps = tiny.events(home, "rl", "long", "step")
-    assert [(step["groups"], step["left_out"]) for step in steps] == [(2, 1), (2, 1)]
-    assert tiny.events(home, "rl", "long", "eval")[0]["problems"] == 4
+    assert [(step["groups"], step["left_out"]) for step in steps] == [(0, 3), (2, 1)]
+    assert "reward" in steps[1] and not {"reward", "ended", "parsed"} & steps[0].keys()
+    assert tiny.events(home, "rl", "long", "eval")[0]["problems"] == 2
     output = capsys.readouterr().out
-    assert "1 prompts longer than the context" in output and "skipped, its" in output
+    assert "no answers, 3 prompts longer than the context" in output and "skipped, its" in output
     monkeypatch.setattr(Arithmetic, "get_example", lambda task, index: long(task, 0))
     with pytest.raises(UserError, match="no held-out prompt fits the context of 256 tokens"):
         stage("rl", "longer", num_iterations=2)
