@@ -120,7 +120,7 @@ def read_answer(text: str) -> Messages:
     except (ValueError, RecursionError):
         raise ValueError("not JSON") from None
     try:
-        messages = parse_conversation(json.dumps(answer.get("messages") if isinstance(answer, dict) else answer))
+        messages = parse_conversation(answer)
     except UserError as error:  # the model's mistake here, not the user's
         raise ValueError(str(error)) from None
     if messages[0]["role"] == "system" or messages[-1]["role"] != "assistant":

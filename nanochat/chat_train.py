@@ -78,7 +78,7 @@ def pack_chats(rendered: Sequence[Rendered], sequence_len: int, pad: int, all_to
         item, begin, filled = waiting.pop(fit), filled, filled + lengths.pop(fit)
         ids, targets = rows[-1][:, begin:filled]
         ids[:] = item.ids
-        np.copyto(targets, item.ids, where=item.mask | all_tokens)
+        np.copyto(targets, item.ids, where=(item.mask | all_tokens) & ~item.never)
     return np.array(rows, dtype=np.int32).reshape(-1, 2, T + 1)
 
 

@@ -10,7 +10,8 @@
     <|output_start|>3<|output_end|>                                                       mask 0: what it is told
     Three.<|assistant_end|>                                                               mask 1: text, and to stop
 
-A system message is put in front of the first user message. Training, CLI, web and RL all render and read here.
+A system message is put in front of the first user message; an answer with "weight": 0 is never trained. Training, CLI,
+web and RL all render and read here.
 Promises: text never becomes a special token, whatever it says; what is cut is counted.
 """
 
@@ -81,6 +82,7 @@ class Rendered:
 
     ids: np.ndarray  # (n,) the tokenizer's dtype
     mask: np.ndarray  # (n,) bool: the tokens that the model is trained to produce
+    never: np.ndarray  # (n,) bool: those that it is not, even where all tokens are trained: answers with weight 0
     tokens_cut: int = 0  # left off at the end, because of max_tokens
 
     @property
@@ -89,8 +91,8 @@ class Rendered:
         return bool(self.mask[1:].any())
 
 
-def segments(messages: Sequence[Message]) -> Iterator[tuple[str, bool, bool]]:
-    """(text or special token's name, whether it is a special token, whether it is trained), in order."""
+def segments(messages: Sequence[Message]) -> Iterator[tuple[str, bool, bool | None]]:
+    """(text or special token's name, whether it is a special token, whether it is trained; None = never), in order."""
     yield "<|bos|>", True, False
     system = ""
     for message in messages:
@@ -104,15 +106,16 @@ def segments(messages: Sequence[Message]) -> Iterator[tuple[str, bool, bool]]:
             system = ""
         else:
             yield "<|assistant_start|>", True, False
+            whole = None if message.get("weight") == 0 else True
             for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-                trained = part["type"] != "python_output"
+                trained = whole and part["type"] != "python_output"
                 fence = FENCES.get(part["type"])
                 if fence:
                     yield fence[0], True, trained
                 yield part["text"], False, trained
                 if fence:
                     yield fence[1], True, trained
-            yield "<|assistant_end|>", True, True
+            yield "<|assistant_end|>", True, whole
 
 
 def render_conversations(
@@ -129,9 +132,10 @@ def render_conversations(
     for piece in pieces:
         parts = [special_ids[text] if special else next(encoded) for text, special, _ in piece]
         row = np.concatenate(parts)
-        mask = np.repeat([trained for _, _, trained in piece], [len(part) for part in parts])
+        lengths = [len(part) for part in parts]
+        mask, never = (np.repeat([trained is kind for _, _, trained in piece], lengths) for kind in (True, None))
         limit = len(row) if max_tokens is None else max_tokens
-        rendered.append(Rendered(row[:limit], mask[:limit], max(0, len(row) - limit)))
+        rendered.append(Rendered(row[:limit], mask[:limit], never[:limit], max(0, len(row) - limit)))
     return rendered
 
 

@@ -1,11 +1,18 @@
-"""Conversations of the user's own: a file with one JSON list of {role, content} per line.
+"""Conversations of the user's own, in the forms in which the field passes them around:
 
     [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A small language model."}]
+    {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}    OpenAI and the hub
+    {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}        ShareGPT
+    {"instruction": ..., "input": ..., "output": ...}                                          Alpaca
 
-The whole file is read and checked at once; every mistake names the file and the line.
+One per line, or all in one JSON list, or as the rows of a parquet file. A "system" beside them is the system message,
+and an answer with "weight": 0 is read but not learned. The whole file is read and checked at once; every mistake names
+the file and the line (of a list or parquet the number). Tool calls, images and earlier turns kept apart are refused:
+what would be dropped is a mistake.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +21,20 @@ from nanochat.conversation import check_messages
 from tasks.common import Conversation, Task
 
 Message = dict[str, Any]
+EXAMPLE = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}'
+ROLES = {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them
+NOT_READ = (
+    "tool_calls",
+    "function_call",
+    "tools",
+    "functions",
+    "history",
+    "image",
+    "images",
+    "audio",
+    "audios",
+    "videos",
+)
 
 
 class CustomJSON(Task):
@@ -34,35 +55,59 @@ class CustomJSON(Task):
 
 
 def read_conversations(path: Path) -> list[list[Message]]:
-    """Every line of the file as messages; blank lines are none. Raises UserError with file and line."""
+    """All conversations of the file. Raises UserError with file and line."""
     try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; expected a file with one JSON list of messages per line") from None
+        raise UserError(f"{path}: {error.strerror}; expected a file of conversations like {EXAMPLE}") from None
     conversations = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                conversations.append(parse_conversation(line))
-            except ValueError as error:
-                raise UserError(f"{path}:{number}: {error}") from None
+    for number, record in read_records(data, path):
+        try:
+            conversations.append(parse_conversation(record))
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: {error}; a conversation is, say, {EXAMPLE}") from None
     if not conversations:
-        raise UserError(f"{path}: holds no conversations; write one JSON list of messages per line")
+        raise UserError(f"{path}: holds no conversations; write one per line, like {EXAMPLE}")
     return conversations
 
 
-def parse_conversation(line: bytes | str) -> list[Message]:
-    """The messages of one line: a conversation as nanochat.conversation checks it, with at least one answer and no
-    blank text. A question at its end is only read past: 4 of 996 in the published identity file have one. Raises
-    ValueError with what is wrong otherwise.
+def read_records(data: bytes, path: Path) -> Iterable[tuple[int, Any]]:
+    """(number of its line, item or row, what is there) for all that a file holds: rows of parquet, items of one JSON
+    list, or lines, as they are; blank ones are none.
     """
+    if data.startswith(b"PAR1"):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            return enumerate(pq.read_table(pa.BufferReader(data)).to_pylist(), 1)
+        except (OSError, ValueError):
+            raise UserError(f"{path}: not a whole parquet file; get it again") from None
+    data = data.removeprefix(b"\xef\xbb\xbf")
     try:
-        messages = json.loads(line if isinstance(line, str) else line.decode())
-    except (ValueError, RecursionError):
-        raise ValueError('expected a JSON list like [{"role": "user", "content": "..."}, ...] in UTF-8') from None
+        whole = json.loads(data)
+    except (ValueError, RecursionError):  # the usual case: one per line
+        return [(number, line) for number, line in enumerate(data.split(b"\n"), 1) if line.strip()]
+    one = not isinstance(whole, list) or (whole and isinstance(whole[0], dict) and {"role", "from"} & whole[0].keys())
+    return [(1, whole)] if one else enumerate(whole, 1)
+
+
+def parse_conversation(record: Any) -> list[Message]:
+    """The messages of one line of JSON, or of what it says: a conversation as nanochat.conversation checks it, with at
+    least one answer to learn and no blank text. A question at its end is only read past: 4 of 996 in the published
+    identity file have one. Raises ValueError with what is wrong otherwise.
+    """
+    if isinstance(record, bytes | str):
+        try:
+            record = json.loads(record)
+        except (ValueError, RecursionError):
+            raise ValueError("not JSON in UTF-8") from None
+    messages = messages_of(record) if isinstance(record, dict) else record
+    if isinstance(messages, list):
+        messages = [plain_message(message, number) for number, message in enumerate(messages, 1)]
     check_messages(messages)
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("no message is the assistant's: there is nothing to learn from it")
+    if not any(message["role"] == "assistant" and "weight" not in message for message in messages):
+        raise ValueError("no message is the assistant's, to be learned: there is nothing to learn from it")
     for number, message in enumerate(messages, 1):
         content = message["content"]
         texts = [content] if isinstance(content, str) else [part["text"] for part in content]
@@ -72,4 +117,44 @@ def parse_conversation(line: bytes | str) -> list[Message]:
             "".join(texts).encode()
         except UnicodeEncodeError:  # an escaped half of a surrogate pair is valid JSON and not valid text
             raise ValueError(f"message {number} holds half a character (a lone surrogate)") from None
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    return messages
+
+
+def messages_of(record: dict[str, Any]) -> Any:
+    """The list of messages that an object of one of the known forms holds, after its system message, if it has one."""
+    refuse(record, "the conversation")
+    messages = record.get("messages") or record.get("conversations")
+    if isinstance(messages, str):
+        messages = json.loads(messages)  # as some parquet files have it
+    if messages is None and {"instruction", "output"} <= record.keys():
+        question = "\n\n".join(str(record[key]) for key in ("instruction", "input") if record.get(key))
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
+    if messages is None:
+        raise ValueError(f"no messages, conversations or instruction and output among {', '.join(record) or 'nothing'}")
+    system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+    return system + messages if isinstance(messages, list) else messages
+
+
+def plain_message(message: Any, number: int) -> Any:
+    """A message as {role, content}, with a weight where that is 0; what is no object is left to be refused."""
+    if not isinstance(message, dict):
+        return message
+    refuse(message, f"message {number}")
+    role, content = message.get("role"), message.get("content")
+    if role is None:
+        role, content = ROLES.get(str(message.get("from")), message.get("from")), message.get("value")
+    if role != "assistant" and isinstance(content, list):
+        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+            raise ValueError(f"message {number} has parts that are not text: {content!r:.80}")
+        content = "".join(part["text"] for part in content)
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise ValueError(f"message {number} has weight {weight!r}, expected 0 (not learned) or 1")
+    return {"role": role, "content": content} | ({"weight": 0} if weight == 0 else {})
+
+
+def refuse(record: dict[str, Any], what: str) -> None:
+    """Raise ValueError for what a model of text cannot be taught, where it is not empty."""
+    for key in NOT_READ:
+        if record.get(key):
+            raise ValueError(f"{what} has {key}, which cannot be read; rewrite it as text, or take the line away")

@@ -67,9 +67,12 @@ def file_mixture(name: str, split: Split) -> Task:
     """The user's own file; UserError where the name is neither that nor a mixture's."""
     if not Path(name).is_file():
         raise UserError(
-            f"--mixture={name}: expected default, offline, or a file of conversations, one JSON list per line"
+            f"--mixture={name}: expected default, offline, or a file of conversations (tasks/customjson.py)"
         )
-    return TaskMixture([Every(CustomJSON(name), step=20, others=split == "train")])
+    conversations = CustomJSON(name)
+    if len(conversations) < 2:
+        raise UserError(f"--mixture={name}: one conversation; give two or more, because every 20th is held out")
+    return TaskMixture([Every(conversations, step=20, others=split == "train")])
 
 
 def published_identity() -> Task:

@@ -36,7 +36,9 @@ def batches(count, chats):
 @given(st.lists(st.integers(1, T + 1), max_size=40))
 def test_packing_keeps_every_conversation_whole(lengths):
     """Each is found once, unbroken, and best fit leaves no room for one that came later."""
-    rendered = [Rendered(np.full(n, 1000 + i), np.ones(n, dtype=bool)) for i, n in enumerate(lengths)]
+    rendered = [
+        Rendered(np.full(n, 1000 + i), np.ones(n, dtype=bool), np.zeros(n, dtype=bool)) for i, n in enumerate(lengths)
+    ]
     rows = pack_chats(rendered, T, pad=0, all_tokens=True)
     found = []
     for ids, targets in rows:
@@ -56,6 +58,19 @@ def test_targets_are_what_the_assistant_says():
     assert (ids[len(rendered.ids) :] == BYTES.get_bos_token_id()).all()
     ids, targets = pack_chats([rendered], T, BYTES.get_bos_token_id(), all_tokens=True)[0]
     assert np.array_equal(targets[: len(rendered.ids)], rendered.ids) and (targets[len(rendered.ids) :] == -1).all()
+
+
+@pytest.mark.parametrize("all_tokens", [False, True])
+def test_an_answer_with_weight_0_is_read_and_never_learned(all_tokens):
+    """Fine-tuning data marks bad answers so; midtraining learns all tokens, but not these."""
+    messages = CHATS[1]["messages"] + CHATS[9]["messages"]
+    messages[1] = messages[1] | {"weight": 0}
+    ids, targets = pack_chats([render_conversation(messages, BYTES)], 63, 0, all_tokens)[0]
+    asked = "<|bos|><|user_start|>q<|user_end|><|assistant_start|>"
+    again = "<|user_start|>qq<|user_end|><|assistant_start|>"
+    learned = (asked + again if all_tokens else "") + "aaaaaaaaaa<|assistant_end|>"
+    assert BYTES.decode(targets[targets >= 0].tolist()) == learned
+    assert BYTES.decode(ids.tolist()).startswith(asked + "aa<|assistant_end|>" + again)
 
 
 def test_long_conversations_are_cut_and_counted():

@@ -246,13 +246,13 @@ def test_it_goes_on_where_it_stopped(endpoint, generate, tmp_path, capsys):
     assert generate(num=5) == lines
     assert generate(num=2) == lines and len(endpoint.requests) == 5
     file.write_text("hello\n")
-    with pytest.raises(UserError, match=r"out.jsonl:1: expected a JSON list"):
+    with pytest.raises(UserError, match=r"out.jsonl:1: not JSON"):
         generate()
 
 
 BAD_ANSWERS = {
     "not JSON": "Sure! Here is a conversation.",
-    "expected a list of": json.dumps({"text": "x"}),
+    "no messages": json.dumps({"text": "x"}),
     "message 1 has role": json.dumps([{"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}]),
     "message 2 has content": json.dumps([{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]),
     "does not begin with the user and end with the assistant": json.dumps([*CHAT, CHAT[0]]),

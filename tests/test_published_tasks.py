@@ -8,6 +8,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dev import import_task_data
@@ -16,9 +18,10 @@ from nanochat.common import UserError
 from tasks import common
 from tasks.arc import ARC
 from tasks.common import Task, load_rows, message_text, write_rows
-from tasks.customjson import CustomJSON
+from tasks.customjson import EXAMPLE, CustomJSON
 from tasks.gsm8k import GSM8K, answer_parts, extract_answer
 from tasks.humaneval import HumanEval, answer_program, checker_program
+from tasks.mixtures import file_mixture
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 
@@ -341,52 +344,99 @@ def test_a_main_block_does_not_run(published):
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 
 
+SYSTEM = {"role": "system", "content": "Be kind."}
+PAIR = [USER, ASSISTANT]
+
+
 def test_custom_conversations_are_read_line_by_line(tmp_path):
     file = tmp_path / "mine.jsonl"
-    system = {"role": "system", "content": "Be kind."}
-    chats = [[USER, ASSISTANT], [system, USER, ASSISTANT, USER]]
+    chats = [PAIR, [SYSTEM, *PAIR, USER]]
     text = "\ufeff" + json.dumps([USER | {"id": 7}, ASSISTANT]) + "\r\n\n" + json.dumps(chats[1])
     file.write_text(text, encoding="utf-8", newline="")
     assert [conversation["messages"] for conversation in CustomJSON(file)] == chats
     assert len(CustomJSON(str(file), stop=1)) == 1
 
 
+def text_part(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
+
+
+ANSWER = {"role": "assistant", "content": text_part("Hello")}
+FORMS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "OpenAI": ({"messages": [USER | {"name": "x"}, ASSISTANT | {"tool_calls": None, "weight": 1}]}, PAIR),
+    "parts": ({"messages": [USER | {"content": text_part("Hi")}, ANSWER], "tools": []}, [USER, ANSWER]),
+    "weight 0": ({"messages": [*PAIR, USER, ASSISTANT | {"weight": 0}]}, [*PAIR, USER, ASSISTANT | {"weight": 0}]),
+    "ShareGPT": ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}, PAIR),
+    "a system beside": ({"system": "Be kind.", "conversations": PAIR, "id": "7"}, [SYSTEM, *PAIR]),
+    "Alpaca": ({"instruction": "Hi", "input": "", "output": "Hello", "text": "all of it"}, PAIR),
+    "Alpaca's input": (
+        {"instruction": "Add:", "input": "1 and 2", "output": "3"},
+        [USER | {"content": "Add:\n\n1 and 2"}, ASSISTANT | {"content": "3"}],
+    ),
+    "text in a column": ({"messages": json.dumps(PAIR)}, PAIR),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_conversations_are_taken_as_the_field_writes_them(tmp_path, form):
+    """Files from the hub, of OpenAI's fine-tuning and of Alpaca were refused: "expected a JSON list"."""
+    record, messages = FORMS[form]
+    (tmp_path / "lines.jsonl").write_text(f"{json.dumps(record)}\n{json.dumps(record)}\n")
+    (tmp_path / "one.json").write_text(json.dumps([record, record], indent=2))
+    pq.write_table(pa.Table.from_pylist([record, record]), tmp_path / "rows.parquet")
+    for file in tmp_path.iterdir():
+        assert [conversation["messages"] for conversation in CustomJSON(file)] == [messages, messages], file
+    (tmp_path / "alone.json").write_text(json.dumps(record, indent=2))
+    assert len(CustomJSON(tmp_path / "alone.json")) == 1
+    with pytest.raises(UserError, match="one conversation; give two or more, because every 20th is held out"):
+        file_mixture(str(tmp_path / "alone.json"), "train")
+    assert list(file_mixture(str(tmp_path / "rows.parquet"), "dev")) == [{"messages": messages}]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "expected a JSON list like"),
-        ("[" * 100_000, "expected a JSON list like"),
-        (b"\xff", "expected a JSON list like"),
-        (json.dumps({"messages": [USER, ASSISTANT]}), "expected a list of at least one"),
+        ("{", "not JSON in UTF-8"),
+        ("[" * 100_000, "not JSON in UTF-8"),
+        (b"\xff", "not JSON in UTF-8"),
+        (json.dumps({"text": "x"}), "no messages, conversations or instruction and output among text"),
+        (json.dumps({"messages": "Hi"}), "Expecting value"),
         (json.dumps(["Hi", "Hello"]), "message 1 is not an object"),
         ("[]", "expected a list of at least one"),
+        ("5", "expected a list of at least one"),
         (json.dumps([USER]), "no message is the assistant's"),
-        (json.dumps([{"role": "system", "content": "x"}, USER]), "no message is the assistant's"),
+        (json.dumps([SYSTEM, USER]), "no message is the assistant's"),
+        (json.dumps([USER, ASSISTANT | {"weight": 0}]), "there is nothing to learn"),
+        (json.dumps([USER, ASSISTANT | {"weight": 0.5}]), "message 2 has weight 0.5, expected 0 (not learned) or 1"),
         (json.dumps([ASSISTANT, USER]), "message 1 has role 'assistant', expected 'user'"),
         (json.dumps([USER, ASSISTANT, ASSISTANT]), "message 3 has role 'assistant', expected 'user'"),
         (json.dumps([USER, {"role": "bot", "content": "x"}]), "message 2 has role 'bot'"),
-        (json.dumps([USER, {"role": "assistant"}]), "message 2 is not an object with role and content"),
+        (json.dumps({"conversations": [{"from": "tool", "value": "x"}]}), "message 1 has role 'tool'"),
+        (json.dumps([USER, {"role": "assistant"}]), "message 2: the assistant's content is NoneType"),
         (json.dumps([USER, {"role": "assistant", "content": " "}]), "message 2 has content ' '"),
         (json.dumps([USER, {"role": "assistant", "content": 5}]), "message 2: the assistant's content is int"),
         (json.dumps([USER, {"role": "assistant", "content": "\ud800"}]), "message 2 holds half a character"),
+        (json.dumps([USER, {"role": "assistant", "content": None, "tool_calls": [1]}]), "message 2 has tool_calls"),
+        (json.dumps({"messages": PAIR, "images": ["a.png"]}), "the conversation has images, which cannot be read"),
+        (json.dumps([USER | {"content": [{"type": "image_url"}]}, ASSISTANT]), "message 1 has parts that are not text"),
+        (json.dumps({"instruction": "x", "output": "y", "history": [["a", "b"]]}), "the conversation has history"),
     ],
 )
 def test_a_custom_line_that_is_no_conversation_is_named(tmp_path, line, message):
     file = tmp_path / "mine.jsonl"
-    file.write_bytes(
-        json.dumps([USER, ASSISTANT]).encode() + b"\n" + (line if isinstance(line, bytes) else line.encode())
-    )
+    file.write_bytes(json.dumps(PAIR).encode() + b"\n" + (line if isinstance(line, bytes) else line.encode()))
     with pytest.raises(UserError, match=re.escape(f"{file}:2: ") + ".*" + re.escape(message)) as error:
         CustomJSON(file)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and str(error.value).endswith(EXAMPLE)
 
 
 def test_custom_files_that_are_absent_or_empty_are_mistakes(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         CustomJSON(tmp_path / "none.jsonl")
-    (tmp_path / "empty.jsonl").write_text("\n\n")
-    with pytest.raises(UserError, match="holds no conversations"):
-        CustomJSON(tmp_path / "empty.jsonl")
+    for text, message in (("\n\n", "holds no conversations"), ("[]", "holds no"), ("PAR1", "not a whole parquet file")):
+        (tmp_path / "empty.jsonl").write_text(text)
+        with pytest.raises(UserError, match=message):
+            CustomJSON(tmp_path / "empty.jsonl")
 
 
 @pytest.mark.parametrize("name", ["identity/identity_conversations.jsonl", "chat/sgd_train.jsonl"])
