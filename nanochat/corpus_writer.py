@@ -32,6 +32,7 @@ SHARD_BYTES = 100 << 20  # text in one shard; also what is shuffled together, in
 SHUFFLE_SEED = 1337
 FILE = re.compile(r".*\.(parquet|(?:jsonl|txt)(\.gz|\.zst)?)")  # names that are read, in small letters
 ENDINGS = ".parquet, .jsonl or .txt, the last two also with .gz or .zst"
+BY_HASH = "the {:g} of the documents with the smallest sha256"
 HELD_OUT = re.compile(r"(?:^|[-_.])(val|valid|validation|test)(?![a-z])")  # in names of files and folders
 
 
@@ -119,7 +120,7 @@ def build_folder(folder: Path, corpus: Path, fraction: float | None) -> dict[str
     if validation and fraction is not None:
         raise UserError(f"val_fraction={fraction}: {folder} names {len(validation)} validation files; leave it out")
     fraction = 0.01 if fraction is None else fraction
-    by = f"{len(validation)} files named val*" if validation else hash_rule(fraction)
+    by = f"{len(validation)} files named val*" if validation else BY_HASH.format(fraction)
     print0(f"{folder}: {len(train) + len(validation):,} files to read; validation: {by}")
     highest = -1 if validation else highest_validation_hash(train, fraction)
     left_out = Counter[str]()
@@ -127,10 +128,6 @@ def build_folder(folder: Path, corpus: Path, fraction: float | None) -> dict[str
     about |= {"validation_by": by, "left_out_files": left_out_files, "left_out": left_out}
     documents = split_documents(map(read_documents, validation), map(read_documents, train), highest, left_out)
     return write_corpus(corpus, documents, about)
-
-
-def hash_rule(fraction: float) -> str:
-    return f"the {fraction:g} of the documents with the smallest sha256"
 
 
 def split_documents(

@@ -125,7 +125,7 @@ def build_hf(corpus: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     if named and fraction is not None:
         raise UserError(f"val_fraction={fraction}: {repository} has a split {named}; leave it out")
     fraction = 0.01 if fraction is None else fraction
-    by = f"the split {named}" if named else corpus_writer.hash_rule(fraction)
+    by = f"the split {named}" if named else corpus_writer.BY_HASH.format(fraction)
     print0(f"{repository} at {revision}: validation: {by}")
 
     def texts(split: str, limit: int) -> Iterator[str]:
@@ -213,23 +213,20 @@ def has_corpus(corpus: Path, files: int) -> bool:
 # The command
 
 
+OPTIONAL = ("path", "name", "val_fraction", "subset", "column", "num_files")  # each for some sources alone
+
+
 def check_settings() -> None:
     """Refuse a setting that the chosen source would ignore."""
     if prefetch is not None and source in ("folder", "hf"):
         raise UserError(f"prefetch={prefetch}: not together with source={source}; run one after the other")
     if prefetch in ("tasks", "eval") and num_files is not None:
         raise UserError(f"num_files={num_files}: means nothing to prefetch={prefetch}, only to all and list")
-    for setting, value, sources in (
-        ("path", path, ("folder", "hf")),
-        ("name", name, ("folder", "hf")),
-        ("val_fraction", val_fraction, ("folder", "hf")),
-        ("subset", subset, ("hf",)),
-        ("column", column, ("hf",)),
-        ("num_files", num_files, ("hf", *HUBS)),
-    ):
-        bundle = setting == "path" and prefetch in ("all", "eval")
-        if value is not None and source not in sources and not bundle:
-            raise UserError(f"{setting}={value}: means nothing to source={source}, only to {' and '.join(sources)}")
+    uses = {"docs": set(), "folder": {"path", "name", "val_fraction"}, "hf": set(OPTIONAL)}.get(source, {"num_files"})
+    uses |= {"path"} if prefetch in ("all", "eval") else set()
+    for setting in OPTIONAL:
+        if (value := globals()[setting]) is not None and setting not in uses:
+            raise UserError(f"{setting}={value}: means nothing to source={source}; leave it out")
     needed = {"folder": "the directory with the text: --path=DIR", "hf": "the name of a data set: --path=OWNER/NAME"}
     if source in needed and path is None:
         raise UserError(f"source={source} needs {needed[source]}")
@@ -254,7 +251,7 @@ def make_corpus(data: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Get what the settings ask for; one line where the disk or the rights are wanting."""
+    """Get what the settings ask for."""
     check_settings()
     data = get_base_dir() / "data"
     data.mkdir(exist_ok=True)
