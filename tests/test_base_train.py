@@ -105,15 +105,17 @@ def test_a_reader_that_has_gone_does_not_end_a_run(home):
 
 
 def test_compiled_bf16_continues_bit_for_bit(home, faults):
-    """The fast path, on the CPU that is here: compiled blocks, bf16 matmuls, an intermediate checkpoint."""
+    """The fast path, on the CPU that is here: compiled blocks, bf16 matmuls, an intermediate checkpoint. Its losses are
+    those of the eager run in fp32.
+    """
     fast = {"compile": True, "dtype": "bfloat16", "save_every": 8}
     train(faults, "fast", **fast)
     whole = tiny.weights(home, "fast", 20)
+    assert losses(home, "fast") == pytest.approx(losses(home, "whole"), rel=0.01)
     train(faults, "fast", **fast, resume_from_step=8)
     assert tiny.weights(home, "fast", 20) == whole
-    assert (
-        len(list((home / "base_checkpoints").glob("fast-before-*/step_*"))) == 2
-    )  # steps 16 and 20 of the first run, kept
+    kept = list((home / "base_checkpoints").glob("fast-before-*/step_*"))
+    assert len(kept) == 2  # steps 16 and 20 of the first run
 
 
 @pytest.fixture

@@ -150,7 +150,7 @@ def test_reductions_agree_and_ignored_targets_count_nothing():
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.soak)])
 def test_compiled_parts_equal_eager_ones(dtype):
     idx = torch.randint(0, 300, (2, 33), generator=torch.Generator().manual_seed(0))
     results = []

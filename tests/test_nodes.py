@@ -21,6 +21,7 @@ import torch
 from nanochat import compute
 from nanochat.common import UserError
 from tests import tiny
+from tests.faults import Faults
 
 PROMISE = 30  # seconds from a death to the end of the other ranks
 LOST = "another rank ended or hangs"
@@ -28,6 +29,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 STEPS = 40
 # The later of two equal options holds.
 FLAGS = [*tiny.RUN, *tiny.EAGER, f"--num-iterations={STEPS}", "--eval-every=-1", "--save-every=5"]
+SAME = {"num_iterations": STEPS, "save_every": 5}  # the same run in forked processes
 
 
 @pytest.fixture
@@ -123,18 +125,16 @@ def kill_node(machines: tuple[str, str], nodes: list[subprocess.Popen[bytes]], d
 
 
 def finish_again(machines: tuple[str, str], home: Path, tag: str, folder: Path) -> None:
-    """Both nodes started again; the model is that of four ranks that nothing has happened to."""
+    """Both nodes started again."""
     nodes = start_nodes(machines, home, folder, 2, f"--model-tag={tag}", "--resume")
     assert [node.wait(4 * PROMISE) for node in nodes] == [0, 0], (folder / "err0").read_text()
     assert "resumed from" in (folder / "out0").read_text()
-    check_weights(home, tag, 4)
 
 
-def check_weights(home: Path, tag: str, ranks: int) -> None:
+def check_weights(faults: Faults, tag: str, ranks: int) -> None:
     """They are those of as many ranks that nothing has happened to."""
-    if not (home / f"base_checkpoints/whole{ranks}").exists():
-        tiny.torchrun(home, ranks, "scripts.base_train", "--", *FLAGS, f"--model-tag=whole{ranks}")
-    assert tiny.weights(home, tag, STEPS) == tiny.weights(home, f"whole{ranks}", STEPS)
+    faults.train("base", {**SAME, "model_tag": f"whole{ranks}"}, ranks)
+    assert tiny.weights(faults.base_dir, tag, STEPS) == tiny.weights(faults.base_dir, f"whole{ranks}", STEPS)
 
 
 # -----------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def check_weights(home: Path, tag: str, ranks: int) -> None:
 
 
 @pytest.mark.parametrize("dead", [pytest.param(0, marks=pytest.mark.soak), 1])
-def test_a_rank_that_is_killed_ends_the_other_and_the_run_resumes(own_home, tmp_path, dead):
+def test_a_rank_that_is_killed_ends_the_other_and_the_run_resumes(own_home, faults, tmp_path, dead):
     words = ["--standalone", "--nproc_per_node=2", "-m", "scripts.base_train", "--", *FLAGS, f"--model-tag=rank{dead}"]
     torchrun = launch(tmp_path, "", own_home, [*TORCHRUN, *words])
     wait_for_checkpoint(own_home, f"rank{dead}", tmp_path)
@@ -153,9 +153,9 @@ def test_a_rank_that_is_killed_ends_the_other_and_the_run_resumes(own_home, tmp_
     assert torchrun.wait(PROMISE) == 1
     check_end(tmp_path / "err", 1)
     assert not Path(f"/proc/{ranks[1 - dead]}").exists()
-    resumed = tiny.torchrun(own_home, 2, *words[3:], "--resume")
-    assert "resumed from" in resumed.stdout
-    check_weights(own_home, f"rank{dead}", 2)
+    code, output = faults.run("base", {**SAME, "model_tag": f"rank{dead}", "resume": True}, 2)
+    assert code == 0 and "resumed from" in output, output
+    check_weights(faults, f"rank{dead}", 2)
 
 
 def test_a_rank_that_never_comes_is_one_line(monkeypatch):
@@ -187,16 +187,17 @@ def test_a_node_that_dies_ends_the_other(machines, own_home, tmp_path):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("dead", [0, 1])
-def test_two_nodes_of_which_one_dies_go_on_when_started_again(machines, own_home, tmp_path, dead):
+def test_two_nodes_of_which_one_dies_go_on_when_started_again(machines, own_home, faults, tmp_path, dead):
     nodes = start_nodes(machines, own_home, tmp_path / "run", 2, f"--model-tag=killed{dead}")
     wait_for_checkpoint(own_home, f"killed{dead}", tmp_path / "run")
     kill_node(machines, nodes, dead, tmp_path / "run")
     finish_again(machines, own_home, f"killed{dead}", tmp_path / "again")
+    check_weights(faults, f"killed{dead}", 4)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("node", [0, 1])
-def test_sigterm_to_the_torchrun_of_one_node_stops_both_after_saving(machines, own_home, tmp_path, node):
+def test_sigterm_to_the_torchrun_of_one_node_stops_both_after_saving(machines, own_home, faults, tmp_path, node):
     nodes = start_nodes(machines, own_home, tmp_path / "run", 2, f"--model-tag=stopped{node}")
     wait_for_checkpoint(own_home, f"stopped{node}", tmp_path / "run")
     nodes[node].terminate()
@@ -204,6 +205,7 @@ def test_sigterm_to_the_torchrun_of_one_node_stops_both_after_saving(machines, o
     assert (tmp_path / "run/err0").read_text().count("stopped by SIGTERM") == 1
     assert not pids(machines[0]) and not pids(machines[1])
     finish_again(machines, own_home, f"stopped{node}", tmp_path / "again")
+    check_weights(faults, f"stopped{node}", 4)
 
 
 # -----------------------------------------------------------------------------
