@@ -30,7 +30,7 @@ from nanochat.gpt import GPT
 from nanochat.run import Run
 from nanochat.schedule import BatchPlan
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import Stream, engine_on_master, fits, steps_for_minutes
+from nanochat.train import Stream, accumulate, engine_on_master, fits, steps_for_minutes
 
 CHAT_BLOCK = 2048  # conversations rendered and packed together
 
@@ -169,10 +169,11 @@ def plan_chats(
     compute: Compute,
 ) -> tuple[int, str]:
     """Steps of a stage that trains on conversations, and where the number comes from: as given, or as many as fit into
-    `minutes` (the caller restores the weights), or one epoch.
+    `minutes`, or one epoch.
     """
     if minutes is not None:
-        return steps_for_minutes(minutes, model, stream, batch, compute)
+        gradients = partial(accumulate, model, stream, batch.grad_accum_steps, compute)
+        return steps_for_minutes(minutes, model, gradients, compute)
     if num_iterations is not None:
         return num_iterations, "as given"
     steps = max(1, round(rows_in_epoch / batch.rows))

@@ -5,6 +5,7 @@ point; what stands around a loop is run.py.
 """
 
 import math
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.muon import Muon
 from nanochat.record import StepResult
-from nanochat.schedule import BatchPlan, cosine_to_zero, muon_momentum, trapezoid
+from nanochat.schedule import cosine_to_zero, muon_momentum, trapezoid
 from nanochat.sharding import is_sharded
 from nanochat.signals import stop_votes, stopped_by
 from nanochat.tokenizer import Tokenizer
@@ -203,33 +204,34 @@ def every(interval: int, step: int, num_steps: int) -> bool:
     return interval > 0 and (step % interval == 0 or step == num_steps)
 
 
-def steps_in(minutes: float, one_step: Callable[[], object], compute: Compute) -> int:
-    """How many steps fit into `minutes`, equal on every rank: at the median pace of five trial steps in a row that
-    differ by less than half (compilation, and other work on the machine, make earlier ones slower), or of the 40th.
-    """
-    seconds: list[float] = []
-    while len(seconds) < 8 or (len(seconds) < 40 and max(seconds[-5:]) > 1.5 * min(seconds[-5:])):
-        start = time.perf_counter()
-        one_step()
-        synchronize(compute.device)
-        seconds.append(compute.sum(torch.tensor(time.perf_counter() - start)).item() / compute.world_size)
-    return max(1, round(60 * minutes / sorted(seconds[-5:])[2]))
-
-
 def steps_for_minutes(
-    minutes: float, model: GPT, stream: Stream, batch: BatchPlan, compute: Compute
+    minutes: float, model: GPT, gradients: Callable[[], Sums], compute: Compute, fewest: int = 8
 ) -> tuple[int, str]:
-    """The number of steps and where it comes from, by timing steps on a stream of their own. The caller restores the
-    weights: the run is then bit for bit the one that --num-iterations with this number gives.
+    """Steps of `gradients`, such as accumulate(), that fit into `minutes` with their update, and why so many. Trial
+    steps with a learning rate of 0 tell the pace, so the run is bit for bit that of --num-iterations with the number.
     """
     optimizers = model.setup_optimizers(dtype=compute.dtype)
 
     def trial_step() -> None:
-        agreed = agree(accumulate(model, stream, batch.grad_accum_steps, compute), 0, optimizers, compute)
-        update(optimizers, agreed, Rates(lr=0.1, momentum=0.9, weight_decay=0.0), compute)
+        update(optimizers, agree(gradients(), 0, optimizers, compute), Rates(0.0, 0.9, 0.0), compute)
 
-    num_steps = steps_in(minutes, trial_step, compute)
-    return num_steps, f"{minutes:g} minutes at the pace of a few trial steps, which are undone"
+    num_steps, trials = steps_in(minutes, trial_step, compute, fewest)
+    return num_steps, f"{minutes:g} minutes at the pace of {trials} trial steps, which change nothing"
+
+
+def steps_in(minutes: float, one_step: Callable[[], object], compute: Compute, fewest: int) -> tuple[int, int]:
+    """Steps that fit into `minutes` at the median pace of the later half of some trial steps, and the number of these:
+    `fewest` or more. They go on for a twentieth of the time, at most 30 s, because the first ones are slower (ten
+    minutes became six and a half at the pace of steps 4 to 8), and until the last few differ by less than half.
+    """
+    seconds, uneven, last = list[float](), True, fewest // 2 + 1
+    while (n := len(seconds)) < fewest or sum(seconds[1:]) < min(30, 3 * minutes) or (uneven and n < 5 * fewest):
+        start = time.perf_counter()
+        one_step()
+        synchronize(compute.device)
+        seconds.append(compute.sum(torch.tensor(time.perf_counter() - start)).item() / compute.world_size)
+        uneven = max(seconds[-last:]) > 1.5 * min(seconds[-last:])
+    return max(1, round(60 * minutes / statistics.median(seconds[n // 2 :]))), n
 
 
 def compile_model(model: GPT, device: torch.device) -> None:

@@ -171,14 +171,14 @@ def open_stream(text: Corpus, tokenizer: Tokenizer, batch: BatchPlan, compute: C
 
 
 def plan_steps(model: GPT, text: Corpus, tokenizer: Tokenizer, batch: BatchPlan, compute: Compute) -> tuple[int, str]:
-    """The number of steps and where it comes from. For --minutes a few real steps are timed, and then undone."""
+    """The number of steps and where it comes from. For --minutes real steps are timed that change nothing."""
     if minutes is None:
         counted = batch.tokens, model.estimate_flops(), model.ratio_params(ratio_counts)
         return plan_horizon(*counted, num_iterations, target_flops, target_param_data_ratio)
     stream = open_stream(text, tokenizer, batch, compute, Position())
-    num_steps, formula = steps_for_minutes(minutes, model, stream, batch, compute)
-    model.init_weights(seed)
-    return num_steps, formula
+    return steps_for_minutes(
+        minutes, model, lambda: accumulate(model, stream, batch.grad_accum_steps, compute), compute
+    )
 
 
 def validate(

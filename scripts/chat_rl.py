@@ -11,7 +11,7 @@ Prompts whose samples all got the same reward teach nothing and are skipped.
 
 from typing import Literal
 
-from nanochat.configurator import Interval, Minutes, Natural, Positive, Rate, Seed, Several, configure
+from nanochat.configurator import Amount, Interval, Minutes, Natural, Positive, Rate, Seed, Several, configure
 
 SHORT = {"i": "source", "g": "model_tag", "s": "step"}
 
@@ -29,8 +29,9 @@ task: Literal["GSM8K", "Arithmetic-Hard", "Arithmetic"] = "GSM8K"  # where promp
 examples_per_step: Positive = 16  # prompts per step over all ranks
 num_samples: Several = 16  # answers to each prompt
 max_new_tokens: Positive = 256  # length at which an unfinished answer is cut off
-# Horizon
-num_iterations: Positive | None = None  # optimizer steps (None = once through the problems)
+# Horizon: at most one of these two; none = once through the problems
+num_iterations: Positive | None = None  # optimizer steps (the only one that changes the plan of a resumed run)
+minutes: Amount | None = None  # training time, turned into steps once; evaluation and saving not counted
 # Batch
 device_batch_size: Positive = 8  # answers per rank and forward/backward pass
 # Optimizers
@@ -74,7 +75,7 @@ from nanochat.run import Run, open_run
 from nanochat.schedule import cosine_to_zero
 from nanochat.task_eval import pass_at_k
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import Rates, Spikes, Sums, agree, every, fits, update, zero_sums
+from nanochat.train import Rates, Spikes, Sums, agree, every, fits, steps_for_minutes, update, zero_sums
 from tasks.common import Task
 from tasks.gsm8k import extract_answer
 from tasks.mixtures import rl_task
@@ -93,13 +94,13 @@ def main() -> None:
     identity |= {"started_from": start.identity}
 
     with open_run("rl", tag, settings, identity, compute) as run:
-        once = max(1, len(problems) // examples_per_step)
-        num_steps, _ = run.horizon or (num_iterations or once, "")
-        print0(f"horizon: {num_steps:,} steps")
+        num_steps, formula = run.horizon or plan_steps(model, tokenizer, problems, run)
+        print0(f"horizon: {num_steps:,} steps ({formula})")
         rates = [rate * init_lr_frac for rate in (matrix_lr, embedding_lr, unembedding_lr)]
         optimizers = model.setup_optimizers(*rates, weight_decay, compute.dtype)
         spikes, dead_steps = Spikes(), run.position.get("dead_steps", 0)
-        run.begin(model, optimizers, tokenizer, num_steps, spikes, task=task, started_from=start.identity)
+        plan = {"formula": formula, "task": task, "started_from": start.identity}
+        run.begin(model, optimizers, tokenizer, num_steps, spikes, **plan)
         if run.is_finished:
             return
 
@@ -126,6 +127,20 @@ def main() -> None:
         questions = [str(held_out[i]["messages"][0]["content"]) for i in range(min(3, len(held_out)))]
         show_chats(questions, model, tokenizer, compute, run)
         run.finish()
+
+
+def plan_steps(model: GPT, tokenizer: Tokenizer, problems: Task, run: Run) -> tuple[int, str]:
+    """The number of steps and where it comes from."""
+    if minutes is None:
+        once = max(1, len(problems) // examples_per_step)
+        return (num_iterations, "as given") if num_iterations else (once, "once through the problems")
+    numbers = fitting(list(range(min(examples_per_step, len(problems)))), problems, model, tokenizer)
+
+    def gradients() -> Sums:
+        groups = roll_out(model, tokenizer, problems, numbers, num_samples, seed, run)
+        return policy_gradient(model, groups, run.compute)
+
+    return steps_for_minutes(minutes, model, gradients, run.compute, fewest=4)  # of seconds each
 
 
 def rates_of(number: int, num_steps: int) -> Rates:

@@ -71,7 +71,7 @@ from nanochat.chat_train import (
     rows_in_epoch,
     show_chats,
 )
-from nanochat.checkpoint_manager import open_model, restore_model, restore_optimizers
+from nanochat.checkpoint_manager import open_model, restore_optimizers
 from nanochat.common import print0, run_main
 from nanochat.compute import Compute, compute_init
 from nanochat.conversation import Conversations, fingerprint
@@ -117,8 +117,6 @@ def main() -> None:
         epoch = rows_in_epoch(conversations, tokenizer, T, all_tokens=True)
         num_steps, formula = run.horizon or plan_chats(num_iterations, minutes, epoch, model, trial, batch, compute)
         print0(f"horizon: {num_steps:,} steps, {num_steps * batch.tokens:,} tokens ({formula})")
-        if minutes is not None:  # trial steps have changed the weights
-            restore_model(model, start)
         rates = [rate * init_lr_frac for rate in (matrix_lr, embedding_lr, unembedding_lr)]
         optimizers = model.setup_optimizers(*rates, weight_decay, compute.dtype)
         if warm_start and not run.checkpoint:

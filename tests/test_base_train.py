@@ -133,9 +133,7 @@ def train_here(home, monkeypatch):
 
 
 def test_minutes_become_steps_and_leave_no_trace(home, train_here):
-    """A budget in minutes is the run that its number of steps gives: the trial steps that measured the pace
-    are undone.
-    """
+    """A budget in minutes is the run that its number of steps gives: those that measured the pace change nothing."""
     train_here(model_tag="budget", minutes=0.002, num_iterations=None)
     plan = tiny.events(home, "base", "budget", "plan")[0]
     assert plan["num_steps"] >= 1 and "0.002 minutes" in plan["formula"]

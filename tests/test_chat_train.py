@@ -58,6 +58,15 @@ def test_the_loss_falls_and_is_recorded(home, stage, name):
     assert len(tiny.events(home, name, f"learns_{name}", "sample")) == 5
 
 
+@pytest.mark.parametrize("name", ["mid", "rl"])
+def test_minutes_become_steps_and_leave_no_trace(home, stage, rewarded, name):
+    """The trial steps change no weight, so a budget is the run that its number of steps gives."""
+    budget = stage(name, f"budget_{name}", num_iterations=None, minutes=0.01)
+    plan = tiny.events(home, name, f"budget_{name}", "plan")[0]
+    assert "0.01 minutes" in plan["formula"]
+    assert stage(name, f"counted_{name}", num_iterations=plan["num_steps"]) == budget
+
+
 @pytest.mark.parametrize("name", ["mid", "sft", "rl"])
 def test_a_stopped_run_continues_bit_for_bit(home, stage, rewarded, monkeypatch, name):
     """SIGTERM in the middle of the third step; the run saves, and goes on as if nothing had been."""
