@@ -335,6 +335,21 @@ def test_wandb_run_is_respected(checkout, launcher):
     assert flag(checkout.calls("base_train")[0], "run") == "mine"
 
 
+def test_the_laptop_run_has_one_budget_and_not_minutes_here_and_steps_there(checkout):
+    """It promised 15 minutes and took 25 on slower cores: the base model was cut short, the chat stages were not."""
+    result = checkout.run("dev/runcpu.sh", MINUTES=25)
+    assert result.returncode == 0, result.stderr
+    minutes = [
+        flag(checkout.calls(stage)[0], "minutes") for stage in ("base_train", "mid_train", "chat_sft", "chat_rl")
+    ]
+    assert sum(map(float, minutes)) == pytest.approx(25 - 4)
+    assert (
+        "plan for MINUTES=25: train base for {}, mid for {}, SFT for {}, RL for {}; 4".format(*minutes) in result.stdout
+    )
+    for wrong in ("4", "ten", "7.5"):
+        refused(checkout.run("dev/runcpu.sh", MINUTES=wrong), f"MINUTES={wrong}: expected a whole number, at least 5")
+
+
 def test_run1000_is_d32_with_eight_rows_and_800_shards(checkout):
     assert checkout.run("run1000.sh").returncode == 0
     call = checkout.calls("base_train")[0]

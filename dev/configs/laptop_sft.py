@@ -1,7 +1,7 @@
 # SFT of the laptop's model: python -m scripts.chat_sft dev/configs/laptop_sft.py
 
 mixture = "offline"
-num_iterations = 700  # about 2.5 minutes at 20,000 tokens/s
+minutes = 2.75  # about 800 steps at 20,000 tokens/s
 device_batch_size = 16
 total_batch_size = 4096
 init_lr_frac = 0.5
