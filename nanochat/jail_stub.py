@@ -35,7 +35,7 @@ MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}  # audit arch
 LAST_CALL = 423  # what is newer (io_uring, clone3, openat2, pidfd_open, ...) answers as on a kernel that has not got it
 
 # Refused: what reaches other processes, the network or the kernel's larger doors, what changes files or directories,
-# and memory that no limit counts. What needs a capability fails by itself.
+# and memory that no limit counts. What needs a capability fails by itself. Numbers on x86_64 and on aarch64.
 REFUSED = """
     fork 57 -, vfork 58 -, clone 56 220, execve 59 221, execveat 322 281, unshare 272 97, setns 308 268,
     kill 62 129, tkill 200 130, tgkill 234 131, rt_sigqueueinfo 129 138, rt_tgsigqueueinfo 297 240,
@@ -257,14 +257,8 @@ def check(result: int) -> int:
 def program_filter(architecture: int, column: int) -> bytes:
     entries: list[tuple[str, Any]] = [(entry, None) for entry in REFUSED.split(",")]
     entries += [(entry, argument) for entry, *argument in REFUSED_ARGUMENTS]
-    refused = [(number, rest) for entry, rest in entries if (number := call_number(entry, column)) is not None]
+    refused = [(int(word), rest) for entry, rest in entries if (word := entry.split()[1 + column]) != "-"]
     return build_filter(architecture, refused, LAST_CALL)
-
-
-def call_number(entry: str, column: int) -> int | None:
-    """The number in an entry of the tables above, "name x86_64 aarch64"; None where the machine has no such call."""
-    word = entry.split()[1 + column]
-    return None if word == "-" else int(word)
 
 
 def build_filter(architecture: int, refused: list[tuple[int, Any]], last: int) -> bytes:
