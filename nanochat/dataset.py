@@ -191,9 +191,7 @@ def list_needs(data: Path) -> None:
     files = [task_data.rows_path(*split) for split in splits]
     places |= {file: file.exists() for file in (*files, task_data.bundle_path() / MANIFEST)}
     for place, here in places.items():
-        parts = place.parent.rglob("*.*") if place.name == MANIFEST else [place]
-        size = sum(part.stat().st_size for part in parts) if here else 0
-        print0(f"{f'{size / 1e6:>12,.1f} MB' if here else '        missing'}  {place}")
+        print0(f"{'here' if here else 'missing':<8}  {place}")
     if not all(places.values()):
         command = f"python -m nanochat.dataset --prefetch=all --source={source}"
         command += "" if num_files is None else f" -n {num_files}"

@@ -173,15 +173,6 @@ def test_folder_mistakes_are_one_line(run, base_dir, tmp_path, mistake):
     assert list((base_dir / "data").iterdir()) == [], "a failed build left something behind"
 
 
-def test_failed_rebuild_keeps_the_old_corpus(run, tmp_path):
-    write_parquet(tmp_path / "in" / "a.parquet", words("a", 50))
-    corpus = run(source="folder", path=str(tmp_path / "in"))
-    (tmp_path / "in" / "b.jsonl").write_text("{")
-    with pytest.raises(UserError, match="b.jsonl:1: expected"):
-        run(source="folder", path=str(tmp_path / "in"))
-    assert load_corpus() == corpus
-
-
 def test_corpus_of_another_folder_is_not_replaced(run, tmp_path):
     for folder in ("a", "b", "docs"):
         write_parquet(tmp_path / folder / "a.parquet", words(folder, 50))
@@ -465,10 +456,5 @@ def test_docs_finds_this_machines_packages_without_importing_them(tmp_path):
 
 
 def test_command_answers_mistakes_in_one_line(tmp_path):
-    for arguments, message in (
-        (["--source=folder"], "--path=DIR"),
-        (["--source=web"], "source=web"),
-        (["-n", "9999", "-w", "3"], "num_files=9999"),
-    ):
-        done = command(tmp_path, "-m", "nanochat.dataset", *arguments)
-        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    done = command(tmp_path, "-m", "nanochat.dataset", "--source=folder")
+    assert done.returncode == 2 and "--path=DIR" in done.stderr and done.stderr.count("\n") == 1, done.stderr
