@@ -149,6 +149,7 @@ def read_lines(sign: str) -> Iterator[str]:
             print("(line cleared; Ctrl-C again at once, or Ctrl-D: end)")
             interrupted = time.monotonic()
             continue
+        interrupted = -math.inf
         if line:
             yield line
 

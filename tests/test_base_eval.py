@@ -10,6 +10,7 @@ from nanochat.common import UserError
 from nanochat.compute import Compute
 from scripts import base_eval
 from tests import tiny
+from tests.faults import FOLDERS
 from tests.test_conversation import BYTES
 from tests.test_core_eval import CPU, model_of, write_bundle
 
@@ -51,6 +52,18 @@ def answers(home):
     """{task: {line: what the model chose}} of the answers that are kept."""
     contents = {name: json.loads((home / "core" / MODEL / f"{name}.json").read_text()) for name in NAMES}
     return {name: {a["line"]: (a["right"], a["prediction"]) for a in contents[name]["answers"]} for name in NAMES}
+
+
+def test_where_answers_cannot_be_kept_the_score_is_said_all_the_same(home, score, monkeypatch, tmp_path):
+    for name in FOLDERS.values():
+        if (home / name).exists():
+            (tmp_path / name).symlink_to(home / name)
+    for name in ("core", "records"):  # files, where there should be folders
+        (tmp_path / name).touch()
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    output = score(max_per_task=4)
+    assert "records: File exists; this evaluation goes on without a record" in output
+    assert output.count("are not kept") == 3 and "\nCORE: " in output and "the answer to every item" not in output
 
 
 def test_every_task_is_recorded_and_a_second_run_scores_only_what_is_missing(home, score):

@@ -111,10 +111,10 @@ def test_ctrl_c_before_the_first_word_takes_the_question_back_and_says_so(chat, 
 @pytest.mark.parametrize("source", ["sft", "base"])
 def test_ctrl_c_at_the_prompt_clears_the_line_and_a_second_one_ends(chat, monkeypatch, asked, source):
     """A single one, which was meant for the answer before, ended the chat and lost what had been said."""
-    seconds = iter((10.0, 10.0, 15.0, 15.0, 20.0, 20.0, 20.5))
+    seconds = iter((10.0, 10.0, 15.0, 15.0, 15.5, 15.5, 16.0))
     monkeypatch.setattr(chat_cli, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
     stop = KeyboardInterrupt
-    screen = chat("one", stop, stop, "two", stop, stop, "never", source=source)
+    screen = chat("one", stop, stop, "two", stop, stop, "never", source=source)  # "two" within a second of a stop
     assert screen.count("(line cleared") == 3
     if source == "sft":
         assert [len(messages) for messages in asked] == [1, 3]
