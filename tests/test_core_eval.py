@@ -117,29 +117,6 @@ def test_prompts_to_the_letter():
     assert render_prompts(task, items, 1) == ["1 2 3\n\n5", "1 2 3\n\n5 6 "]
 
 
-@pytest.mark.parametrize(("n", "k"), [(11, 10), (300, 3), (300, 10)])
-def test_examples_are_those_that_nanochat_draws_from_all_other_items(n, k):
-    for index in (0, 5, n - 1):
-        others = [i for i in range(n) if i != index]
-        assert core_eval.draw_examples(index, n, k) == random.Random(1234 + index).sample(others, k)
-
-
-def test_scoring_fewer_items_changes_no_prompt(tasks):
-    """nanochat draws the examples from the items that are left, so the number of items changes what is asked."""
-    scorer = GPTScorer(model_of(), BYTES, CPU)
-    for task in tasks:
-        some, every = score_task(task, scorer, CPU, 4).answers, score_task(task, scorer, CPU).answers
-        for a, b in zip(some, every[:4], strict=True):
-            assert (a.line, a.right) == (b.line, b.right) and a.losses == pytest.approx(b.losses, abs=1e-6)
-
-
-def test_what_is_scored_is_told_from_the_tokens():
-    encoded = [np.array(ids) for ids in ([9, 1, 2, 3, 4], [9, 1, 5, 4], [9, 1, 2])]
-    assert [row.start for row in core_eval.scored_rows("multiple_choice", 0, encoded)] == [2, 2, 2]
-    assert [row.start for row in core_eval.scored_rows("schema", 0, encoded[:2])] == [4, 3]
-    assert core_eval.scored_rows("language_modeling", 0, [encoded[2], encoded[0]])[0].start == 3
-
-
 def test_the_beginning_of_an_item_is_computed_once():
     rows = [core_eval.Row(5, i, np.array([7, 8, 9, *tail]), 3) for i, tail in enumerate(([1, 2], [3], [1, 4, 6], []))]
     units = core_eval.make_units(rows, 16, branches=True)

@@ -49,21 +49,6 @@ def test_windows_score_every_token_once(lengths, length, stride):
     assert scored == ids.tolist()
 
 
-def test_bpb_equals_the_definition():
-    """Sum of -log2 p over the documents' bytes, each from its own full window, divided by the bytes."""
-    net, bits, count = model(), 0.0, 0
-    for text in TEXTS[0].to_pylist():
-        tokens = [256, *text.encode()]
-        for i in range(1, len(tokens)):
-            begin = (i - 1) // 16 * 16  # stride 16: windows do not overlap
-            logits = net(torch.tensor([[256, *tokens[begin + 1 : i]]]))[0, -1]
-            bits -= logits.log_softmax(-1)[tokens[i]].item() / math.log(2)
-            count += 1
-    result = score(net, ByteTokenizer(), TEXTS, rows=3)
-    assert (result.bytes, result.tokens) == (count, count)
-    assert result.bpb == pytest.approx(bits / count, rel=1e-5)
-
-
 SPLITTING = Tokenizer.train(["the cat sat on the mat, and the \u00e4\u00f6\u00fc \u4e2d\u6587 too "] * 20, 290)
 MODELS = {257: model(), SPLITTING.get_vocab_size(): model(SPLITTING.get_vocab_size())}
 
@@ -103,15 +88,6 @@ def test_no_number_comes_of_scoring_nothing(texts, rows):
     """base_loss --device-batch-size=0 said: val bpb 0.0000, 0 bytes."""
     with pytest.raises(UserError, match="no bits per byte of nothing"):
         score(model(), ByteTokenizer(), texts, rows)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 7])
-@pytest.mark.parametrize("stride", [16, 8, 5])
-def test_batch_size_does_not_move_the_number(rows, stride):
-    expected = score(model(), ByteTokenizer(), TEXTS, rows=1, stride=stride)
-    result = score(model(), ByteTokenizer(), TEXTS, rows=rows, stride=stride)
-    assert (result.bytes, result.tokens) == (expected.bytes, expected.tokens)
-    assert result.bpb == pytest.approx(expected.bpb, rel=1e-6)
 
 
 def test_a_limit_in_tokens_does_not_score_more_text_with_larger_batches_or_more_ranks():
