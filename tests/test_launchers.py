@@ -201,8 +201,8 @@ def parse_calls(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> list[str
     ("settings", "said"),
     [
         ({"RL_ARGS": "--num-sample=2"}, "scripts.chat_rl: no setting named num_sample (--num-sample=2). Did you mean"),
-        ({"DEVICE_BATCH_SIZE": "most", "DRY_RUN": "1"}, "base_train: --device-batch-size=most: expected int or auto"),
-        ({"DOLLARS_PER_HOUR": "$2", "STAGES": "report"}, "report: --dollars-per-hour=$2: expected float or None"),
+        ({"DEVICE_BATCH_SIZE": "most", "DRY_RUN": "1"}, "base_train: --device-batch-size=most: expected int >= 1 or auto"),
+        ({"DOLLARS_PER_HOUR": "$2", "STAGES": "report"}, "report: --dollars-per-hour=$2: expected float >= 0 or None"),
     ],
 )
 def test_a_wrong_value_of_the_last_stage_is_refused_before_the_first(checkout, settings, said):
@@ -499,7 +499,7 @@ def test_the_real_list_of_an_empty_folder(base_dir):
     command = ["bash", str(ROOT / "dev/slurm/job.slurm")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
     assert result.returncode == 2
-    missing = re.findall(rf"^ +missing  {base_dir}/(\S+)", result.stdout, re.MULTILINE)
+    missing = re.findall(rf"^missing +{base_dir}/(\S+)", result.stdout, re.MULTILINE)
     assert {"data/climbmix/manifest.json", "task_data/gsm8k/main/train.parquet"} <= set(missing)
     assert "eval_bundle/manifest.json" in missing
 
