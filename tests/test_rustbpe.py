@@ -1,6 +1,7 @@
 """The crate against its slow twin, against PyPI's rustbpe (merges) and against tiktoken (splits and ids)."""
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -77,29 +78,64 @@ def test_merges_are_those_of_the_definition(corpus, threads):
     assert train(texts, 120, threads=threads).tolist() == [list(pair) for pair in expected]
 
 
-def test_merges_are_those_of_pypi_rustbpe():
+SCRIPT = """
+import json, sys
+import rustbpe
+
+answers = []
+for texts, vocab_size, options in json.load(sys.stdin):
+    tokenizer = rustbpe.Tokenizer()
+    tokenizer.train_from_iterator(iter(texts), vocab_size, **options)
+    mergeable_ranks = tokenizer.get_mergeable_ranks()
+    tokens = {rank: bytes(token).hex() for token, rank in mergeable_ranks}
+    ids = tokenizer.encode("".join(texts[:50]))
+    answers.append([tokenizer.get_pattern(), tokenizer.vocab_size, [tokens[i] for i in range(len(mergeable_ranks))]])
+    answers.append([ids, tokenizer.decode(ids), tokenizer.batch_encode(texts[:50])])
+print(json.dumps(answers))
+"""
+
+
+def test_a_script_for_pypi_rustbpe_runs_and_gets_the_same_merges_and_ids():
     """Ties, overlaps and stale heap entries are where trainers differ: 1,500 merges of each corpus meet many."""
     folder = Path(os.environ.get("RUSTBPE_ORACLE") or ROOT / ".venv" / "oracle")
     if not (folder / "rustbpe").is_dir():
         pytest.skip(f"no rustbpe from PyPI in {folder}; bash dev/setup.sh dev installs it")
-    program = textwrap.dedent("""
-        import json, sys
-        import rustbpe
-        corpora, pattern, most = json.load(sys.stdin)
-        answers = {}
-        for name, text in corpora.items():
-            tokenizer = rustbpe.Tokenizer()
-            tokenizer.train_from_iterator(iter([text]), 256 + most, pattern=pattern)
-            answers[name] = [bytes(token).hex() for token, _ in tokenizer.get_mergeable_ranks()]
-        json.dump(answers, sys.stdout)
-    """)
-    question = json.dumps([CORPORA, rustbpe.PATTERNS["nanochat"], 1500])
-    environment = os.environ | {"PYTHONPATH": str(folder)}  # before site-packages, where our rustbpe lives
-    answer = subprocess.run(
-        [sys.executable, "-c", program], input=question, capture_output=True, text=True, env=environment, check=True
-    )
-    for name, tokens in json.loads(answer.stdout).items():
-        assert [token.hex() for token in expand_merges(train([CORPORA[name]], 1500))] == tokens, name
+    jobs = [([text], 256 + 1500, {"pattern": rustbpe.PATTERNS["nanochat"]}) for text in CORPORA.values()]
+    lines = ["", *(ENGLISH + SCRIPTS + SOURCE[:20_000] + "aaaa aaaaaaa").splitlines(keepends=True)]
+    known = [{}, *({"pattern": pattern, "buffer_size": 7} for pattern in rustbpe.PATTERNS.values())]
+    others = [{"pattern": pattern} for pattern in (r"\w+|\s+|[^\w\s]+", "'s| ?[a-zA-Z]+|(?i:Q)(u)", r"\p{L}{1,3}")]
+    jobs += [(lines, 500, options) for options in known + others] + [([], 300, {}), (["a b"], 256, {})]
+    answers = []
+    for path in (
+        folder,
+        os.environ.get("PYTHONPATH", ""),
+    ):  # the oracle's stands before site-packages, where ours lives
+        answer = subprocess.run(
+            [sys.executable, "-c", SCRIPT],
+            input=json.dumps(jobs),
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(path)},
+        )
+        assert answer.returncode == 0, answer.stderr
+        answers.append(json.loads(answer.stdout))
+    for job, theirs, ours in zip(itertools.chain(*zip(jobs, jobs, strict=True)), *answers, strict=True):
+        assert ours == theirs, job[1:]
+
+
+def test_mistakes_with_the_class_of_pypi_rustbpe_are_said():
+    """Panics there, an empty answer, or an endless loop."""
+    tokenizer = rustbpe.Tokenizer()
+    assert (tokenizer.get_pattern(), tokenizer.vocab_size, len(tokenizer.get_mergeable_ranks())) == ("", 256, 256)
+    with pytest.raises(ValueError, match="vocab_size 100: .* at least 256"):
+        tokenizer.train_from_iterator(["text"], 100)
+    with pytest.raises(ValueError, match=r"pattern '\(': missing \)"):
+        tokenizer.train_from_iterator(["text"], 300, pattern="(")
+    tokenizer.train_from_iterator(iter(["text text"]), 260, buffer_size=0)
+    assert tokenizer.decode(tokenizer.encode("text")) == "text" and tokenizer.vocab_size == 260
+    for ids in ([-1], [260], [0xC3]):
+        with pytest.raises(ValueError):
+            tokenizer.decode(ids)
 
 
 def test_merges_do_not_depend_on_batches_threads_or_arrow_layout():
@@ -298,7 +334,7 @@ def test_impossible_vocabularies_and_patterns_are_refused():
         rustbpe.Encoder(single[:255])
     with pytest.raises(ValueError, match="tokens 256 and 257 have the same bytes"):
         rustbpe.Encoder([*single, b"ab", b"ab"])
-    with pytest.raises(ValueError, match="known: nanochat, gpt4, gpt2"):
+    with pytest.raises(ValueError, match="known: nanochat, rustbpe, gpt4, gpt2, whole"):
         rustbpe.Trainer("gpt5")
 
 

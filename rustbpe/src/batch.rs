@@ -1,5 +1,6 @@
 //! A column of texts as Arrow lays it out, work units cut from it, and the threads that take them.
 
+use crate::scanner::Pattern;
 use std::ops::Range;
 use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
@@ -94,8 +95,8 @@ impl<'a> Batch<'a> {
     }
 
     /// Cuts the rows into units of about UNIT_BYTES, in order. A row that is longer is cut where an ASCII letter is
-    /// followed by a space: in all patterns a pretoken ends there, whatever stands around.
-    pub fn units(&self) -> Vec<Unit> {
+    /// followed by a space: a pretoken ends there in all patterns but Whole, whatever stands around.
+    pub fn units(&self, pattern: Pattern) -> Vec<Unit> {
         let (mut units, mut first) = (Vec::new(), 0);
         while first < self.rows() {
             let start = self.row(first).start;
@@ -104,7 +105,7 @@ impl<'a> Batch<'a> {
                 end += 1;
             }
             let mut bytes = start..self.row(end - 1).end;
-            while bytes.len() > UNIT_BYTES {
+            while bytes.len() > UNIT_BYTES && pattern != Pattern::Whole {
                 let Some(cut) = self.safe_cut(bytes.start + UNIT_BYTES..bytes.end) else { break };
                 units.push(Unit { rows: first..end, bytes: bytes.start..cut });
                 bytes.start = cut;
@@ -168,7 +169,8 @@ mod tests {
         let data = format!("ab{long}{}", "x".repeat(3 * UNIT_BYTES)).into_bytes();
         let offsets = [0, 1, 1, 2, 2 + long.len() as i64, data.len() as i64];
         let batch = Batch::new(&data, Offsets::Large(&offsets), 0).unwrap();
-        let units = batch.units();
+        assert_eq!(batch.units(Pattern::Whole).len(), 3);
+        let units = batch.units(Pattern::Gpt2);
         assert_eq!(units.first().unwrap(), &Unit { rows: 0..3, bytes: 0..2 });
         assert_eq!(units.last().unwrap(), &Unit { rows: 4..5, bytes: 2 + long.len()..data.len() });
         for two in units.windows(2) {

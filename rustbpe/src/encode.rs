@@ -136,7 +136,7 @@ impl Encoder {
         out: &mut [T],
         control: &Control,
     ) -> Result<Encoded, Failure> {
-        let units = batch.units();
+        let units = batch.units(self.pattern);
         let mut regions = Vec::with_capacity(units.len());
         let mut rest = &mut *out;
         for unit in &units {

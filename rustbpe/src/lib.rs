@@ -85,8 +85,9 @@ unsafe fn view<'a, T>(start: *const T, length: usize) -> &'a [T] {
 
 unsafe fn pattern(name: *const u8, bytes: u64) -> Result<Pattern, Failure> {
     let name = String::from_utf8_lossy(view(name, bytes as usize));
-    Pattern::by_name(&name)
-        .ok_or_else(|| Failure::Invalid(format!("unknown split pattern {name:?}; known: nanochat, gpt4, gpt2")))
+    Pattern::by_name(&name).ok_or_else(|| {
+        Failure::Invalid(format!("unknown split pattern {name:?}; known: nanochat, rustbpe, gpt4, gpt2, whole"))
+    })
 }
 
 /// Runs `body` and turns failures and panics into a status and a message.

@@ -1,4 +1,4 @@
-//! Cuts text into pretokens, the pieces inside which byte pairs may merge, exactly as three published regexes do.
+//! Cuts text into pretokens, the pieces inside which byte pairs may merge, exactly as published regexes do.
 //!
 //! A regex engine is not needed: each pattern is an ordered choice over four character classes (`\p{L}`, `\p{N}`, `\s`,
 //! the rest) with at most one character of look-ahead, so the first character and the class of the second decide which
@@ -10,16 +10,20 @@ use std::sync::OnceLock;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Pattern {
     Nanochat,
+    Rustbpe,
     Gpt4,
     Gpt2,
+    Whole,
 }
 
 impl Pattern {
     pub fn by_name(name: &str) -> Option<Pattern> {
         match name {
             "nanochat" => Some(Pattern::Nanochat),
+            "rustbpe" => Some(Pattern::Rustbpe),
             "gpt4" => Some(Pattern::Gpt4),
             "gpt2" => Some(Pattern::Gpt2),
+            "whole" => Some(Pattern::Whole),
             _ => None,
         }
     }
@@ -34,6 +38,8 @@ pub trait Rules {
     const MAX_DIGITS: usize;
     /// White space up to the end of the text is one piece even where it holds newlines (`\s++$` comes first).
     const TRAILING_RUN_WHOLE: bool;
+    /// The text is one pretoken: somebody else has split it.
+    const WHOLE: bool = false;
 }
 
 /// `'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+`
@@ -42,6 +48,15 @@ pub struct Nanochat;
 impl Rules for Nanochat {
     const MODERN: bool = true;
     const MAX_DIGITS: usize = 2;
+    const TRAILING_RUN_WHOLE: bool = false;
+}
+
+/// As `Nanochat` with `\p{N}{1,3}`: what the published package rustbpe splits by unless told otherwise.
+pub struct Rustbpe;
+
+impl Rules for Rustbpe {
+    const MODERN: bool = true;
+    const MAX_DIGITS: usize = 3;
     const TRAILING_RUN_WHOLE: bool = false;
 }
 
@@ -62,6 +77,16 @@ impl Rules for Gpt2 {
     const MODERN: bool = false;
     const MAX_DIGITS: usize = usize::MAX;
     const TRAILING_RUN_WHOLE: bool = true;
+}
+
+/// `[\s\S]+`
+pub struct Whole;
+
+impl Rules for Whole {
+    const MODERN: bool = true;
+    const MAX_DIGITS: usize = 1;
+    const TRAILING_RUN_WHOLE: bool = true;
+    const WHOLE: bool = true;
 }
 
 const LETTER: u8 = 0;
@@ -147,6 +172,9 @@ fn wide_class_at(text: &[u8], at: usize) -> (u8, usize) {
 /// End of the pretoken that begins at `at`. `text` is UTF-8, `at` a character boundary before its end.
 #[inline(always)]
 pub fn next<R: Rules>(text: &[u8], at: usize) -> usize {
+    if R::WHOLE {
+        return text.len();
+    }
     let (class, width) = class_at(text, at);
     let after = at + width;
     match class {
@@ -305,12 +333,20 @@ macro_rules! with_rules {
                 type $rules = $crate::scanner::Nanochat;
                 $body
             }
+            $crate::scanner::Pattern::Rustbpe => {
+                type $rules = $crate::scanner::Rustbpe;
+                $body
+            }
             $crate::scanner::Pattern::Gpt4 => {
                 type $rules = $crate::scanner::Gpt4;
                 $body
             }
             $crate::scanner::Pattern::Gpt2 => {
                 type $rules = $crate::scanner::Gpt2;
+                $body
+            }
+            $crate::scanner::Pattern::Whole => {
+                type $rules = $crate::scanner::Whole;
                 $body
             }
         }
@@ -352,8 +388,8 @@ mod tests {
         }
         let (lead, group) = match pattern {
             Pattern::Nanochat => (at, 2),
-            Pattern::Gpt4 => (at, 3),
             Pattern::Gpt2 => (led, usize::MAX),
+            _ => (at, 3),
         };
         if class(lead) == Some(NUMBER) {
             return run(lead, group, &[NUMBER]);
@@ -366,7 +402,7 @@ mod tests {
         let end = run(at, usize::MAX, &white);
         let newline = (at..end).rev().find(|&i| slow_class(text[i]) == NEWLINE);
         match (pattern, newline) {
-            (Pattern::Nanochat, Some(i)) => i + 1,
+            (Pattern::Nanochat | Pattern::Rustbpe, Some(i)) => i + 1,
             (Pattern::Gpt4, Some(i)) if end < text.len() => i + 1,
             _ if end < text.len() && end - at > 1 => end - 1,
             _ => end,
@@ -398,11 +434,14 @@ mod tests {
     fn known_splits() {
         let text = "I'll pay $1234, it's\n\n  OK \t\n ";
         let nanochat = ["I", "'ll", " pay", " $", "12", "34", ",", " it", "'s", "\n\n", " ", " OK", " \t\n", " "];
+        let rustbpe = ["I", "'ll", " pay", " $", "123", "4", ",", " it", "'s", "\n\n", " ", " OK", " \t\n", " "];
         let gpt4 = ["I", "'ll", " pay", " $", "123", "4", ",", " it", "'s", "\n\n", " ", " OK", " \t\n "];
         let gpt2 = ["I", "'ll", " pay", " $", "1234", ",", " it", "'s", "\n\n ", " OK", " \t\n "];
         assert_eq!(pieces(Pattern::Nanochat, text), nanochat);
+        assert_eq!(pieces(Pattern::Rustbpe, text), rustbpe);
         assert_eq!(pieces(Pattern::Gpt4, text), gpt4);
         assert_eq!(pieces(Pattern::Gpt2, text), gpt2);
+        assert_eq!(pieces(Pattern::Whole, text), [text]);
     }
 
     #[test]
@@ -417,7 +456,7 @@ mod tests {
         for _ in 0..30_000 {
             let chars: Vec<char> = (0..1 + random(24)).map(|_| alphabet[random(alphabet.len())]).collect();
             let text: String = chars.iter().collect();
-            for pattern in [Pattern::Nanochat, Pattern::Gpt4, Pattern::Gpt2] {
+            for pattern in [Pattern::Nanochat, Pattern::Rustbpe, Pattern::Gpt4, Pattern::Gpt2] {
                 let (mut slow, mut at) = (Vec::new(), 0);
                 while at < chars.len() {
                     let end = slow_next(pattern, &chars, at);

@@ -22,8 +22,8 @@ impl Trainer {
 
     /// Counts the pretokens of a batch. After a failure the counts hold part of it.
     pub fn feed(&mut self, batch: &Batch, control: &Control) -> Result<(), Failure> {
-        let units = batch.units();
         let pattern = self.pattern;
+        let units = batch.units(pattern);
         run_units(&mut self.counters, units.len(), |counter, number| {
             let unit = &units[number];
             control.check()?;

@@ -2,6 +2,7 @@
 
     merges = Trainer("nanochat"); merges.feed(["some text"]); merges.train(100)
     ids, offsets = Encoder(tokens, "nanochat").encode_batch(["some text", "more"], threads=2)
+    tokenizer = Tokenizer(); tokenizer.train_from_iterator(["some text"], 300)   # as the published package has it
 
 Texts are an Arrow string or large_string array, chunked or sliced as it may be (its buffers are read in place), or a
 sequence of str. Promises: merges of the naive algorithm (highest count, ties to the smallest pair), ids of tiktoken
@@ -14,23 +15,27 @@ import gc
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from rustbpe._native import ffi, lib
 
-__all__ = ["PATTERNS", "Encoder", "Trainer", "split"]
+__all__ = ["PATTERNS", "Encoder", "Tokenizer", "Trainer", "split"]
 
 # The split patterns that the scanner follows, as the regexes they were published as. tiktoken and rustbpe 0.1.0 take
-# these strings.
+# these strings; "rustbpe" is what the latter takes when given none.
 PATTERNS = {
     "nanochat": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+    "rustbpe": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
     "gpt4": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+    "whole": r"[\s\S]+",  # for texts that are pretokens already
 }
 
 INTERNAL, STOPPED = -1, -3  # statuses of the C functions; every other one below zero is the caller's mistake
@@ -154,6 +159,73 @@ class Encoder:
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """The bytes of some ids. Raises IndexError where an id is none of `tokens`."""
         return b"".join(map(self.tokens.__getitem__, ids))
+
+
+class Tokenizer:
+    """The class of the published package, rustbpe 0.1.0, over ours: same methods, merges and ids, for any `pattern`.
+
+    Those of PATTERNS are split in Rust, others by the package `regex`, in Python, which is much slower and takes
+    [[:alpha:]] for more than ASCII. Mistakes that are panics there are ValueErrors here.
+    """
+
+    def __init__(self) -> None:
+        self._pattern, self._regex = "", None
+        self._encoder = Encoder([bytes([value]) for value in range(256)], "whole")
+
+    def train_from_iterator(
+        self, iterator: Iterable[str], vocab_size: int, buffer_size: int = 8192, pattern: str | None = None
+    ) -> None:
+        """Learn `vocab_size` tokens, the 256 bytes among them, or as many as the texts give; forget the old ones."""
+        if vocab_size < 256:
+            raise ValueError(f"vocab_size {vocab_size}: the 256 bytes are among them, so at least 256")
+        self._pattern = PATTERNS["rustbpe"] if pattern is None else pattern
+        name = next((name for name, known in PATTERNS.items() if known == self._pattern), None)
+        self._regex = None if name else _compiled(self._pattern)
+        trainer, texts = Trainer(name or "whole"), iter(iterator)
+        while batch := list(islice(texts, max(1, buffer_size))):
+            trainer.feed(self._rows(batch))
+        tokens = [bytes([value]) for value in range(256)]
+        for left, right in trainer.train(vocab_size - 256).tolist():
+            tokens.append(tokens[left] + tokens[right])
+        self._encoder = Encoder(tokens, name or "whole")
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._encoder.tokens)
+
+    def get_pattern(self) -> str:
+        return self._pattern
+
+    def get_mergeable_ranks(self) -> list[tuple[bytes, int]]:
+        """(bytes, id) of every token, as tiktoken takes them when made a dict."""
+        return [(token, rank) for rank, token in enumerate(self._encoder.tokens)]
+
+    def encode(self, text: str) -> list[int]:
+        return self._encoder.encode_batch(self._rows([text]))[0].tolist()
+
+    def batch_encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, on all cores where the pattern is one of PATTERNS."""
+        return [self.encode(text) for text in texts] if self._regex else self._encoder.encode_lists(texts, _cores())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Raises ValueError for an id that is none, and for bytes that are no UTF-8."""
+        for token in ids:
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(f"token id {token}: the vocabulary has 0 to {self.vocab_size - 1}")
+        return self._encoder.decode_bytes(ids).decode()
+
+    def _rows(self, texts: Sequence[str]) -> Sequence[str]:
+        """What the Rust side is given: texts, or pretokens where it does not know the pattern."""
+        return [match[0] for text in texts for match in self._regex.finditer(text)] if self._regex else texts
+
+
+def _compiled(pattern: str) -> Any:
+    import regex  # comes with tiktoken; not needed for PATTERNS
+
+    try:
+        return regex.compile(pattern)
+    except regex.error as error:
+        raise ValueError(f"pattern {pattern!r}: {error}") from None
 
 
 def _owned(owner: object, pointer: Any, free: Callable[[Any], None]) -> Any:
