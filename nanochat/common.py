@@ -97,8 +97,6 @@ def refusal(error: OSError | RuntimeError) -> str:
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
         less = "Fewer rows (--device-batch-size) need less, python -m scripts.plan says what else; training: --resume"
         return f"{str(error).splitlines()[0]} {less}"
-    if "temporary directory" in str(error):  # tempfile's: none of the usual ones takes a file
-        return f"{str(error)[:200]}; make room, or name another one: export TMPDIR=DIR"
     if not isinstance(error, OSError):
         return ""
     place, full = error.filename, error.errno in FULL

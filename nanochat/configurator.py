@@ -30,6 +30,7 @@ import re
 import shlex
 import shutil
 import sys
+import tempfile
 import textwrap
 import tokenize
 from collections.abc import Callable, Iterator, Sequence
@@ -361,8 +362,10 @@ def configure(module_name: str, status: TextIO | None = None) -> dict[str, objec
             print0(help_text(block))
             sys.exit(0)
         given = parse_args(block, sys.argv[1:])
-    except UserError as error:
-        say_why(str(error), everywhere=True)
+        tempfile.gettempdir()  # torch needs one while it is imported
+    except (UserError, FileNotFoundError) as error:
+        none = "; make room there, or name another one: export TMPDIR=DIR" if isinstance(error, OSError) else ""
+        say_why(f"{error}{none}", everywhere=True)
         sys.exit(2)
     for name, (value, origin) in given.items():
         setattr(module, name, value)

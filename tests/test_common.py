@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 
 import pytest
 
@@ -60,15 +59,6 @@ def test_ends_become_exit_codes(error, code, said, capsys):
     assert end.value.code == code and said in message and message.count("\n") == 1
 
 
-def test_a_missing_temporary_directory_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "missing")])
-    with pytest.raises(SystemExit) as end:
-        common.run_main(tempfile.mkdtemp)
-    message = capsys.readouterr().err
-    assert end.value.code == 2 and "export TMPDIR=DIR" in message and message.count("\n") == 1
-
-
 SPEAK = """
 import sys
 from nanochat.configurator import configure
@@ -107,6 +97,17 @@ def test_streams_that_are_full_or_gone_end_in_an_exit_code_and_closed_ones_are_e
     line = f"{sys.executable} {tmp_path / 'speak.py'} {redirected}"
     result = subprocess.run(["bash", "-c", line], env=tiny.environment(tmp_path), capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (code, said)
+
+
+def test_a_missing_temporary_directory_is_one_line(tmp_path):
+    """A traceback from the middle of torch's import."""
+    lost = "import tempfile\ntempfile._candidate_tempdir_list = lambda: ['/missing']\n"
+    (tmp_path / "speak.py").write_text(lost + SPEAK, encoding="utf-8")
+    command, environment = [sys.executable, tmp_path / "speak.py"], tiny.environment(tmp_path)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    said = "speak: [Errno 2] No usable temporary directory found in ['/missing']; make room there, or name another"
+    assert result.stderr == f"{said} one: export TMPDIR=DIR\n"
 
 
 def without_rights() -> None:
