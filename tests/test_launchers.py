@@ -201,7 +201,10 @@ def parse_calls(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> list[str
     ("settings", "said"),
     [
         ({"RL_ARGS": "--num-sample=2"}, "scripts.chat_rl: no setting named num_sample (--num-sample=2). Did you mean"),
-        ({"DEVICE_BATCH_SIZE": "most", "DRY_RUN": "1"}, "base_train: --device-batch-size=most: expected int >= 1 or auto"),
+        (
+            {"DEVICE_BATCH_SIZE": "most", "DRY_RUN": "1"},
+            "base_train: --device-batch-size=most: expected int >= 1 or auto",
+        ),
         ({"DOLLARS_PER_HOUR": "$2", "STAGES": "report"}, "report: --dollars-per-hour=$2: expected float >= 0 or None"),
     ],
 )
