@@ -51,10 +51,12 @@ def list_parquet_files(data_dir: Path | str | None = None) -> list[str]:
     return [str(file) for shards in (corpus.train, corpus.val) for file in shards]
 
 
-def parquets_iter_batched(split: Literal["train", "val"], start: int = 0, step: int = 1) -> Iterator[list[str]]:
-    """Yield the documents of the only corpus in lists, at most a row group each. Of the lists it takes every `step`th
-    from number `start` on: with a rank and the number of ranks, each rank gets other documents.
+def parquets_iter_batched(
+    split: Literal["train", "val"], start: int = 0, step: int = 1, corpus: str | None = None
+) -> Iterator[list[str]]:
+    """Yield the documents of a corpus (None = the only one) in lists, at most a row group each. It takes every `step`th
+    list from number `start` on: with a rank and the number of ranks, each rank gets other documents.
     """
-    corpus = load_corpus()
-    shards = {"train": corpus.train, "val": corpus.val}[split]
+    found = load_corpus(corpus)
+    shards = {"train": found.train, "val": found.val}[split]
     return (texts.to_pylist() for texts in islice(iter_text(shards), start, None, step))

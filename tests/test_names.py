@@ -114,6 +114,10 @@ def test_parquet_files_are_listed_and_read_in_order(base_dir, tmp_path, monkeypa
     dealt = [text for rank in range(2) for batch in parquets_iter_batched("train", rank, 2) for text in batch]
     assert sorted(dealt) == sorted(whole)
     assert [len(batch) for batch in parquets_iter_batched("val")] == [4]
+    corpora.run_dataset(monkeypatch, source="folder", path=str(tmp_path / "in"), name="more")
+    with pytest.raises(UserError, match="several corpora"):
+        parquets_iter_batched("train")
+    assert len(list(parquets_iter_batched("val", corpus="more"))) == 1
 
 
 def test_a_script_without_a_corpus_is_told_the_command(base_dir):

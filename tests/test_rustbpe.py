@@ -136,6 +136,9 @@ def test_mistakes_with_the_class_of_pypi_rustbpe_are_said():
     for ids in ([-1], [260], [0xC3]):
         with pytest.raises(ValueError):
             tokenizer.decode(ids)
+    with pytest.raises(ZeroDivisionError):  # what was learnt before stays whole
+        tokenizer.train_from_iterator((1 // 0 for _ in "x"), 300, pattern=r"\w")
+    assert tokenizer.get_pattern() == rustbpe.PATTERNS["rustbpe"] and len(tokenizer.encode("text text")) == 2
 
 
 def test_merges_do_not_depend_on_batches_threads_or_arrow_layout():

@@ -178,16 +178,16 @@ class Tokenizer:
         """Learn `vocab_size` tokens, the 256 bytes among them, or as many as the texts give; forget the old ones."""
         if vocab_size < 256:
             raise ValueError(f"vocab_size {vocab_size}: the 256 bytes are among them, so at least 256")
-        self._pattern = PATTERNS["rustbpe"] if pattern is None else pattern
-        name = next((name for name, known in PATTERNS.items() if known == self._pattern), None)
-        self._regex = None if name else _compiled(self._pattern)
+        pattern = PATTERNS["rustbpe"] if pattern is None else pattern
+        name = next((name for name, known in PATTERNS.items() if known == pattern), None)
+        regex = None if name else _compiled(pattern)
         trainer, texts = Trainer(name or "whole"), iter(iterator)
         while batch := list(islice(texts, max(1, buffer_size))):
-            trainer.feed(self._rows(batch))
+            trainer.feed(_pieces(batch, regex))
         tokens = [bytes([value]) for value in range(256)]
         for left, right in trainer.train(vocab_size - 256).tolist():
             tokens.append(tokens[left] + tokens[right])
-        self._encoder = Encoder(tokens, name or "whole")
+        self._encoder, self._pattern, self._regex = Encoder(tokens, name or "whole"), pattern, regex
 
     @property
     def vocab_size(self) -> int:
@@ -201,7 +201,7 @@ class Tokenizer:
         return [(token, rank) for rank, token in enumerate(self._encoder.tokens)]
 
     def encode(self, text: str) -> list[int]:
-        return self._encoder.encode_batch(self._rows([text]))[0].tolist()
+        return self._encoder.encode_batch(_pieces([text], self._regex))[0].tolist()
 
     def batch_encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, on all cores where the pattern is one of PATTERNS."""
@@ -214,9 +214,10 @@ class Tokenizer:
                 raise ValueError(f"token id {token}: the vocabulary has 0 to {self.vocab_size - 1}")
         return self._encoder.decode_bytes(ids).decode()
 
-    def _rows(self, texts: Sequence[str]) -> Sequence[str]:
-        """What the Rust side is given: texts, or pretokens where it does not know the pattern."""
-        return [match[0] for text in texts for match in self._regex.finditer(text)] if self._regex else texts
+
+def _pieces(texts: Sequence[str], regex: Any) -> Sequence[str]:
+    """What the Rust side is given: texts, or pretokens where it does not know the pattern."""
+    return [match[0] for text in texts for match in regex.finditer(text)] if regex else texts
 
 
 def _compiled(pattern: str) -> Any:
