@@ -403,7 +403,7 @@ def grades(runs: Sequence[Events]) -> Grades:
             about = {"tag": start["tag"], "label": f"{name} after {STAGES[stage].title}"}
             about["samples"] = [e for e in of_kind(run, "sample") if (e.get("source"), e.get("task")) == (stage, name)]
             about["stale"] = event["time"] < begun[stage]
-            found.setdefault(name, {})[stage] = {"stderr": core_error(run), **event, **about}
+            found.setdefault(name, {})[stage] = {**event, **about}
     by_stage = {name: {stage: events[stage] for stage in STAGES if stage in events} for name, events in found.items()}
     return dict(sorted(by_stage.items(), key=lambda item: is_mean(item[1])))
 
@@ -411,15 +411,6 @@ def grades(runs: Sequence[Events]) -> Grades:
 def is_mean(events: dict[str, Event]) -> bool:
     """Whether these grades are of a mean over tasks and of no task."""
     return any(event["event"] in MEANS for event in events.values())
-
-
-def core_error(run: Events) -> float | None:
-    """Standard error of the mean of a run's CORE tasks: theirs in quadrature, each stretched as its accuracy is when it
-    is centred to (accuracy - guessing) / (1 - guessing). None without such tasks.
-    """
-    tasks = of_kind(run, "core_task")
-    errors = [e["stderr"] * (1 - e["centered"]) / (1 - e["accuracy"]) for e in tasks if e["accuracy"] < 1]
-    return math.hypot(*errors) / len(tasks) if tasks else None
 
 
 def val_bpb(runs: Sequence[Events], base: Events) -> Event:

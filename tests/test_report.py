@@ -299,14 +299,13 @@ def core(tag="base-d4-000002", settings=None, **values):
         {"event": "core_task", "task": "squad", "n": 100, "accuracy": 0.5, "stderr": 0.03, "centered": 0.5},
         {"event": "core_task", "task": "piqa", "n": 200, "accuracy": 0.75, "stderr": 0.02, "centered": 0.5},
     ]
-    mean = {"event": "core", "tasks": ["squad", "piqa"], **values}
+    mean = {"event": "core", "stderr": 0.025, "tasks": ["squad", "piqa"], **values}
     return run("base_eval", *tasks, mean, time=30.0, tag=tag, settings=settings or {})
 
 
 def test_core_stands_with_its_standard_error_and_its_tasks_and_a_part_of_it_is_not_called_core():
     text, part = (build([run("base", plan()), core(value=0.5, partial=partial)])[0] for partial in (False, True))
     assert "- **CORE after base**: 0.500" in text and "CORE after base" not in part
-    # 0.03 of a task without guessing, 0.02 of one with half: sqrt(0.03^2 + 0.04^2) / 2
     assert "| CORE | 0.5000 ± 0.0250 | - | - | - | - | 2 tasks |" in text
     assert "| partial CORE | 0.5000 ± 0.0250 |" in part
     assert "## CORE, task by task" in text and "| piqa | 75.0 ± 2.0 | 0.5000 | 200 |" in text
