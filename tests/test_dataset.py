@@ -126,14 +126,11 @@ def test_a_folder_follows_links_and_says_what_it_leaves_out(run, tmp_path, monke
         assert f"left out   {reason}" in said
 
 
-@pytest.mark.parametrize("name", ["valid", "my-val.txt", "x_valid_0.jsonl", "VALIDATION", "val2.txt", "wiki.valid.txt"])
-def test_names_that_mean_validation(name):
-    assert corpus_writer.split_named("x", name) == "validation"
-
-
-@pytest.mark.parametrize("name", ["values.txt", "interval.txt", "latest.txt", "tests", "validate.txt", "train", "dev"])
-def test_names_that_mean_nothing(name):
-    assert corpus_writer.split_named(name) == "train"
+def test_names_say_which_split_a_file_is():
+    for name in ("valid", "my-val.txt", "x_valid_0.jsonl", "VALIDATION", "val2.txt", "wiki.valid.txt"):
+        assert corpus_writer.split_named("x", name) == "validation", name
+    for name in ("values.txt", "interval.txt", "latest.txt", "tests", "validate.txt", "train", "dev"):
+        assert corpus_writer.split_named(name) == "train", name
 
 
 def test_folder_is_shuffled(run, tmp_path):
