@@ -451,8 +451,6 @@ def make_server(app: FastAPI) -> Server:
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes a free one. Raises UserError when the address can't be had."""
-    if not 0 <= port <= 65_535:
-        raise UserError(f"--port={port}: expected 0 to 65535")
     try:
         address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[4][:2], family=address[0])

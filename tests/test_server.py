@@ -484,8 +484,6 @@ def test_an_address_that_cannot_be_had_is_one_line() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"--port={port}: Address already in use; try another, such as --port="):
             listen("127.0.0.1", port)
-    with pytest.raises(UserError, match="--port=70000: expected 0 to 65535"):
-        listen("127.0.0.1", 70_000)
     with pytest.raises(UserError, match="--host=300.1.1.1 "):
         listen("300.1.1.1", 8000)
 
