@@ -34,6 +34,15 @@ def saved(tmp_path, monkeypatch):
     return model
 
 
+@pytest.fixture
+def root(saved, tmp_path):
+    return tmp_path / "base_checkpoints" / "t"
+
+
+def set_aside(root):
+    return [manager.saved_steps(path) for path in root.parent.glob("t-before-*")]
+
+
 def save(model, step, tag="t", keep_last=-1):
     path, meta = manager.checkpoint_path("base", tag, step), {"model_config": model.config_dict(), "seed": 1}
     manager.save_checkpoint(path, model, model.setup_optimizers(), TOKENIZER, meta, CPU, keep_last)
@@ -50,9 +59,8 @@ def test_weights_and_optimizer_state_round_trip(saved):
     assert optimizers[0].steps == 0
 
 
-def test_only_whole_directories_count(saved, tmp_path):
+def test_only_whole_directories_count(saved, root):
     """nanochat takes the highest number it finds in a file name, complete or not."""
-    root = tmp_path / "base_checkpoints" / "t"
     (root / "step_000099").mkdir()  # a crash before meta.json
     (root / ".step_000098.1.tmp").mkdir()
     (root / "step_77").mkdir()
@@ -84,17 +92,17 @@ def read_it(checkpoint, name):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("how", ["flip", "cut", "remove"])
-def test_damage_is_found_and_named_when_the_file_is_read(saved, tmp_path, name, how):
-    path = tmp_path / "base_checkpoints" / "t" / "step_000010"
+def test_damage_is_found_and_named_when_the_file_is_read(saved, root, name, how):
+    path = root / "step_000010"
     hurt(path / name, how)
     for read in (lambda: read_it(manager.open_checkpoint(path), name), lambda: manager.open_checkpoint(path).verify()):
         with pytest.raises(UserError, match=f"{name} is damaged .*; use another step: --step=5"):
             read()
 
 
-def test_a_bit_anywhere_in_the_weights_counts(saved, tmp_path):
+def test_a_bit_anywhere_in_the_weights_counts(saved, root):
     """Of the header, of its length, of the first and the last tensor."""
-    path = tmp_path / "base_checkpoints" / "t" / "step_000010" / "model.safetensors"
+    path = root / "step_000010" / "model.safetensors"
     data = path.read_bytes()
     for at in range(0, len(data), len(data) // 60):
         path.write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
@@ -103,9 +111,9 @@ def test_a_bit_anywhere_in_the_weights_counts(saved, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["flip", "cut", "remove"])
-def test_a_model_is_read_without_its_optimizer_state(saved, tmp_path, capsys, how):
+def test_a_model_is_read_without_its_optimizer_state(saved, root, capsys, how):
     """Chatting hashed 3 GB of a d20 that it never looked at; training goes on with them, so there they count."""
-    hurt(tmp_path / "base_checkpoints" / "t" / "step_000010" / "optim.safetensors", how)
+    hurt(root / "step_000010" / "optim.safetensors", how)
     model, tokenizer, meta = manager.load_model("base", CPU.device, model_tag="t")
     assert meta["step"] == 10 and torch.equal(model.wte.weight, saved.wte.weight)
     assert tokenizer.fingerprint == TOKENIZER.fingerprint
@@ -127,7 +135,7 @@ def test_no_file_is_hashed_twice(saved, monkeypatch):
     assert hashed == ["model.safetensors", "tokenizer.json"]
 
 
-def test_a_failed_save_leaves_what_was_there(saved, tmp_path, monkeypatch):
+def test_a_failed_save_leaves_what_was_there(saved, root, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
@@ -136,12 +144,12 @@ def test_a_failed_save_leaves_what_was_there(saved, tmp_path, monkeypatch):
         UserError, match=r"step 000015 could not be saved \(No space left on device\): .* needs 1,0\d\d,\d{3} bytes"
     ):
         save(saved, 15)
-    assert manager.saved_steps(tmp_path / "base_checkpoints" / "t") == [5, 10]
-    assert not list((tmp_path / "base_checkpoints" / "t").glob(".*"))
+    assert manager.saved_steps(root) == [5, 10]
+    assert not list(root.glob(".*"))
 
 
-def test_a_verified_checkpoint_is_not_written_again(saved, tmp_path):
-    path = tmp_path / "base_checkpoints" / "t" / "step_000010"
+def test_a_verified_checkpoint_is_not_written_again(saved, root):
+    path = root / "step_000010"
     before = (path / "meta.json").stat().st_mtime_ns
     save(saved, 10)
     assert (path / "meta.json").stat().st_mtime_ns == before
@@ -155,24 +163,22 @@ def find_resume(seed=1, **options):
     return manager.find_resume("base", "t", settings, {"seed": seed}, CPU)
 
 
-def test_a_start_over_existing_work_needs_a_word(saved, tmp_path):
+def test_a_start_over_existing_work_needs_a_word(saved, root):
     with pytest.raises(UserError, match="--resume"):
         find_resume()
     assert find_resume(resume=True).step == 10
     with pytest.raises(UserError, match="exclude"):
         find_resume(resume=True, fresh=True)
     assert find_resume(fresh=True) is None
-    root = tmp_path / "base_checkpoints"
-    assert manager.saved_steps(root / "t") == []
-    assert [manager.saved_steps(path) for path in root.glob("t-before-*")] == [[5, 10]]  # kept
+    assert manager.saved_steps(root) == []
+    assert set_aside(root) == [[5, 10]]  # kept
 
 
-def test_going_back_sets_later_steps_aside(saved, tmp_path):
+def test_going_back_sets_later_steps_aside(saved, root):
     """Otherwise the step-10 checkpoint of the first attempt would stand in the place of the second one's."""
     assert find_resume(resume_from_step=5).step == 5
-    root = tmp_path / "base_checkpoints"
-    assert manager.saved_steps(root / "t") == [5]
-    assert [manager.saved_steps(path) for path in root.glob("t-before-*")] == [[10]]
+    assert manager.saved_steps(root) == [5]
+    assert set_aside(root) == [[10]]
 
 
 def test_another_setting_is_refused_by_name(saved):
@@ -246,8 +252,8 @@ def test_missing_checkpoints_name_the_command(tmp_path, monkeypatch, saved):
         manager.load_model("best", CPU.device)
 
 
-def test_another_format_is_refused(saved, tmp_path):
-    path = tmp_path / "base_checkpoints" / "t" / "step_000010" / "meta.json"
+def test_another_format_is_refused(saved, root):
+    path = root / "step_000010" / "meta.json"
     path.write_text(seal(json.dumps({**read_sealed(path), "format": 99})))
     with pytest.raises(UserError, match="format 99"):
         manager.find_checkpoint("base", "t")
@@ -258,25 +264,23 @@ def test_another_format_is_refused(saved, tmp_path):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_resume_falls_back_to_the_newest_whole_checkpoint(saved, tmp_path, capsys, name):
-    root = tmp_path / "base_checkpoints"
-    hurt(root / "t" / "step_000010" / name)
+def test_resume_falls_back_to_the_newest_whole_checkpoint(saved, root, capsys, name):
+    hurt(root / "step_000010" / name)
     assert find_resume(resume=True).step == 5
     assert f"{name} is damaged" in capsys.readouterr().out
-    assert [manager.saved_steps(path) for path in root.glob("t-before-*")] == [[10]]  # kept, for whoever wants to look
+    assert set_aside(root) == [[10]]  # kept
 
 
-def test_resume_from_a_damaged_step_is_refused(saved, tmp_path):
+def test_resume_from_a_damaged_step_is_refused(saved, root):
     for step in (5, 10):
-        hurt(tmp_path / "base_checkpoints" / "t" / f"step_{step:06d}" / "meta.json")
+        hurt(root / f"step_{step:06d}" / "meta.json")
     with pytest.raises(UserError, match=r"no checkpoint in .* is whole; start over with --fresh"):
         find_resume(resume_from_step=10)
     with pytest.raises(UserError, match="is whole"):
         find_resume(resume=True)
 
 
-def test_a_damaged_checkpoint_in_the_place_of_a_new_one_is_kept(saved, tmp_path):
-    root = tmp_path / "base_checkpoints" / "t"
+def test_a_damaged_checkpoint_in_the_place_of_a_new_one_is_kept(saved, root):
     hurt(root / "step_000010" / "model.safetensors")
     save(saved, 10)
     manager.open_checkpoint(root / "step_000010").verify()
@@ -284,17 +288,15 @@ def test_a_damaged_checkpoint_in_the_place_of_a_new_one_is_kept(saved, tmp_path)
     assert manager.saved_steps(root) == [5, 10]
 
 
-def test_what_a_killed_save_left_is_swept_up(saved, tmp_path):
-    root = tmp_path / "base_checkpoints" / "t"
+def test_what_a_killed_save_left_is_swept_up(saved, root):
     (root / ".step_000015.99.tmp").mkdir()
     (root / ".step_000015.99.tmp" / "model.safetensors").write_bytes(b"half")
     find_resume(resume=True)
     assert sorted(path.name for path in root.iterdir()) == ["step_000005", "step_000010"]
 
 
-def test_one_run_at_a_time_writes_under_a_tag(saved, tmp_path):
+def test_one_run_at_a_time_writes_under_a_tag(saved, root):
     """A job that Slurm had started twice wrote over its own checkpoints."""
-    root = tmp_path / "base_checkpoints" / "t"
     code = f"import fcntl, os, time; fcntl.flock(os.open({str(root)!r}, 0), 2); print(flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
         other.stdout.readline()
@@ -304,17 +306,16 @@ def test_one_run_at_a_time_writes_under_a_tag(saved, tmp_path):
     assert find_resume(resume=True).step == 10
 
 
-def test_weights_that_are_not_finite_are_not_saved(saved, tmp_path):
+def test_weights_that_are_not_finite_are_not_saved(saved, root):
     """Such a checkpoint would be the newest one, and the one to go on from."""
     with torch.no_grad():
         saved.blocks[0].mlp.c_fc.weight[1, 2] = torch.nan
     with pytest.raises(NotFinite, match=r"blocks.0.mlp.c_fc.weight .*: step 15 is not saved"):
         save(saved, 15)
-    assert manager.saved_steps(tmp_path / "base_checkpoints" / "t") == [5, 10]
+    assert manager.saved_steps(root) == [5, 10]
 
 
-def test_old_checkpoints_are_deleted_but_not_the_best(saved, tmp_path):
-    root = tmp_path / "base_checkpoints" / "t"
+def test_old_checkpoints_are_deleted_but_not_the_best(saved, root):
     manager.mark_best("base", "t", 5, 1.25, CPU)
     for step in (15, 20):
         save(saved, step, keep_last=2)
@@ -326,25 +327,24 @@ def test_old_checkpoints_are_deleted_but_not_the_best(saved, tmp_path):
     assert manager.is_best("base", "t", 0.9) and not manager.is_best("base", "t", 1.0)
 
 
-def test_the_mark_of_a_step_that_is_gone_means_nothing(saved, tmp_path):
+def test_the_mark_of_a_step_that_is_gone_means_nothing(saved, root):
     manager.mark_best("base", "t", 10, 1.0, CPU)
     find_resume(resume_from_step=5)
     assert manager.is_best("base", "t", 7.0)
     manager.mark_best("base", "t", 5, 1.0, CPU)
-    hurt(tmp_path / "base_checkpoints" / "t" / "best.json")
+    hurt(root / "best.json")
     assert manager.is_best("base", "t", 7.0)
 
 
-def test_the_mark_of_the_best_moves_with_its_run(saved, tmp_path):
+def test_the_mark_of_the_best_moves_with_its_run(saved, root):
     """After --fresh, --keep-last=1 spared the new run's step of the old best's number, whose score had to be beaten."""
-    root = tmp_path / "base_checkpoints"
     manager.mark_best("base", "t", 5, 1.25, CPU)
     find_resume(fresh=True)
-    (aside,) = root.glob("t-before-*")
-    assert manager.read_best(aside) == (5, 1.25) and not (root / "t" / "best.json").exists()
+    (aside,) = root.parent.glob("t-before-*")
+    assert manager.read_best(aside) == (5, 1.25) and not (root / "best.json").exists()
     for step in (5, 10):
         save(saved, step, keep_last=1)
-    assert manager.saved_steps(root / "t") == [10] and manager.is_best("base", "t", 7.0)
+    assert manager.saved_steps(root) == [10] and manager.is_best("base", "t", 7.0)
 
 
 def test_what_was_set_aside_is_not_the_tag_saved_last(saved, tmp_path):
@@ -354,7 +354,7 @@ def test_what_was_set_aside_is_not_the_tag_saved_last(saved, tmp_path):
     assert manager.find_tag("base", None) == "other"
 
 
-def test_a_copy_of_the_base_directory_has_the_same_default(saved, tmp_path, monkeypatch):
+def test_a_copy_of_the_base_directory_has_the_same_default(saved, root, tmp_path, monkeypatch):
     """cp -r gave the files new times, in the order of their names: chat_cli talked to another model."""
     save(saved, 3, tag="a")
     for number, file in enumerate(sorted(tmp_path.rglob("meta.json"))):
