@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from nanochat.task_data import write_rows
-from tests import faults as forked
 from tests import tiny
 from tests.faults import STEPS, Faults, check_losses, find_config, optimizer_bytes
 
@@ -45,10 +44,6 @@ def train(faults: Faults, stage: str, ranks: int) -> dict[str, list[dict[str, An
         settings["device_batch_size"] = 6 // ranks
     if stage in ("mid", "sft"):
         settings["mixture"] = str(faults.base_dir / "chats.jsonl")
-    if (stage, ranks) == ("base", 2):  # once as it is typed
-        flags = {**forked.SETTINGS["base"], **settings}.items()
-        words = [f"--{name.replace('_', '-')}={str(value).lower()}" for name, value in flags]
-        tiny.torchrun(faults.base_dir, ranks, "scripts.base_train", "--", *words)
     return faults.train(stage, settings, ranks)
 
 
