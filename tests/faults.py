@@ -405,12 +405,8 @@ def wait_for_file(where: tuple[int, str]) -> None:
     at_step(step, patient)
 
 
-def sleep(seconds: float) -> None:
-    time.sleep(seconds)
-
-
 TROUBLES = (kill_at, signal_at, count, limit_file_size, spoil, lose_text, run_out_of_memory, interrupt_validation)
-FAULTS: dict[str, Callable[[Any], None]] = {act.__name__: act for act in (*TROUBLES, leave_after, wait_for_file, sleep)}
+FAULTS: dict[str, Callable[[Any], None]] = {act.__name__: act for act in (*TROUBLES, leave_after, wait_for_file)}
 
 if __name__ == "__main__":
     serve()

@@ -1,5 +1,7 @@
 """The chat format: what is trained, what is not, and the way back from tokens to parts."""
 
+from itertools import groupby
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -77,12 +79,7 @@ def test_many_are_rendered_as_each_alone():
 
 @given(st.lists(st.tuples(st.sampled_from(["text", "python", "python_output"]), st.text(min_size=1)), max_size=5))
 def test_parts_survive_the_way_through_tokens(pairs):
-    parts = [
-        {"type": kind, "text": text}
-        for i, (kind, text) in enumerate(pairs)
-        if (i == 0 or pairs[i - 1][0] != kind) and text.encode(errors="ignore").decode() == text
-    ]
-    parts = [part for i, part in enumerate(parts) if i == 0 or parts[i - 1]["type"] != part["type"]]
+    parts = [{"type": kind, "text": next(same)[1]} for kind, same in groupby(pairs, key=lambda pair: pair[0])]
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": parts}]
     ids = render_conversation(chat, BYTES).ids.tolist()[len(render_for_completion(chat, BYTES)) :]
     assert decode_parts(ids, BYTES) == parts
