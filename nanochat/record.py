@@ -183,13 +183,18 @@ class Meter:
         return (self.num_steps - self.steps) * self.timed_seconds / self.timed_steps if self.timed_steps else 0.0
 
     def describe(self) -> str:
-        """Speed: tokens/s, then MFU where known or FLOP/s where not."""
+        """Speed: tokens/s, then MFU where known or FLOP/s where not; no number before the first step that is timed."""
+        if not self.timed_steps:
+            return "warming up"
         mfu = f"MFU {self.mfu:.1%}" if self.mfu else f"{self.flops_per_second / 1e9:,.0f} GFLOP/s"
         return f"{self.tokens_per_second:,.0f} tok/s, {mfu}"
 
     def summary(self) -> dict[str, Any]:
+        time = {"train_seconds": round(self.train_seconds, 2)}
+        if not self.timed_steps:
+            return time
         rates = {"tokens_per_second": round(self.tokens_per_second), "flops_per_second": round(self.flops_per_second)}
-        return {**rates, "mfu": self.mfu and round(self.mfu, 4), "train_seconds": round(self.train_seconds, 2)}
+        return {**rates, "mfu": self.mfu and round(self.mfu, 4), **time}
 
     def state(self) -> dict[str, float]:
         return {"smooth": self.smooth, "steps": self.steps, "train_seconds": self.train_seconds}

@@ -158,15 +158,14 @@ class Run:
     def show(self, logged: dict[str, Any], line: str) -> None:
         """Move the bar; without a terminal print 20 lines per run, which a log can hold."""
         meter, of = self.meter, f"step {self.meter.steps:,}/{self.meter.num_steps:,}: "
-        rates = meter.describe() if meter.timed_steps else "warming up"
         self.bar.update()
-        self.bar.set_postfix_str(f"loss {meter.smooth_loss:.4f}, {rates}")
+        self.bar.set_postfix_str(f"loss {meter.smooth_loss:.4f}, {meter.describe()}")
         if line:
             print0(of + line)
         elif self.bar.disable and (meter.steps % max(1, meter.num_steps // 20) == 0 or meter.steps == 1):
             left = f", {meter.eta_seconds / 60:.1f} min left" if meter.timed_steps else ""
             figures = f"gradient norm {logged['grad_norm']:.3f}, {1000 * logged['seconds']:.0f} ms"
-            print0(f"{of}loss {meter.smooth_loss:.4f}, {figures}, {rates}{left}")
+            print0(f"{of}loss {meter.smooth_loss:.4f}, {figures}, {meter.describe()}{left}")
 
     def evaluated(self, score: float, **figures: Any) -> None:
         """Record an evaluation of the weights as they are. With --save-best they are saved and marked when the score,

@@ -125,9 +125,11 @@ def test_meter_counts_all_tokens_of_a_step_and_skips_the_slow_start(monkeypatch)
     clock = iter([0, 10, 0, 10, 0, 10, 0, 0.5, 0, 0.5])
     monkeypatch.setattr(record.time, "perf_counter", lambda: next(clock))
     meter = Meter(flops_per_token=10, num_steps=7)
-    for _ in range(5):
+    for step in range(5):
         meter.start()
         meter.tick(StepResult(loss=1.0, tokens=64, grad_norm=1.0, stop_signal=0))
+        if step == 2:  # a run of three steps said 0 tok/s, 0 GFLOP/s
+            assert meter.describe() == "warming up" and meter.summary() == {"train_seconds": 30.0}
     assert meter.tokens_per_second == pytest.approx(128)
     assert meter.flops_per_second == pytest.approx(1280)
     assert meter.eta_seconds == pytest.approx(1.0)
