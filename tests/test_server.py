@@ -38,6 +38,7 @@ from tests.test_gpt import small_model
 
 TOKENIZER = Tokenizer(np.empty((0, 2)))  # one token per byte, so that characters are split over tokens
 HELLO = [{"role": "user", "content": "Hello"}]
+SMALL = GPTConfig(64, TOKENIZER.get_vocab_size(), n_layer=1, n_head=2, n_kv_head=2, n_embd=32)
 SECONDS = 10  # after which a test gives up
 
 
@@ -45,6 +46,11 @@ def tokens_of(*parts: str) -> list[int]:
     """Token ids of texts and of special tokens, given by name."""
     ids = [[TOKENIZER.encode_special(part)] if part.startswith("<|") else TOKENIZER.encode(part) for part in parts]
     return [token for row in ids for token in row]
+
+
+def pairs(*contents: Any) -> list[dict[str, Any]]:
+    """Messages of user and assistant in turn."""
+    return [{"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(contents)]
 
 
 class FakeEngine:
@@ -194,13 +200,8 @@ def test_the_page_answers_while_the_model_is_in_a_step() -> None:
     """nanochat ran the model on the event loop: /health waited for it."""
     with serving(FakeEngine(tokens_of("abc"), stepped=True)) as live:
         live.chat()
-        assert live.get("/health") == {
-            "status": "ok",
-            "ready": True,
-            "model": "fake",
-            "context": 2048,
-            "limits": LIMITS,
-        }
+        about = {"status": "ok", "ready": True, "model": "fake", "context": 2048, "limits": LIMITS}
+        assert live.get("/health") == about
         live.wait("active", 1)
 
 
@@ -219,7 +220,7 @@ def test_settings_of_a_request_reach_the_engine_and_the_defaults_where_it_has_no
 def test_earlier_tool_use_is_rendered_as_in_training_and_text_never_becomes_a_special_token() -> None:
     """nanochat sent tool calls back as text, which the model had never seen in training."""
     parts = [{"type": "python", "text": "12*3"}, {"type": "python_output", "text": "36"}]
-    messages = [*HELLO, {"role": "assistant", "content": parts}, {"role": "user", "content": "<|python_start|>1"}]
+    messages = pairs("Hello", parts, "<|python_start|>1")
     engine = FakeEngine(tokens_of("a"))
     with serving(engine) as live:
         texts(live.chat(messages))
@@ -230,8 +231,7 @@ def test_earlier_tool_use_is_rendered_as_in_training_and_text_never_becomes_a_sp
 
 
 def test_a_small_real_model_chats() -> None:
-    config = GPTConfig(64, TOKENIZER.get_vocab_size(), n_layer=1, n_head=2, n_kv_head=2, n_embd=32)
-    with serving(Engine(small_model(config), TOKENIZER), context=64) as live:
+    with serving(Engine(small_model(SMALL), TOKENIZER), context=64) as live:
         both = [list(events(live.chat(max_tokens=20, seed=1))) for _ in range(2)]
         # On a busy machine the second may have to wait until the worker is done with the first.
         answers = [[event for event in answer if "waiting" not in event] for answer in both]
@@ -244,7 +244,7 @@ def test_a_small_real_model_chats() -> None:
 
 
 def test_what_does_not_fit_is_left_out_in_whole_turns_and_said() -> None:
-    turn = [{"role": "user", "content": "u" * 20}, {"role": "assistant", "content": "a" * 20}]
+    turn = pairs("u" * 20, "a" * 20)
     system = {"role": "system", "content": "Be kind."}
     messages = [system, *turn * 5, *HELLO]
     engine = FakeEngine(tokens_of("ok", "<|assistant_end|>"))
@@ -257,7 +257,7 @@ def test_what_does_not_fit_is_left_out_in_whole_turns_and_said() -> None:
 
 @pytest.mark.parametrize("room", range(20, 200, 7))
 def test_the_most_that_fits_is_kept(room: int) -> None:
-    messages = [{"role": "user" if i % 2 == 0 else "assistant", "content": "x" * (i % 7)} for i in range(21)]
+    messages = pairs(*("x" * (i % 7) for i in range(21)))
     fitting = [i for i in range(0, 21, 2) if len(render_for_completion(messages[i:], TOKENIZER)) <= room]
     tokens, left_out = render_within(messages, TOKENIZER, room)
     assert left_out == fitting[0] and tokens == render_for_completion(messages[left_out:], TOKENIZER)
@@ -359,8 +359,8 @@ def test_the_end_of_the_server_ends_the_streams() -> None:
 # What is refused
 
 
-def conversation(count: int, size: int = 1) -> list[dict[str, str]]:
-    return [{"role": "user" if i % 2 == 0 else "assistant", "content": "x" * size} for i in range(count)]
+def conversation(count: int, size: int = 1) -> list[dict[str, Any]]:
+    return pairs(*["x" * size] * count)
 
 
 @pytest.mark.parametrize(
@@ -436,12 +436,8 @@ def test_pages_of_other_sites_are_refused(simple: Live, headers: dict[str, str],
 
 
 def test_other_paths_and_methods_answer_with_one_line(simple: Live) -> None:
-    for method, path, status in (
-        ("GET", "/docs", 404),
-        ("GET", "/openapi.json", 404),
-        ("GET", "/chat/completions", 405),
-    ):
-        response = simple.request(method, path)
+    for path, status in {"/docs": 404, "/openapi.json": 404, "/chat/completions": 405}.items():
+        response = simple.request("GET", path)
         assert response.status == status and list(json.loads(response.read())) == ["error"]
 
 
@@ -501,7 +497,6 @@ def test_settings_beyond_the_limits_are_refused_before_a_model_is_loaded(
 def test_an_address_that_others_reach_is_warned_about(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], host: str, warned: bool
 ) -> None:
-    model = small_model(GPTConfig(64, TOKENIZER.get_vocab_size(), n_layer=1, n_head=2, n_kv_head=2, n_embd=32))
     served: list[Callable[..., None]] = []
 
     def run(self: Server, sockets: list[socket.socket]) -> None:
@@ -510,7 +505,7 @@ def test_an_address_that_others_reach_is_warned_about(
 
     found = Checkpoint(Path("d1/step_000005"), {"step": 5})
     monkeypatch.setattr(chat_web, "find_checkpoint", lambda *_: found)
-    monkeypatch.setattr(chat_web, "load_model", lambda *_: (model, TOKENIZER, found.meta))
+    monkeypatch.setattr(chat_web, "load_model", lambda *_: (small_model(SMALL), TOKENIZER, found.meta))
     monkeypatch.setattr(Server, "run", run)
     for name, value in {"host": host, "port": 0, "device_type": "cpu", "dtype": "float32"}.items():
         monkeypatch.setattr(chat_web, name, value)

@@ -16,7 +16,7 @@ import pytest
 
 from nanochat.conversation import render_for_completion
 from tests import tiny
-from tests.test_server import HELLO, SECONDS, TOKENIZER, FakeEngine, Live, serving, tokens_of
+from tests.test_server import HELLO, SECONDS, TOKENIZER, FakeEngine, Live, pairs, serving, tokens_of
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
@@ -193,11 +193,6 @@ def answer(page: Tab, engine: FakeEngine, text: str) -> None:
     say(page, text)
     engine.allow(len(engine.tokens))
     until(page, "running === null")
-
-
-def pairs(*contents: Any) -> list[dict[str, Any]]:
-    """Messages of user and assistant in turn."""
-    return [{"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(contents)]
 
 
 # -----------------------------------------------------------------------------
