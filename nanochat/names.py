@@ -1,5 +1,5 @@
 """What scripts written for nanochat call or import that has another form here. They find it where they look for it: the
-first four through tokenizer.py, as methods and as a function, the others in dataset.py.
+first five through tokenizer.py, as methods and as a function, the others in dataset.py.
 """
 
 from collections.abc import Iterable, Iterator
@@ -34,6 +34,10 @@ def visualize_tokenization(
     grey = "\033[90m({})\033[0m" if with_token_id else ""
     pairs = zip(ids, mask, strict=True)
     return "|".join(f"\033[{92 if on else 91}m{tokenizer.decode([id])}\033[0m{grey.format(id)}" for id, on in pairs)
+
+
+def decode_single_token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
+    return tokenizer.decode_bytes([token_id])
 
 
 def get_token_bytes(device: Any = "cpu") -> Any:

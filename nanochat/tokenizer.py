@@ -178,6 +178,7 @@ class Tokenizer:
     render_conversation = late("render_conversation")
     render_for_completion = late("render_for_completion")
     visualize_tokenization = late("visualize_tokenization")
+    decode_single_token_bytes = late("decode_single_token_bytes")
 
 
 RustBPETokenizer, get_token_bytes = Tokenizer, late("get_token_bytes")

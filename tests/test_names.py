@@ -35,6 +35,7 @@ tokenizer = RustBPETokenizer.from_directory(tokenizer_dir)
 text = "The old cat saw 3 birds. 你好"
 assert tokenizer.decode(tokenizer(text)) == text
 assert tokenizer.encode([text], prepend="<|bos|>", num_threads=8) == [[tokenizer.get_bos_token_id(), *tokenizer(text)]]
+assert b"".join(map(tokenizer.decode_single_token_bytes, tokenizer(text))) == text.encode()
 assert "<|bos|>" in tokenizer.get_special_tokens() and tokenizer.get_vocab_size() == 320
 """
 COUNTING = """

@@ -133,8 +133,8 @@ def test_mistakes_with_the_class_of_pypi_rustbpe_are_said():
         tokenizer.train_from_iterator(["text"], 300, pattern="(")
     tokenizer.train_from_iterator(iter(["text text"]), 260, buffer_size=0)
     assert tokenizer.decode(tokenizer.encode("text")) == "text" and tokenizer.vocab_size == 260
-    for ids in ([-1], [260], [0xC3]):
-        with pytest.raises(ValueError):
+    for ids, problem in (([-1], "Unknown token id: -1"), ([260], "Unknown token id: 260"), ([0xC3], "utf-8")):
+        with pytest.raises(ValueError, match=problem):
             tokenizer.decode(ids)
     with pytest.raises(ZeroDivisionError):  # what was learnt before stays whole
         tokenizer.train_from_iterator((1 // 0 for _ in "x"), 300, pattern=r"\w")

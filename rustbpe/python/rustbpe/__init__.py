@@ -211,7 +211,7 @@ class Tokenizer:
         """Raises ValueError for an id that is none, and for bytes that are no UTF-8."""
         for token in ids:
             if not 0 <= token < self.vocab_size:
-                raise ValueError(f"token id {token}: the vocabulary has 0 to {self.vocab_size - 1}")
+                raise ValueError(f"Unknown token id: {token}; the vocabulary has 0 to {self.vocab_size - 1}")
         return self._encoder.decode_bytes(ids).decode()
 
 
