@@ -190,11 +190,11 @@ class Meter:
         return f"{self.tokens_per_second:,.0f} tok/s, {mfu}"
 
     def summary(self) -> dict[str, Any]:
-        time = {"train_seconds": round(self.train_seconds, 2)}
+        trained = {"train_seconds": round(self.train_seconds, 2)}
         if not self.timed_steps:
-            return time
+            return trained
         rates = {"tokens_per_second": round(self.tokens_per_second), "flops_per_second": round(self.flops_per_second)}
-        return {**rates, "mfu": self.mfu and round(self.mfu, 4), **time}
+        return {**rates, "mfu": self.mfu and round(self.mfu, 4), **trained}
 
     def state(self) -> dict[str, float]:
         return {"smooth": self.smooth, "steps": self.steps, "train_seconds": self.train_seconds}
