@@ -6,7 +6,8 @@
 #   NPROC=4 DEVICE_BATCH_SIZE=7 bash launch_6x_amd_xtx.sh  # fewer cards; other rows per card than the most that fit
 #   DEPTH=32 MEMORY_ARGS="--shard --recompute" bash launch_6x_amd_xtx.sh
 #
-# The stages are those of speedrun.sh, in which every other variable means the same. Whatever is set below can be set from outside.
+# Stages and variables are those of speedrun.sh (bash speedrun.sh --help). Other defaults here: NPROC as many
+# cards as there are, DEVICE_BATCH_SIZE=auto, TOTAL_BATCH_SIZE=368640. Whatever this file exports can be set from outside.
 set -euo pipefail
 cd "$(dirname "$0")"
 

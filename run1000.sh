@@ -4,7 +4,7 @@
 #
 #   WANDB_RUN=run1000 bash run1000.sh
 #
-# The stages are those of speedrun.sh, in which every other variable means the same. What differs:
+# Stages and variables are those of speedrun.sh (bash speedrun.sh --help). What differs:
 #   parameters: 2 x 65,536 x 2,048 (embedding, head) + 32 x 12 x 2,048^2 (blocks) = 1.88 B
 #   batch: 8 rows fit into 80 GB; 8 x 2,048 x 8 GPUs = 131,072 tokens, so 4 micro-batches for 524,288
 #   text: 20 x 1.88 B = 37.6 B tokens x about 4.8 characters = 180 B characters / 250 M per shard = 722 shards, 800 with a reserve; 80 GB

@@ -7,12 +7,13 @@
 #   SERIES=lr0.03 BASE_ARGS="--matrix-lr=0.03" bash dev/miniseries.sh      # another series, for comparison
 #
 # Needs text and a tokenizer: STAGES=tok bash speedrun.sh. Rows that are finished are skipped. Ends with report/SERIES.csv.
+# NPROC, DEVICE_BATCH_SIZE, CORPUS and WANDB_RUN are those of speedrun.sh; BASE_ARGS are more settings of base_train.
 # shellcheck disable=SC2086 # RANKS and CORE_ARGS are several words
 set -euo pipefail
 cd "$(dirname "$0")/.."
-SERIES="${SERIES:-mini}"
-DEPTHS="${DEPTHS:-10 12 14 16 18 20}"
-CORE_ARGS="${CORE_ARGS:---max-per-task=500}"
+SERIES="${SERIES:-mini}"                     # name of the table, and first part of the tags
+DEPTHS="${DEPTHS:-10 12 14 16 18 20}"        # a model for each
+CORE_ARGS="${CORE_ARGS:---max-per-task=500}" # settings of base_eval
 STAGES="${STAGES-base eval report}"
 source dev/series.sh # NPROC, DEVICE_BATCH_SIZE, CORPUS, WANDB_RUN, BASE_ARGS; train_row
 

@@ -5,6 +5,8 @@
 #   bash dev/runcpu.sh                      # English documentation that is already on this machine
 #   MINUTES=45 bash dev/runcpu.sh           # a better model
 #   CORPUS=climbmix bash dev/runcpu.sh      # pretrain on web text instead (about 1 GB to download)
+#   STAGES="sft eval" bash dev/runcpu.sh    # some of: tok base mid sft rl eval report
+#   DRY_RUN=1 bash dev/runcpu.sh            # what would run
 #
 # NANOCHAT_BASE_DIR says where everything goes (default ~/.cache/nanochat). A stage that is finished is skipped on the next call, one that
 # was stopped goes on.

@@ -8,11 +8,12 @@
 #   BUDGETS="1e18" DEPTHS="6 8 10" bash dev/scaling_laws.sh
 #
 # Needs text and a tokenizer: STAGES=tok bash speedrun.sh. Rows that are finished are skipped. Ends with report/SERIES.csv.
+# NPROC, DEVICE_BATCH_SIZE, CORPUS and WANDB_RUN are those of speedrun.sh; BASE_ARGS are more settings of base_train.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-SERIES="${SERIES:-law}"
-BUDGETS="${BUDGETS:-1e18 2e18 5e18 1e19}"
-DEPTHS="${DEPTHS:-8 10 12 14 16 18}"
+SERIES="${SERIES:-law}"                  # name of the table, and first part of the tags
+BUDGETS="${BUDGETS:-1e18 2e18 5e18 1e19}" # FLOPs
+DEPTHS="${DEPTHS:-8 10 12 14 16 18}"     # a model for each, of each budget
 STAGES="${STAGES-base report}"
 source dev/series.sh # NPROC, DEVICE_BATCH_SIZE, CORPUS, WANDB_RUN, BASE_ARGS; train_row
 

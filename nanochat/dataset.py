@@ -8,7 +8,7 @@
     python -m nanochat.dataset --prefetch=list -n 240        # what of that is here; exit code 2 where something is not
 
 Promises: the same input gives the same bytes; validation documents are named in the manifest and never trained on;
-documents left out are counted and printed; an interrupted download continues where it stopped. Does not: remove
+documents left out are counted and printed; an interrupted download keeps the files that are whole. Does not: remove
 duplicates (docs has none), filter for quality, or shuffle what comes from a hub (it is published shuffled).
 """
 

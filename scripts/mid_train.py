@@ -26,7 +26,7 @@ source_tag: str | None = None  # name of its directory (None = --model-tag, with
 step: Natural | None = None  # its step (None = the last)
 warm_start = True  # take over the optimizers' moments (nanochat: slightly better)
 # Conversations
-mixture = "default"  # default: nanochat's, downloaded; offline: generated here; or a file of your own (jsonl, parquet)
+mixture = "default"  # default: nanochat's, downloaded; offline: made here; or your own file (docs/how-to/own-data.md)
 max_seq_len: Positive | None = None  # tokens per row (None = the model's context); longer conversations are cut
 # Horizon: at most one of these two; none = one epoch
 num_iterations: Positive | None = None  # optimizer steps (the only one that changes the plan of a resumed run)

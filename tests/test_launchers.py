@@ -559,6 +559,8 @@ def test_slurm_scripts_want_a_base_directory_outside_the_checkout(checkout, scri
     for place in ("", checkout.path / "out"):
         settings = {"NANOCHAT_BASE_DIR": place, "SLURM_SUBMIT_DIR": checkout.path}
         refused(checkout.run(f"dev/slurm/{script}", **settings), "NANOCHAT_BASE_DIR")
+    result = checkout.run(f"dev/slurm/{script}", "--help", NANOCHAT_BASE_DIR="")
+    assert (result.returncode, result.stderr) == (0, "") and script in result.stdout
 
 
 def test_setup_hpc_loads_modules_and_writes_below_one_root(checkout):

@@ -6,6 +6,7 @@
 #   STAGES, DEPTH, TAG, CORPUS, SHARDS, ...      as in speedrun.sh
 #   PIPELINE=run1000.sh                          another launcher than speedrun.sh (then SHARDS=800 as well)
 
+case "${1:-}" in -h | --help) source dev/stages.sh ;; esac # which answers, and ends the script
 if [ -z "${NANOCHAT_BASE_DIR:-}" ]; then
   echo "NANOCHAT_BASE_DIR is not set; name a directory that all nodes share: export NANOCHAT_BASE_DIR=/scratch/\$USER/nanochat" >&2
   exit 2
