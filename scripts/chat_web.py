@@ -1,6 +1,6 @@
 """Talk to a trained model in the browser.
 
-python -m scripts.chat_web -i sft
+    python -m scripts.chat_web -i sft
 """
 
 from typing import Literal
