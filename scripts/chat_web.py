@@ -1,6 +1,8 @@
 """Talk to a trained model in the browser.
 
     python -m scripts.chat_web -i sft
+
+The page has no password: it is for this machine alone unless --host says otherwise.
 """
 
 from typing import Literal
