@@ -151,7 +151,11 @@ def find_start(
     """The checkpoint that a stage starts from, and the tag of what it makes. Raises UserError where these would be
     steps of one directory: there --fresh would move the start aside, and --resume continue it.
     """
-    start = find_checkpoint(source, source_tag or model_tag, step)
+    try:
+        start = find_checkpoint(source, source_tag or model_tag, step)
+    except UserError as error:
+        hint = "; --source-tag names the start" if model_tag and not source_tag else ""
+        raise UserError(f"{error}{hint}", error.everywhere) from None
     tag = model_tag or start.tag
     if (source, start.tag) == (stage, tag):
         ways = f"name both: --source-tag={tag} --model-tag=NEW"

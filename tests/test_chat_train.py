@@ -173,6 +173,8 @@ def test_sft_of_an_sft_model_keeps_its_start(stage, home):
     stage("sft", "first", num_iterations=2)
     with pytest.raises(UserError, match="over its own start; name both: --source-tag=first --model-tag=NEW"):
         stage("sft", "first", source="sft", source_tag=None, num_iterations=2, fresh=True)
+    with pytest.raises(UserError, match="no sft checkpoint second .*; --source-tag names the start"):
+        stage("sft", "second", source="sft", source_tag=None, num_iterations=2)
     again = {"source": "sft", "source_tag": "first", "num_iterations": 4, "save_every": 2}
     whole = stage("sft", "second", **again)
     assert stage("sft", "second", **again, resume_from_step=2) == whole
