@@ -14,7 +14,7 @@ from operator import add, mod, mul, sub, truediv
 MAX_CHARS = 256  # no honest expression is longer, and with it time, memory and nesting are bounded
 PLACES = 1000  # more than any result with a finite decimal form has, whose expression is that short
 DIGITS = 12  # significant digits of a quotient that does not end, such as 1/3
-THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 NUMBER = re.compile(r"\d+\.?\d*|\.\d+")
 ARITHMETIC = re.compile(r"[-+*/%(). \d]+", re.ASCII)
 COUNT = re.compile(r"""\s*(['"])([^'"\\\n]*)\1\s*\.\s*count\s*\(\s*(['"])([^'"\\\n]*)\3\s*\)\s*""")

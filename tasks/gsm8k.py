@@ -22,8 +22,9 @@ MARK = r"[\s*_`\\$\u00a3\u20ac\u00a5]"  # what a number is written with: bold, m
 NUMBER = re.compile(
     rf"""
     (?:{MARK}|boxed\{{)* ([-+\u2212]?) {MARK}* ([-+\u2212]?)
-    ((?:[0-9]{{1,3}}(?:{COMMA}[0-9]{{3}})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)
-    (?![.,]?[0-9]|[eE][-+]?[0-9]|{COMMA}[0-9]|\\[dt]?frac)  # the rest of another number
+    ((?:[1-9][0-9]{{0,2}}(?:{COMMA}[0-9]{{3}})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)
+    (?![.,'\u2019_\u202f]?[0-9]|[eE][-+]?[0-9]|{COMMA}[0-9]|\\[dt]?frac)  # the rest of another number
+    (?![\u00b2\u00b3\u00bc-\u00be\u2070-\u2079\u2150-\u215e])  # a power or a fraction that is one character
     (?![^\S\n]*[-+*x/:^\u00d7\u00f7\u2010-\u2015\u2212]*[^\S\n]*[0-9])  # a fraction, a range, a calculation
     """,
     re.VERBOSE,
@@ -86,7 +87,7 @@ def answer_parts(answer: str) -> list[dict[str, str]]:
 def extract_answer(text: str) -> Decimal | None:
     """The number after the last `####`, or None where there is none: "#### **$1,000.** That is" gives 1000. A sign, a
     currency, bold, a box in LaTeX, commas between thousands and what follows the number are tolerated, except what
-    makes it another one, or one of several: 3/4, 72 1/2, 72-73, 1e5, 3,14.
+    makes it another one, or one of several: 3/4, 72 1/2, 72-73, 1e5, 3,14, 1'000.
     """
     _, marker, rest = text.rpartition("####")
     match = NUMBER.match(rest) if marker else None
