@@ -5,10 +5,10 @@
     {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}        ShareGPT
     {"instruction": ..., "input": ..., "output": ...}                                          Alpaca
 
-One per line, or all in one JSON list, or as the rows of a parquet file. A "system" beside them is the system message,
-and an answer with "weight": 0 is read but not learned. The whole file is read and checked at once; every mistake names
-the file and the line (of a list or parquet the number). Tool calls, images and earlier turns kept apart are refused:
-what would be dropped is a mistake.
+One per line, or all in one JSON list, or as the rows of a parquet file. A "system" or "system_prompt" beside them is
+the system message, and an answer with "weight": 0 is read but not learned. The whole file is read and checked at once;
+every mistake names the file and the line (of a list or parquet the number). Tool calls, images, thoughts and earlier
+turns kept apart are refused: what would be dropped is a mistake.
 """
 
 import json
@@ -33,7 +33,11 @@ NOT_READ = (
     "images",
     "audio",
     "audios",
+    "video",
     "videos",
+    "reasoning",
+    "reasoning_content",
+    "thinking",
 )
 
 
@@ -127,11 +131,14 @@ def messages_of(record: dict[str, Any]) -> Any:
     if isinstance(messages, str):
         messages = json.loads(messages)  # as some parquet files have it
     if messages is None and {"instruction", "output"} <= record.keys():
-        question = "\n\n".join(str(record[key]) for key in ("instruction", "input") if record.get(key))
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
+        asked = [record[key] for key in ("instruction", "input") if record.get(key)]
+        if not all(isinstance(text, str) for text in asked):
+            raise ValueError(f"instruction and input are {asked!r:.80}, expected text")
+        messages = [{"role": "user", "content": "\n\n".join(asked)}, {"role": "assistant", "content": record["output"]}]
     if messages is None:
         raise ValueError(f"no messages, conversations or instruction and output among {', '.join(record) or 'nothing'}")
-    system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+    system_text = record.get("system") or record.get("system_prompt")
+    system = [{"role": "system", "content": system_text}] if system_text else []
     return system + messages if isinstance(messages, list) else messages
 
 
@@ -144,7 +151,8 @@ def plain_message(message: Any, number: int) -> Any:
     if role is None:
         role, content = ROLES.get(str(message.get("from")), message.get("from")), message.get("value")
     if role != "assistant" and isinstance(content, list):
-        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+        texts = [part for part in content if isinstance(part, dict) and part.get("type", "text") == "text"]
+        if len(texts) < len(content) or not all(isinstance(part.get("text"), str) for part in texts):
             raise ValueError(f"message {number} has parts that are not text: {content!r:.80}")
         content = "".join(part["text"] for part in content)
     weight = message.get("weight")

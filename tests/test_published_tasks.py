@@ -192,6 +192,7 @@ NO_NUMBERS = (
 NO_NUMBERS += (
     "|#### 5*3=15|#### 5 x 3|#### 10:30|#### 3,14|#### 1,0000|#### 1\\,000-2|#### 72\\frac{1}{2}|#### 1 000|#### -+5"
 )
+NO_NUMBERS += "|#### 1'000|#### 1\u2019000|#### 1_000|#### 0,001|#### 72\u00bd|#### 72\u00b2"
 
 
 @pytest.mark.parametrize("text", ["", "72", "####", "#### ", *NO_NUMBERS.split("|")])
@@ -367,6 +368,7 @@ FORMS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "parts": ({"messages": [USER | {"content": text_part("Hi")}, ANSWER], "tools": []}, [USER, ANSWER]),
     "weight 0": ({"messages": [*PAIR, USER, ASSISTANT | {"weight": 0}]}, [*PAIR, USER, ASSISTANT | {"weight": 0}]),
     "ShareGPT": ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}, PAIR),
+    "a prompt beside": ({"system_prompt": "Be kind.", "messages": PAIR}, [SYSTEM, *PAIR]),
     "a system beside": ({"system": "Be kind.", "conversations": PAIR, "id": "7"}, [SYSTEM, *PAIR]),
     "Alpaca": ({"instruction": "Hi", "input": "", "output": "Hello", "text": "all of it"}, PAIR),
     "Alpaca's input": (
@@ -419,6 +421,10 @@ def test_conversations_are_taken_as_the_field_writes_them(tmp_path, form):
         (json.dumps([USER, {"role": "assistant", "content": None, "tool_calls": [1]}]), "message 2 has tool_calls"),
         (json.dumps({"messages": PAIR, "images": ["a.png"]}), "the conversation has images, which cannot be read"),
         (json.dumps([USER | {"content": [{"type": "image_url"}]}, ASSISTANT]), "message 1 has parts that are not text"),
+        (json.dumps([USER | {"content": [{"type": "image", "text": "a.png"}]}, ASSISTANT]), "parts that are not text"),
+        (json.dumps({"messages": PAIR, "video": "a.mp4"}), "the conversation has video, which cannot be read"),
+        (json.dumps([USER, ASSISTANT | {"reasoning_content": "Hm."}]), "message 2 has reasoning_content"),
+        (json.dumps({"instruction": "x", "input": ["a"], "output": "y"}), "input are ['x', ['a']], expected text"),
         (json.dumps({"instruction": "x", "output": "y", "history": [["a", "b"]]}), "the conversation has history"),
     ],
 )
