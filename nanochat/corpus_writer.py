@@ -177,7 +177,7 @@ def list_folder(folder: Path) -> tuple[list[Path], list[Path], dict[str, int]]:
             inner = path.relative_to(folder)
             split = split_named(*inner.parts)
             if reason := why_not(path, split, seen):
-                left_out[reason].append(str(inner))
+                left_out[reason].append(os.fsencode(inner).decode(errors="replace"))
             elif name in inside:
                 folders.append(name)
             else:
@@ -195,6 +195,8 @@ def why_not(path: Path, split: str, seen: set[str]) -> str:
     real = os.path.realpath(path)
     if path.name.startswith("."):
         return "hidden"
+    if str(path).encode(errors="ignore") != os.fsencode(path):  # pyarrow opens no such path
+        return "with a name that is not UTF-8"
     if not path.exists():
         return "links to nothing"
     if not os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK):

@@ -103,6 +103,7 @@ def test_a_folder_follows_links_and_says_what_it_leaves_out(run, tmp_path, monke
     for name, data in (("d.txt.zst", b"five"), ("e.jsonl.zst", lines)):
         with pa.output_stream(str(folder / name), "zstd") as stream:
             stream.write(data)
+    (folder / os.fsdecode(b"caf\xe9.parquet")).write_bytes(b"x")  # as Windows packs it
     (folder / "gone.txt").symlink_to("nowhere")
     (folder / "more").symlink_to(elsewhere)
     (elsewhere / "back").symlink_to(folder)
@@ -119,6 +120,7 @@ def test_a_folder_follows_links_and_says_what_it_leaves_out(run, tmp_path, monke
         "2 without the right to read: locked, locked.txt\n",
         "2 named test*, kept for tests: test, test-00000.txt\n",
         "1 links to nothing: gone.txt\n",
+        "1 with a name that is not UTF-8: ",
         "1 of another kind, .json: c.json\n",
         "1 empty files: empty.txt\n",
         "1 documents: in the validation text, too\n",
