@@ -4,6 +4,7 @@
 #   bash dev/soak.sh
 #   bash dev/soak.sh -k compiled
 set -euo pipefail
+case "${1:-}" in -h | --help) exec sed -nE '2,${/^#/!q; s/^# ?//p;}' "$0" ;; esac
 cd "$(dirname "$0")/.."
 bash dev/setup.sh dev
 if command -v valgrind >/dev/null; then

@@ -22,8 +22,7 @@ mistake() {
 # A launcher takes variables and no arguments but --help: the comment that it begins with, and its variables. (It went to the
 # checkout's root before this.)
 variables() { sed -nE 's/^([A-Z_]+)="\$\{\1:-(.*)\}" +# (.*)/  \1=\2\t\3/p' "$1" | expand -t 40; }
-case "${1:-}" in
-  "") ;;
+[ $# -eq 0 ] || case "$1" in
   -h | --help)
     cd "$OLDPWD" && sed -nE '2,${/^#/!q; /^#SBATCH|^# shellcheck/d; s/^# ?//p;}' "$0" && variables "$0"
     exit

@@ -288,7 +288,17 @@ def test_an_argument_does_not_start_what_it_was_not_meant_for(checkout, launcher
     refused(
         checkout.run(launcher, "--depth=12"), f"{Path(launcher).name}: --depth=12 is not taken; settings are variables"
     )
+    refused(checkout.run(launcher, ""), " is not taken; settings are variables")
     assert not checkout.calls() and not checkout.base.exists()
+
+
+@pytest.mark.parametrize("script", ["soak.sh", "test.sh", "check.sh"])
+def test_help_of_a_script_for_developers_installs_and_tests_nothing(tmp_path, script):
+    copy = tmp_path / "dev" / script  # alone: it finds nothing to install and nothing to test
+    copy.parent.mkdir()
+    copy.write_text((ROOT / "dev" / script).read_text())
+    result = subprocess.run(["bash", copy, "--help"], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "") and "bash dev/" in result.stdout
 
 
 @pytest.mark.parametrize("folder", ["~/x y", "~root-less/x", "~"])
