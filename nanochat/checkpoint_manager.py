@@ -370,9 +370,9 @@ def read_best(directory: Path) -> tuple[int, float]:
 
 def rng_state() -> dict[str, str]:
     """torch's default generators, alike on every rank. No stage draws from them, an experiment with dropout does."""
-    states = {"cpu": torch.get_rng_state()} | (
-        {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}
-    )
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
     return {device: base64.b64encode(state.numpy().tobytes()).decode() for device, state in states.items()}
 
 

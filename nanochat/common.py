@@ -150,8 +150,9 @@ def into_nothing(stream: TextIO) -> None:
     os.close(nothing)
 
 
-def get_base_dir() -> Path:
-    """$NANOCHAT_BASE_DIR, or ~/.cache/nanochat. Created if absent."""
+def get_base_dir(create: bool = True) -> Path:
+    """$NANOCHAT_BASE_DIR, or ~/.cache/nanochat. Created if absent, unless told not to."""
     base_dir = Path(os.path.expanduser(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat")).absolute()
-    base_dir.mkdir(parents=True, exist_ok=True)
+    if create:
+        base_dir.mkdir(parents=True, exist_ok=True)
     return base_dir

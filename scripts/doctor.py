@@ -34,7 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from nanochat.common import print0, run_main
+from nanochat.common import get_base_dir, print0, run_main
 from nanochat.files import one_line
 
 ROOT = Path(__file__).parent.parent
@@ -123,7 +123,7 @@ def check_cpu(cgroup: Path = Path("/sys/fs/cgroup/cpu.max")) -> Finding:
 
 def check_disk() -> Finding:
     """Where everything goes: may it be written, is there room, will it stay. Leaves nothing behind."""
-    base_dir = Path(os.path.expanduser(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat")).absolute()
+    base_dir = get_base_dir(create=False)
     mend = "export NANOCHAT_BASE_DIR=DIR, a directory of yours on a large disk"
     try:
         place = next(path for path in (base_dir, *base_dir.parents) if path.exists())
