@@ -1,6 +1,6 @@
 """Time CORE against tests/reference/core.py, which takes one item at a time as nanochat does.
 
-    python dev/bench_core.py --bundle=../shared/data/eval_bundle
+    python -m dev.bench_core --bundle=../shared/data/eval_bundle
 
 A laptop model (4 layers, width 192, vocabulary 4,096) with random weights scores the first items of every task that is
 there. The arms take turns within one process; CPU seconds are counted, so that other programs disturb little, and each

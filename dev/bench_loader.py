@@ -1,6 +1,6 @@
 """Time the loader into a loop that does nothing, beside the usual way: tiktoken on four threads and a packer in Python.
 
-    python dev/bench_loader.py --corpus=../shared/data/pretrain
+    python -m dev.bench_loader --corpus=../shared/data/pretrain
 
 Both read the same text with the same vocabulary and give batches of 32 rows of 2,048 tokens. Every measurement is a
 fresh process that has made its first batches before the clock starts; the arms take turns, and medians are compared.

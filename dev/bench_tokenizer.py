@@ -1,7 +1,7 @@
 """Time our tokenizer beside PyPI's rustbpe, tiktoken and Hugging Face tokenizers: training and encoding of the same
 text.
 
-    python dev/bench_tokenizer.py --corpus=../shared/data/pretrain --megabytes=100
+    python -m dev.bench_tokenizer --corpus=../shared/data/pretrain --megabytes=100
 
 Every measurement is a fresh process that loads the text first; the arms take turns, and medians are compared. Answers
 are checked before a time is printed: merges equal to rustbpe's, ids equal to tiktoken's (HF's trainer breaks ties in

@@ -298,7 +298,8 @@ class Branches:
 
 class GPTScorer:
     """A frozen copy of a GPT in compute.dtype; later changes of the model are not seen. Compiled, it takes 10 to 20 s
-    to begin with, and then 0.6 of the time (d4 on one core, bf16, context 1,024: 48 -> 86 items a second).
+    to begin with, and then 0.6 of the time (d4 on one core, bf16, context 1,024: 5.4 times as fast as one item at a
+    time, eager 3.3).
     """
 
     branches = True
