@@ -7,9 +7,13 @@ powers, functions, variables.
 
 import ast
 import re
+from collections import deque
+from dataclasses import dataclass, field
 from decimal import Decimal, Inexact, localcontext
 from fractions import Fraction
 from operator import add, mod, mul, sub, truediv
+
+from nanochat.tokenizer import Tokenizer
 
 MAX_CHARS = 256  # no honest expression is longer, and with it time, memory and nesting are bounded
 PLACES = 1000  # more than any result with a finite decimal form has, whose expression is that short
@@ -19,6 +23,28 @@ NUMBER = re.compile(r"\d+\.?\d*|\.\d+")
 ARITHMETIC = re.compile(r"[-+*/%(). \d]+", re.ASCII)
 COUNT = re.compile(r"""\s*(['"])([^'"\\\n]*)\1\s*\.\s*count\s*\(\s*(['"])([^'"\\\n]*)\3\s*\)\s*""")
 OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.Mod: mod}
+
+
+@dataclass
+class ToolUse:
+    """The tool of one sequence: what stands between <|python_start|> and <|python_end|> goes to the calculator, whose
+    answer is forced upon the sequence between <|output_start|> and <|output_end|>. So is "error": a model left alone
+    after a failed call invents a result.
+    """
+
+    tokenizer: Tokenizer
+    call: list[int] | None = None  # the tokens of a call that is being written
+    forced: deque[int] = field(default_factory=deque)  # what the sequence must say next
+
+    def see(self, token: int) -> None:
+        if token == self.tokenizer.encode_special("<|python_start|>"):
+            self.call = []
+        elif token == self.tokenizer.encode_special("<|python_end|>") and self.call is not None:
+            answer = use_calculator(self.tokenizer.decode(self.call)) or "error"
+            self.forced.extend(self.tokenizer.encode(answer, prepend="<|output_start|>", append="<|output_end|>"))
+            self.call = None
+        elif self.call is not None:
+            self.call.append(token)
 
 
 def use_calculator(expression: str) -> str | None:

@@ -25,12 +25,13 @@ from nanochat.conversation import (
     render_for_completion,
 )
 from nanochat.dataloader import Block, StreamPosition, prefetch, stream, to_device
-from nanochat.engine import Sampling
+from nanochat.engine import Engine, Sampling
 from nanochat.gpt import GPT
 from nanochat.run import Run
 from nanochat.schedule import BatchPlan
+from nanochat.sharding import is_sharded
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import Stream, accumulate, engine_on_master, fits, steps_for_minutes
+from nanochat.train import Stream, accumulate, fits, steps_for_minutes
 
 CHAT_BLOCK = 2048  # conversations rendered and packed together
 
@@ -227,8 +228,8 @@ def evaluate_chats(
 
 def show_chats(questions: Sequence[str], model: GPT, tokenizer: Tokenizer, compute: Compute, run: Run) -> None:
     """What the model answers to a few questions, the likeliest token each time; from rank 0, called by all."""
-    engine = engine_on_master(model, tokenizer, compute)
-    if not engine:
+    engine = Engine(model, tokenizer, compute.dtype) if compute.is_master or is_sharded(model) else None
+    if not engine or not compute.is_master:
         return
     prompts = {q: render_for_completion([{"role": "user", "content": q}], tokenizer) for q in questions}
     prompts = {question: prompt for question, prompt in prompts.items() if fits(prompt, model, question)}

@@ -1,171 +1,386 @@
-"""Inference: a KV cache, sampling, tool use and batched generation. The same engine serves CLI, web, RL and evaluation.
+"""Inference: a KV cache, sampling, continuous batching. The same engine serves CLI, web, RL and evaluation.
 
-The cache has a row (slot) per sequence and a position per slot, so rows of different lengths decode together: attention
-masks what lies beyond a row's own position. A step reads nothing back from the device but its sampled tokens.
+A Batch has slots, each with the keys and values of one sequence. Requests join and leave between steps; a step reads at
+most a chunk of the prompts that wait, then feeds one token of every running row and draws the next. A prompt's last
+token is fed by that step too, so samples of one prompt, and the turns of a chat, only copy what a slot already holds.
 
 Promises: equals the full forward pass token for token in fp32, in chunks of any size (tests/test_engine.py, against
-tests/reference/generate.py); each sequence draws its own random numbers, so what it says does not depend on which other
-sequences share its batch (but for the last bits of a matmul).
+tests/reference/generate.py); each request draws its own random numbers, so what it says does not depend on which others
+share its batch (but for the last bits of a matmul).
 """
 
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.attention import round_length
-from nanochat.calculator import use_calculator
+from nanochat.attention import LayerCache, round_length
+from nanochat.calculator import ToolUse
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.model import slice_rows
 from nanochat.tokenizer import Tokenizer
 
-IDLE = 0.25  # share of a batch that idles before it is filled up
+CHUNK = 256  # tokens of prompts read per step while others wait for their next token
+READ = 8192  # the same while nobody does
+SHARED = 16  # tokens in common with another slot from which on they are copied and not computed
+
+# -----------------------------------------------------------------------------
+# Keys and values
 
 
-@dataclass
+@dataclass(frozen=True)
 class LayerSlots:
-    """One layer's keys and values (slots, G, capacity, D), which a block appends to and looks at."""
+    """One layer's keys and values (slots, G, R, D) in one pass. Position p lies in cell p mod R: a layer with a window
+    keeps little more than that.
+    """
 
-    cache: "KVCache"
-    window: int
     keys: Tensor
     values: Tensor
+    rows: slice | Tensor  # the slots that are fed, B of them
+    cells: Tensor  # (B, T): where the fed tokens go
+    mask: Tensor  # (B, 1, T, S): which of the first S cells each of them sees
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store k, v (B, G, T, D) at the positions of the current step; attention (B, H, T, D) of q over all that is
-        stored: causal, inside the window, a row's own tokens only.
-        """
-        positions, S = self.cache.step_positions, self.cache.step_keys  # (B, T)
-        rows = torch.arange(k.size(0), device=k.device)[:, None]
-        self.keys[rows, :, positions] = k.transpose(1, 2)
-        self.values[rows, :, positions] = v.transpose(1, 2)
-        ahead = positions[:, :, None] - torch.arange(S, device=k.device)  # (B, T, S)
-        mask = ((ahead >= 0) & (ahead < self.window))[:, None]
-        keys, values = self.keys[:, :, :S], self.values[:, :, :S]
-        return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=q.size(1) != k.size(1))
+        """Store k, v (B, G, T, D); attention (B, H, T, D) of q over what is stored."""
+        slots = torch.arange(k.size(0), device=k.device) if isinstance(self.rows, slice) else self.rows
+        self.keys[slots[:, None], :, self.cells] = k.transpose(1, 2)
+        self.values[slots[:, None], :, self.cells] = v.transpose(1, 2)
+        S = self.mask.size(3)
+        keys, values = self.keys[self.rows, :, :S], self.values[self.rows, :, :S]
+        return F.scaled_dot_product_attention(q, keys, values, self.mask, enable_gqa=q.size(1) != k.size(1))
+
+
+def look(
+    windows: Sequence[int],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    rows: slice | Tensor,
+    positions: Tensor,
+    S: int,
+) -> list[LayerCache]:
+    """What each layer's queries at `positions` (B, T) of the slots `rows` see: themselves and what came before, as far
+    back as the window goes; no position is beyond the first S cells, where a layer has that many.
+    """
+    masks: dict[tuple[int, int], Tensor] = {}
+    found: list[LayerCache] = []
+    for window, k, v in zip(windows, keys, values, strict=True):
+        R = k.size(2)
+        if (window, R) not in masks:
+            cells = torch.arange(min(S, R), device=k.device)
+            ahead = (positions[:, :, None] - cells).remainder(R)  # (B, T, S) how far back what a cell holds lies
+            masks[window, R] = (ahead < (positions[:, :, None] + 1).clamp(max=window))[:, None]
+        found.append(LayerSlots(k, v, rows, positions.remainder(R), masks[window, R]))
+    return found
 
 
 class KVCache:
     """Keys and values of `slots` sequences, up to `capacity` tokens each."""
 
     def __init__(self, config: GPTConfig, slots: int, capacity: int, device: torch.device, dtype: torch.dtype):
-        self.config, self.capacity, self.device, self.dtype = config, capacity, device, dtype
-        self.lengths = [0] * slots  # tokens stored per slot
-        shape = (slots, config.n_kv_head, round_length(capacity, device), config.head_dim)
-        self.layers = [
-            LayerSlots(self, window, *(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)))
-            for window in config.windows()
-        ]
+        self.windows, self.capacity = config.windows(), round_length(capacity, device)
+        self.tokens: list[list[int]] = [[] for _ in range(slots)]  # what each slot holds
+        # A chunk is written before its first token looks back: a ring has room for both.
+        cells = [min(self.capacity, round_length(window + CHUNK, device)) for window in self.windows]
+        shapes = [(slots, config.n_kv_head, R, config.head_dim) for R in cells]
+        self.keys, self.values = ([torch.zeros(s, device=device, dtype=dtype) for s in shapes] for _ in range(2))
 
-    def begin_step(self, tokens: int) -> Tensor:
-        """Make room for `tokens` more in every slot; returns their positions (slots, tokens)."""
-        longest = max(self.lengths) + tokens
-        assert longest <= self.capacity, "a cache that overflows silently goes on with a frozen context"
-        self.step_keys = round_length(longest, self.device)
-        starts = torch.tensor(self.lengths, device=self.device)
-        self.step_positions = starts[:, None] + torch.arange(tokens, device=self.device)
-        self.lengths = [length + tokens for length in self.lengths]
-        return self.step_positions
+    def shared(self, slot: int, prompt: Sequence[int]) -> int:
+        """How many of a prompt's tokens can be taken from a slot: all but the last at most, 0 where few are the same,
+        or where a ring has written over what the next one would look at.
+        """
+        held = self.tokens[slot]
+        most = min(len(held), len(prompt) - 1)
+        if most < SHARED or held[:SHARED] != prompt[:SHARED]:
+            return 0
+        n = bisect_left(range(SHARED, most), True, key=lambda n: held[: n + 1] != prompt[: n + 1]) + SHARED
+        rings = (
+            k.size(2) - window for k, window in zip(self.keys, self.windows, strict=True) if k.size(2) <= len(held)
+        )
+        return n if len(held) - n <= min(rings, default=n + len(held)) else 0
 
-    def put(self, slots: Sequence[int], other: "KVCache", rows: Sequence[int]) -> None:
-        """Copy `rows` of another cache into these slots, whatever they held: prefill once, sample many."""
-        into, taken = torch.tensor(slots, device=self.device), torch.tensor(rows, device=self.device)
-        longest = max(other.lengths[row] for row in rows)
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
-            mine.keys[into, :, :longest] = theirs.keys[taken, :, :longest]
-            mine.values[into, :, :longest] = theirs.values[taken, :, :longest]
-        for slot, row in zip(slots, rows, strict=True):
-            self.lengths[slot] = other.lengths[row]
+    def copy(self, source: int, slot: int, n: int) -> None:
+        """Let a slot hold the first n tokens of another, or of itself."""
+        if source != slot:
+            for tensor in (*self.keys, *self.values):
+                tensor[slot, :, : len(self.tokens[source])] = tensor[source, :, : len(self.tokens[source])]
+        self.tokens[slot] = self.tokens[source][:n]
 
-    def keep(self, slots: Sequence[int]) -> None:
-        """Drop all other slots, so that finished rows cost nothing."""
-        index = torch.tensor(slots, device=self.device)
-        for layer in self.layers:
-            layer.keys, layer.values = layer.keys[index], layer.values[index]
-        self.lengths = [self.lengths[slot] for slot in slots]
+
+# -----------------------------------------------------------------------------
+# Sampling
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How continuations are drawn."""
+    """How a continuation is drawn. top_k, min_p and top_p cut the distribution, in this order; None or 0 = not."""
 
     max_tokens: int | None = None  # of a continuation (None = up to the end of the context)
     temperature: float = 1.0  # 0 = always the most likely token
-    top_k: int | None = None  # draw from the k most likely tokens only (None or 0 = from all)
-    top_p: float | None = None  # then from the fewest whose probabilities reach p (None or 0 = from all)
+    top_k: int | None = None  # draw from the k most likely tokens only
+    top_p: float | None = None  # from the fewest whose probabilities reach p
+    min_p: float | None = None  # from those with at least this share of the likeliest one's probability
+    repetition_penalty: float = 1.0  # logits of tokens seen before are divided, negative ones multiplied (CTRL)
     seed: int = 42
+    logprobs: int | None = None  # report the token's log-probability, and this many of the likeliest ones'
 
 
-def sample(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
+def penalise(logits: Tensor, seen: Sequence[int], penalty: float) -> None:
+    """CTRL's repetition penalty (arXiv 1909.05858) on one row (V,) in place."""
+    ids = torch.tensor(sorted(set(seen)), device=logits.device)
+    values = logits[ids]
+    logits[ids] = torch.where(values > 0, values / penalty, values * penalty)
+
+
+def sample(logits: Tensor, draws: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     """One token per row of logits (B, V), as (B,), by the row's own random number of draws (B,), uniform in [0, 1)."""
-    top_k, top_p = sampling.top_k, sampling.top_p
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits / sampling.temperature
-    if top_k and top_k < logits.size(-1):
-        kth = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p and top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        probabilities = ordered.softmax(dim=-1)
-        before = probabilities.cumsum(dim=-1) - probabilities  # probability of everything more likely
-        logits = logits.masked_fill((before >= top_p).gather(-1, order.argsort(dim=-1)), -torch.inf)
-    # The first token whose cumulative probability exceeds the draw. Kept below 1 by more than a rounding error, or the
-    # last token could come out although it has probability 0.
-    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
-    return (cumulative <= draws[:, None].clamp(max=1 - 1e-6) * cumulative[:, -1:]).sum(dim=-1)
+    drawn = logits.argmax(dim=-1)
+    for cut in (False, True):  # a row's own way, whatever the others'
+        rows = [i for i, s in enumerate(samplings) if s.temperature > 0 and cut == bool(s.top_k or s.min_p or s.top_p)]
+        if len(rows) == len(drawn):  # the usual case, without a copy
+            return draw(logits, draws, samplings, cut)
+        if rows:
+            drawn[rows] = draw(logits[rows], draws[rows], [samplings[i] for i in rows], cut)
+    return drawn
 
 
-@dataclass
-class ToolUse:
-    """The tool of one sequence: what stands between <|python_start|> and <|python_end|> goes to the calculator, whose
-    answer is forced upon the sequence between <|output_start|> and <|output_end|>. So is "error": a model left alone
-    after a failed call invents a result.
+def draw(logits: Tensor, draws: Tensor, samplings: Sequence[Sampling], cut: bool) -> Tensor:
+    """sample() of rows with a temperature, all of them cut or none: the first token, in the order of likelihood or of
+    the vocabulary, whose cumulative probability exceeds the draw.
     """
 
-    tokenizer: Tokenizer
-    call: list[int] | None = None  # the tokens of a call that is being written
-    forced: deque[int] = field(default_factory=deque)  # what the sequence must say next
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, device=logits.device)[:, None]
 
-    def see(self, token: int) -> None:
-        if token == self.tokenizer.encode_special("<|python_start|>"):
-            self.call = []
-        elif token == self.tokenizer.encode_special("<|python_end|>") and self.call is not None:
-            answer = use_calculator(self.tokenizer.decode(self.call)) or "error"
-            self.forced.extend(self.tokenizer.encode(answer, prepend="<|output_start|>", append="<|output_end|>"))
-            self.call = None
-        elif self.call is not None:
-            self.call.append(token)
+    # The likeliest is 0 whatever the temperature; fp32 knows 1e-20, and nothing is left of the others by then.
+    temperatures = column([max(s.temperature, 1e-20) for s in samplings])
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperatures
+    order = None
+    if cut:
+        V = logits.size(-1)
+        ks = [min(s.top_k or V, V) for s in samplings]
+        scaled, order = scaled.topk(max(ks), dim=-1)
+        ranks = torch.arange(max(ks), device=logits.device)
+        floors = column([s.min_p or 0 for s in samplings]).log()
+        scaled = scaled.masked_fill((ranks >= column(ks)) | (scaled < floors), -torch.inf)
+        shares = scaled.softmax(dim=-1)
+        before = shares.cumsum(dim=-1) - shares  # probability of everything more likely
+        scaled = scaled.masked_fill((before >= column([s.top_p or 1 for s in samplings])) & (ranks > 0), -torch.inf)
+    # The draw is kept below 1 by more than a rounding error, or a last token without probability could come out.
+    cumulative = scaled.softmax(dim=-1).cumsum(dim=-1)
+    places = (cumulative <= draws[:, None].clamp(max=1 - 1e-6) * cumulative[:, -1:]).sum(dim=-1)
+    return places if order is None else order.gather(1, places[:, None])[:, 0]
 
 
-@dataclass
-class Continuation:
-    """A sequence that is being decoded, or waits for its turn."""
+# -----------------------------------------------------------------------------
+# Requests, and the batch that they decode in
 
-    number: int  # among all that were asked for
-    prompt: Sequence[int]
-    draws: np.ndarray  # (tokens at most,) in [0, 1): a random number for each, which depends on seed and number alone
-    tool: ToolUse | None
-    said: int = 0  # tokens so far
 
-    def say(self, sampled: int) -> tuple[int, int]:
-        """The next token, and 1 where it is the sampled one, 0 where the tool forces another."""
-        self.said += 1
-        if self.tool and self.tool.forced:
-            return self.tool.forced.popleft(), 0
-        if self.tool:
-            self.tool.see(sampled)
-        return sampled, 1
+class Request:
+    """A prompt to continue; `stream` tells samples of one seed apart. It fills while its batch steps."""
+
+    def __init__(self, prompt: Sequence[int], sampling: Sampling, stream: int = 0):
+        self.prompt, self.sampling, self.stream = list(prompt), sampling, stream
+        self.tokens: list[int] = []  # said so far
+        self.masks: list[int] = []  # 1 drawn, 0 forced by the tool
+        self.finished: str | None = None  # "stop" (the stop token is the last of tokens), "length" or "cancelled"
+        self.tool: ToolUse | None = None
+
+    def open(self, room: int, tool: ToolUse | None) -> None:
+        self.tool = tool
+        self.draws: np.ndarray = np.random.default_rng([self.sampling.seed, self.stream]).random(room, dtype=np.float32)
+        self.finished = None if room else "length"
+
+    def say(self, drawn: int, stop_tokens: frozenset[int]) -> tuple[int, int]:
+        """The next token, and 1 where it is the drawn one, 0 where the tool forces another."""
+        forced = bool(self.tool and self.tool.forced)
+        token = self.tool.forced.popleft() if self.tool and forced else drawn
+        if self.tool and not forced:
+            self.tool.see(token)
+        self.tokens.append(token)
+        self.masks.append(int(not forced))
+        if token in stop_tokens:
+            self.finished = "stop"
+        elif len(self.tokens) == len(self.draws):
+            self.finished = "length"
+        return token, self.masks[-1]
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a step adds to a request. Log-probabilities are the model's own, before temperature, penalty and cuts."""
+
+    request: Request
+    token: int
+    sampled: int  # 1, or 0 where the tool forced it
+    logprob: float | None = None
+    top: Sequence[tuple[int, float]] = ()
 
 
 def round_batch(n: int) -> int:
     """The next of 1, 2, 3, 4, 6, 8, 12, 16, ...: few sizes, and less than half as many again."""
     power = 1 << (n - 1).bit_length()
     return 3 * power // 4 if n <= 3 * power // 4 else power
+
+
+class Batch:
+    """Requests that decode together, `slots` at a time, first come first served. It belongs to one thread."""
+
+    def __init__(self, engine: "Engine", slots: int, capacity: int | None = None):
+        self.engine, config = engine, engine.model.config
+        self.limit = min(capacity or config.sequence_len, config.sequence_len)  # tokens of a sequence
+        whole = 1 << (slots - 1).bit_length()  # a compiled step may have more rows than slots
+        self.cache = KVCache(config, whole, self.limit, engine.model.device, engine.dtype)
+        self.running: list[Request | None] = [None] * slots
+        self.waiting: deque[Request] = deque()
+
+    def __len__(self) -> int:
+        """Requests that are not finished."""
+        return len(self.waiting) + sum(request is not None for request in self.running)
+
+    def add(self, request: Request) -> None:
+        """Let a request wait for a slot. Raises UserError for a prompt that is empty or leaves no room."""
+        room, asked = self.limit - len(request.prompt), request.sampling.max_tokens
+        if not 0 < room < self.limit:
+            raise UserError(f"the prompt has {len(request.prompt)} tokens; this model takes 1 to {self.limit - 1}")
+        tokenizer = self.engine.tokenizer
+        request.open(room if asked is None else min(room, asked), ToolUse(tokenizer) if tokenizer else None)
+        if not request.finished:
+            self.waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """End a request, wherever it is; its slot is free for the next step."""
+        request.finished = request.finished or "cancelled"
+        if request in self.waiting:
+            self.waiting.remove(request)
+        if request in self.running:
+            self.running[self.running.index(request)] = None
+
+    @torch.inference_mode()
+    def step(self) -> list[Said]:
+        """The next token of every request whose prompt is read."""
+        for slot, request in enumerate(self.running):
+            if request is None and self.waiting:
+                self.begin(slot, self.waiting.popleft())
+        self.close_gaps()
+        self.read()
+        return self.decode()
+
+    def begin(self, slot: int, request: Request) -> None:
+        """Give a slot to a request, which finds there what any slot knows of its prompt."""
+        self.running[slot] = request
+        shares = {other: self.cache.shared(other, request.prompt) for other in range(len(self.running))}
+        source = max(shares, key=lambda other: (shares[other], other == slot))
+        self.cache.copy(source, slot, shares[source])
+
+    def unread(self, slot: int) -> list[int]:
+        """What a slot's request still has to read before its last token is fed."""
+        request = self.running[slot]
+        return request.prompt[len(self.cache.tokens[slot]) : -1] if request else []
+
+    def close_gaps(self) -> None:
+        """Move requests from the last slots to free ones before them, where that makes a smaller batch."""
+        taken, slots = [slot for slot, request in enumerate(self.running) if request], len(self.cache.tokens)
+        while taken and self.engine.rows(len(taken), slots) < self.engine.rows(taken[-1] + 1, slots):
+            last, gap = taken.pop(), self.running.index(None)
+            self.cache.copy(last, gap, len(self.cache.tokens[last]))
+            self.running[gap], self.running[last] = self.running[last], None
+            taken = sorted([*taken, gap])
+
+    def read(self) -> None:
+        """Read prompts: CHUNK tokens in all if anybody waits for his next token, else a chunk of each. Of requests with
+        the same prompt one reads, and the others copy.
+        """
+        readers: dict[tuple[int, ...], int] = {}
+        followers: list[tuple[int, int]] = []
+        for slot, request in enumerate(self.running):
+            if request and self.unread(slot):
+                reader = readers.setdefault(tuple(request.prompt), slot)
+                followers += [(slot, reader)] if reader != slot else []
+        chunks = {slot: self.unread(slot)[:CHUNK] for slot in readers.values()}
+        busy = len(chunks) + len(followers) < len(self) - len(self.waiting)
+        most = CHUNK if busy else READ
+        while len(chunks) > 1 and (
+            round_batch(len(chunks)) > len(chunks) or len(chunks) * max(map(len, chunks.values())) > most
+        ):
+            chunks.popitem()
+        if chunks:
+            self.feed(chunks)
+        for slot, reader in followers:
+            if not self.unread(reader):
+                self.cache.copy(reader, slot, len(self.cache.tokens[reader]))
+
+    def feed(self, chunks: dict[int, list[int]]) -> None:
+        """Append tokens to slots, shorter rows padded at the end with tokens that the next one will replace."""
+        cache, device = self.cache, self.engine.model.device
+        T = round_length(max(map(len, chunks.values())), device)
+        starts = torch.tensor([[len(cache.tokens[slot])] for slot in chunks])
+        ends = starts + torch.tensor([[len(chunk)] for chunk in chunks.values()])
+        positions = torch.minimum(starts + torch.arange(T), ends).to(device)  # (B, T)
+        idx = torch.tensor([chunk + [0] * (T - len(chunk)) for chunk in chunks.values()]).to(device)
+        rows, S = torch.tensor(list(chunks)).to(device), round_length(int(ends.max()) + 1, device)
+        caches = look(cache.windows, cache.keys, cache.values, rows, positions, S)
+        self.engine.model.hidden(idx, self.engine.dtype, positions, caches)
+        for slot, chunk in chunks.items():
+            cache.tokens[slot] += chunk
+
+    def decode(self) -> list[Said]:
+        """Feed one token of every request that is read, and draw the next. Other slots are fed a token beyond what they
+        hold, which the next one will replace; a free one that holds more than all requests forgets it.
+        """
+        ready = [slot for slot, request in enumerate(self.running) if request and not self.unread(slot)]
+        if not ready:
+            return []
+        held = self.cache.tokens
+        S = 1 + max(len(held[slot]) for slot, request in enumerate(self.running) if request)
+        fed, positions = ([0] * self.engine.rows(ready[-1] + 1, len(held)) for _ in range(2))
+        for slot in range(len(fed)):
+            if len(held[slot]) >= S:
+                held[slot] = []
+            positions[slot] = len(held[slot])
+        for slot in ready:
+            request = self.running[slot]
+            fed[slot] = (request.tokens or request.prompt)[-1]  # type: ignore[union-attr]
+            held[slot].append(fed[slot])
+        logits = self.engine.decode(fed, positions, self.cache, S)
+        return self.choose(ready, logits if len(ready) == len(fed) else logits[ready])
+
+    def choose(self, slots: list[int], logits: Tensor) -> list[Said]:
+        """Draw a token for each of these slots from its row of logits (B, V); those that end leave."""
+        requests = [request for slot in slots if (request := self.running[slot])]
+        asked = [request.sampling for request in requests]
+        shares = logits.log_softmax(dim=-1) if any(s.logprobs is not None for s in asked) else None
+        for row, request in enumerate(requests):
+            if asked[row].repetition_penalty != 1:
+                penalise(logits[row], request.prompt + request.tokens, asked[row].repetition_penalty)
+        draws = torch.tensor([request.draws[len(request.tokens)] for request in requests]).to(logits.device)
+        drawn = sample(logits, draws, asked).tolist()
+        said = []
+        for row, (slot, request) in enumerate(zip(slots, requests, strict=True)):
+            token, mask = request.say(drawn[row], self.engine.stop_tokens)
+            wanted = asked[row].logprobs
+            scores = (None, ()) if shares is None or wanted is None else scores_of(shares[row], token, wanted)
+            said.append(Said(request, token, mask, *scores))
+            if request.finished:
+                self.running[slot] = None
+        return said
+
+
+def scores_of(shares: Tensor, token: int, top: int) -> tuple[float, list[tuple[int, float]]]:
+    """The log-probability of a token, and the likeliest `top` tokens with theirs, from all of them (V,)."""
+    values, ids = shares.topk(min(top, len(shares)))
+    return shares[token].item(), list(zip(ids.tolist(), values.tolist(), strict=True))
+
+
+# -----------------------------------------------------------------------------
+# The engine
+
+Step = Callable[[Tensor, Tensor, list[Tensor], list[Tensor], int], Tensor]
 
 
 class Engine:
@@ -184,10 +399,26 @@ class Engine:
         self.tokenizer, self.dtype = tokenizer, dtype
         ends = [tokenizer.encode_special(name) for name in ("<|assistant_end|>", "<|bos|>")] if tokenizer else []
         self.stop_tokens = frozenset([*stop_tokens, *ends])
+        self.compiled: dict[int, Step] = {}  # by rows; decode_step.py fills it, and the eager step serves the others
+        self.spare: Batch | None = None  # with what the last generate() left in it
+
+    def batch(self, slots: int, capacity: int | None = None) -> Batch:
+        """A batch of this engine, each of its slots with room for `capacity` tokens (None = the model's context)."""
+        return Batch(self, slots, capacity)
 
     def generate(self, prompt: Sequence[int], sampling: Sampling) -> Generator[int]:
-        """The tokens of one continuation as they come, those that the tool forces too; see decode()."""
-        return (token for ((_, token, _),) in self.decode([prompt], sampling))
+        """The tokens of one continuation as they come, those that the tool forces too. What the last call left is not
+        computed again: the next turn of a chat reads what is new in it.
+        """
+        batch, self.spare = self.batch(1) if self.spare is None else self.spare, None
+        request = Request(prompt, sampling)
+        try:
+            batch.add(request)
+            while len(batch):
+                yield from (said.token for said in batch.step())
+        finally:
+            batch.cancel(request)
+            self.spare = batch
 
     def generate_batch(
         self,
@@ -198,105 +429,64 @@ class Engine:
         first: Sequence[int] | None = None,
         until: Callable[[], object] = lambda: False,
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """The whole continuations of decode(): tokens and masks (1 sampled, 0 forced), a list for each sequence.
-        `until` is asked after each step; once it is true the sequences stay as they are.
-        """
-        sequences: list[list[int]] = [[] for _ in range(len(prompts) * num_samples)]
-        masks: list[list[int]] = [[] for _ in sequences]
-        for said in self.decode(prompts, sampling, num_samples, slots, first):
-            for number, token, sampled in said:
-                sequences[number].append(token)
-                masks[number].append(sampled)
-            if until():
-                break
-        return sequences, masks
-
-    @torch.inference_mode()
-    def decode(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        num_samples: int = 1,
-        slots: int | None = None,
-        first: Sequence[int] | None = None,
-    ) -> Iterator[list[tuple[int, int, int]]]:
         """Continue prompts, num_samples times each (sequence p * num_samples + s is sample s of prompt p), `slots` of
-        them at a time (None = all): as sequences end, others take their places. Yields per step, for all that run,
-        (sequence, token, 1 if it was sampled or 0 if the tool forced it). A sequence ends after a stop token (which is
-        yielded), max_tokens, or at the end of the context.
+        them at a time (None = all): tokens and masks (1 drawn, 0 forced), a list for each sequence. One ends after a
+        stop token (which is kept), max_tokens, or at the end of the context. `until` is asked after each step; once it
+        is true the sequences stay as they are.
 
         Same seed, same tokens; for callers that deal prompts to ranks, `first` numbers each prompt's first sequence in
-        the drawing (None = as they are yielded). Raises UserError for a prompt that is empty or leaves no room.
+        the drawing (None = as they are returned). Raises UserError for a prompt that is empty or leaves no room.
         """
-        waiting = self.continuations(prompts, sampling, num_samples, first)
-        running: list[Continuation | None] = [None] * min(slots or len(waiting), len(waiting))
-        capacity = max((len(sequence.prompt) + len(sequence.draws) for sequence in waiting), default=0)
-        cache = KVCache(self.model.config, len(running), capacity, self.model.device, self.dtype)
-        logits = torch.zeros(len(running), self.model.config.vocab_size, device=self.model.device)
-        while waiting or any(running):
-            idle = [slot for slot, sequence in enumerate(running) if not sequence]
-            rows = round_batch(len(running) - len(idle))
-            if waiting and len(idle) >= IDLE * len(running):
-                admitted = {slot: waiting.popleft() for slot in idle[: len(waiting)]}
-                logits[list(admitted)] = self.admit(admitted, cache)
-                running = [admitted.get(slot, sequence) for slot, sequence in enumerate(running)]
-            elif not waiting and rows < len(running):
-                kept = sorted(range(len(running)), key=lambda slot: running[slot] is None)[:rows]
-                cache.keep(kept)
-                logits, running = logits[kept], [running[slot] for slot in kept]
-            draws = torch.tensor([sequence.draws[sequence.said] if sequence else 0.0 for sequence in running])
-            sampled = sample(logits, draws.to(self.model.device), sampling).tolist()
-            said = []
-            for slot, sequence in enumerate(running):
-                if sequence:
-                    sampled[slot], mask = sequence.say(sampled[slot])
-                    said.append((sequence.number, sampled[slot], mask))
-                    if sampled[slot] in self.stop_tokens or sequence.said == len(sequence.draws):
-                        running[slot], cache.lengths[slot] = None, 0
-            yield said
-            if any(running):
-                states = self.forward(torch.tensor(sampled, device=self.model.device)[:, None], cache)
-                logits = self.model.logits(states)
+        requests = [
+            Request(prompt, sampling, (i * num_samples if first is None else first[i]) + copy)
+            for i, prompt in enumerate(prompts)
+            for copy in range(num_samples)
+        ]
+        if requests:
+            context = self.model.config.sequence_len
+            longest = max(len(prompt) for prompt in prompts)
+            room = context if sampling.max_tokens is None else max(1, sampling.max_tokens)
+            batch = self.batch(min(slots or len(requests), len(requests)), min(context, longest + room))
+            for request in sorted(requests, key=lambda request: -len(request.prompt)):  # read with little padding
+                batch.add(request)
+            while len(batch) and not until():
+                batch.step()
+        return [request.tokens for request in requests], [request.masks for request in requests]
 
-    def continuations(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, num_samples: int, first: Sequence[int] | None
-    ) -> deque[Continuation]:
-        """What decode() is to do, those with the longest prompts first: neighbours are read together, with padding."""
-        limit = self.model.config.sequence_len
-        found: list[Continuation] = []
-        for prompt, tokens in enumerate(prompts):
-            if not 0 < len(tokens) < limit:
-                raise UserError(f"the prompt has {len(tokens)} tokens; this model takes 1 to {limit - 1}")
-            room = min(limit - len(tokens), limit if sampling.max_tokens is None else sampling.max_tokens)
-            for copy in range(num_samples if room > 0 else 0):
-                number = prompt * num_samples + copy
-                rng = np.random.default_rng([sampling.seed, number if first is None else first[prompt] + copy])
-                tool = ToolUse(self.tokenizer) if self.tokenizer else None
-                found.append(Continuation(number, tokens, rng.random(room, dtype=np.float32), tool))
-        return deque(sorted(found, key=lambda sequence: -len(sequence.prompt)))
+    def rows(self, n: int, slots: int) -> int:
+        """How many rows a step has in which n are needed and there is room for `slots`."""
+        return min((rows for rows in self.compiled if n <= rows <= slots), default=round_batch(n))
 
-    def admit(self, sequences: dict[int, Continuation], cache: KVCache) -> Tensor:
-        """Read the prompts of {slot: sequence}, each once, into the slots: logits (slots, V) of what follows them."""
-        prompts = {id(sequence.prompt): sequence.prompt for sequence in sequences.values()}  # samples share one
-        row_of = {key: row for row, key in enumerate(prompts)}
-        rows = [row_of[id(sequence.prompt)] for sequence in sequences.values()]
-        states, read = self.prefill(list(prompts.values()))
-        cache.put(list(sequences), read, rows)
-        return self.model.logits(states)[rows]
+    def decode(self, fed: list[int], positions: list[int], cache: KVCache, S: int) -> Tensor:
+        """Logits (B, V) after one token of each of the first B slots, at their positions, all below S."""
+        idx, places = (torch.tensor(values).to(self.model.device) for values in (fed, positions))
+        step = self.compiled.get(len(fed), self.eager_step)
+        return step(idx, places, cache.keys, cache.values, round_length(S, self.model.device))
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, KVCache]:
-        """Read all prompts in one pass, shorter ones padded at the end: states (P, C) at their ends, their cache."""
-        lengths = [len(tokens) for tokens in prompts]
-        rows = [torch.tensor(tokens, dtype=torch.long) for tokens in prompts]
-        T = round_length(max(lengths), self.model.device)
-        idx = torch.stack([F.pad(row, (0, T - len(row))) for row in rows])  # (P, T)
-        cache = KVCache(self.model.config, len(prompts), T, self.model.device, self.dtype)
-        states = self.forward(idx.to(self.model.device), cache, torch.tensor(lengths) - 1)
-        cache.lengths = lengths  # the padding lies beyond
-        return states, cache
+    def eager_step(self, idx: Tensor, positions: Tensor, keys: list[Tensor], values: list[Tensor], S: int) -> Tensor:
+        """What is compiled too: logits (B, V) after tokens idx (B,) at positions (B,) of the first B slots."""
+        places = positions[:, None]
+        caches = look(self.model.config.windows(), keys, values, slice(0, len(idx)), places, S)
+        return self.model.logits(self.model.hidden(idx[:, None], self.dtype, places, caches)[:, 0])
 
-    def forward(self, idx: Tensor, cache: KVCache, last: Tensor | None = None) -> Tensor:
-        """Append idx (B, T) to the slots; the final states (B, C) at each row's place `last` (B,) or end."""
-        hidden = self.model.hidden(idx, self.dtype, cache.begin_step(idx.size(1)), list(cache.layers))
-        rows = torch.arange(len(idx), device=idx.device)
-        return hidden[:, -1] if last is None else hidden[rows, last.to(idx.device)]
+    @torch.inference_mode()
+    def last_states(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """The final states (P, C) at the ends of prompts, read in one pass without a cache."""
+        T = round_length(max(map(len, prompts)), self.model.device)
+        idx = torch.tensor([[*prompt, *[0] * (T - len(prompt))] for prompt in prompts])
+        ends = torch.tensor([len(prompt) - 1 for prompt in prompts])
+        return self.model.hidden(idx.to(self.model.device), self.dtype)[torch.arange(len(prompts)), ends]
+
+    @torch.inference_mode()
+    def score(self, tokens: Sequence[int], top: int = 0) -> list[tuple[float, list[tuple[int, float]]]]:
+        """For each token but the first its log-probability after those before it, and the likeliest `top` with theirs.
+        Raises UserError for more tokens than the context has.
+        """
+        if len(tokens) > (limit := self.model.config.sequence_len):
+            raise UserError(f"the text has {len(tokens)} tokens; this model takes {limit}")
+        states = self.model.hidden(torch.tensor([tokens]).to(self.model.device), self.dtype)[0, :-1]
+        scores = []
+        for part in slice_rows(len(states), self.model.config.vocab_size, self.model.device) if len(states) else []:
+            rows = self.model.logits(states[part]).log_softmax(dim=-1)
+            scores += [scores_of(*pair, top) for pair in zip(rows, tokens[1:][part], strict=True)]
+        return scores

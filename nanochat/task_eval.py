@@ -159,7 +159,7 @@ def choose_letters(
     letter_ids = {letter: engine.tokenizer.encode(letter)[0] for letter in set().union(*letters.values())}
     numbers = sorted(prompts, key=lambda number: -len(prompts[number]))  # little padding; the largest batch comes first
     for batch in [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]:
-        states, _ = engine.prefill([prompts[number] for number in batch])  # (B, C)
+        states = engine.last_states([prompts[number] for number in batch])  # (B, C)
         for number, state in zip(batch, states.float().cpu(), strict=True):
             ids = [letter_ids[letter] for letter in letters[number]]
             chosen[number] = [letters[number][int((head[ids].float().cpu() @ state).argmax())]]

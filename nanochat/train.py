@@ -13,19 +13,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.adamw import AdamW
+from nanochat.attention import round_length
 from nanochat.common import NotFinite, StepFailed, UserError, print0
 from nanochat.compute import Compute, can_compile, collective, synchronize
-from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.muon import Muon
 from nanochat.record import StepResult
 from nanochat.schedule import cosine_to_zero, muon_momentum, trapezoid
 from nanochat.sharding import is_sharded
 from nanochat.signals import stop_votes, stopped_by
-from nanochat.tokenizer import Tokenizer
 
 Stream = Iterator[tuple[Tensor, Tensor, Any]]  # inputs (B, T), targets (B, T), the position after them
 
@@ -254,7 +254,13 @@ def fits(prompt: Sequence[int], model: GPT, name: object = None) -> bool:
     return room
 
 
-def engine_on_master(model: GPT, tokenizer: Tokenizer | None, compute: Compute) -> Engine | None:
-    """An engine with a copy of the weights on rank 0, None elsewhere; all ranks call it, for a sharded model."""
-    engine = Engine(model, tokenizer, compute.dtype) if compute.is_master or is_sharded(model) else None
-    return engine if compute.is_master else None
+@torch.inference_mode()
+def complete(model: GPT, ids: Sequence[int], tokens: int, dtype: torch.dtype) -> list[int]:
+    """The likeliest continuation of ids, up to the end of the context, all of it read again for each token: enough to
+    look at a model, without an engine.
+    """
+    said = list(ids)
+    for n in range(len(ids), min(len(ids) + tokens, model.config.sequence_len)):
+        padded = F.pad(torch.tensor(said), (0, round_length(n, model.device) - n)).to(model.device)
+        said.append(int(model.logits(model.hidden(padded[None], dtype)[:, n - 1]).argmax()))
+    return said[len(ids) :]

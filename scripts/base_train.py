@@ -74,13 +74,12 @@ from nanochat.compute import Compute, compute_init
 from nanochat.core_eval import CoreTask, GPTScorer, find_bundle, load_tasks, mean_centred, score_task
 from nanochat.corpus import Corpus, iter_text, load_corpus
 from nanochat.dataloader import Position, training_stream
-from nanochat.engine import Sampling
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.loss_eval import BitsPerByte, evaluate_bpb, validation_windows
 from nanochat.model import build_model
 from nanochat.run import Run, open_run
 from nanochat.schedule import BatchPlan, plan_batches, plan_horizon
-from nanochat.sharding import placement
+from nanochat.sharding import is_sharded, placement
 from nanochat.sizing import choose_device_batch
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 from nanochat.train import (
@@ -89,7 +88,7 @@ from nanochat.train import (
     accumulate,
     agree,
     compile_model,
-    engine_on_master,
+    complete,
     every,
     fits,
     rates_at,
@@ -210,16 +209,15 @@ def evaluate_core(model: GPT, tokenizer: Tokenizer, tasks: Sequence[CoreTask], c
 
 
 def show_samples(model: GPT, tokenizer: Tokenizer, compute: Compute, run: Run) -> None:
-    """What the model writes after a few fixed beginnings; from rank 0, with a copy of the weights, called by all."""
-    engine = engine_on_master(model, None, compute)
-    if not engine:
+    """The likeliest text after a few fixed beginnings; from rank 0, with a copy of the weights, called by all."""
+    copy = model.inference_copy(compute.dtype) if compute.is_master or is_sharded(model) else None
+    if not copy or not compute.is_master:
         return
     for prompt in STARTS:
         ids = tokenizer.encode(prompt, prepend="<|bos|>")
         if not fits(ids, model, prompt):
             continue
-        samples, _ = engine.generate_batch([ids], Sampling(max_tokens=48, temperature=0.7, top_k=50))
-        text = tokenizer.decode(samples[0])
+        text = tokenizer.decode(complete(copy, ids, 48, compute.dtype))
         run.record.write("sample", step=run.done, prompt=prompt, text=text)
         print0(f"  {prompt!r} -> {text!r}")
 

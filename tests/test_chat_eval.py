@@ -50,11 +50,11 @@ class Says:
     ) -> tuple[list[list[int]], None]:
         return [BYTES.encode(self.rule(prompt)) for prompt in prompts for _ in range(num_samples)], None
 
-    def prefill(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, None]:
+    def last_states(self, prompts: Sequence[Prompt]) -> torch.Tensor:
         states = torch.zeros(len(prompts), BYTES.get_vocab_size())
         for row, prompt in zip(states, prompts, strict=True):
             row[BYTES.encode(self.rule(prompt))[0]] = 1
-        return states, None
+        return states
 
 
 def accuracy(task: Any, rule: Callable[[Prompt], str]) -> float:

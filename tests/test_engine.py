@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from nanochat import attention
 from nanochat.common import UserError
 from nanochat.conversation import decode_parts
-from nanochat.engine import Engine, KVCache, Sampling, sample
+from nanochat.engine import Batch, Engine, Request, Sampling, penalise, sample
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.model import build_model
 from nanochat.tokenizer import Tokenizer
@@ -33,33 +33,116 @@ def test_cached_greedy_equals_the_full_forward(kv_heads, pattern):
     assert Engine(model).generate_batch([PROMPT], greedily(24))[0][0] == greedy(model, PROMPT, 24)
 
 
-@pytest.mark.parametrize("cuts", [[1] * 20, [7, 13], [19, 1], [3, 1, 9, 7]])
-def test_any_chunking_of_a_prompt_gives_the_same_logits(cuts):
-    """nanochat's cache is wrong when it is filled a second time."""
-    model = small_model()
-    ids = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(3))
-    engine, cache = Engine(model), KVCache(SMALL, 2, 20, torch.device("cpu"), torch.float32)
-    start = 0
-    for cut in cuts:
-        with torch.no_grad():
-            logits = engine.model.logits(engine.forward(ids[:, start : start + cut], cache))
-        start += cut
-        torch.testing.assert_close(logits, model(ids[:, :start])[:, -1], atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("chunk", [1, 3, 7])
+@pytest.mark.parametrize("pattern", ["L", "SSL"])
+def test_any_chunking_of_prompts_says_the_same(monkeypatch, chunk, pattern):
+    """nanochat's cache is wrong when it is filled a second time. Here prompts of different length are read together,
+    chunk by chunk, and the rings of S layers (16 tokens and a chunk of 32) go round.
+    """
+    monkeypatch.setattr("nanochat.engine.CHUNK", chunk)
+    model = small_model(GPTConfig(**{**SMALL.__dict__, "window_pattern": pattern}))
+    prompts = [list(range(40, 60)), PROMPT, [5], list(range(100, 128))]
+    expected = [greedy(model, prompt, 32 - len(prompt)) for prompt in prompts]
+    assert Engine(model).generate_batch(prompts, greedily(None))[0] == expected
 
 
-def test_rows_of_different_length_decode_together():
-    """A slot's own position decides what it sees: shorter rows must not see the padding of longer ones."""
-    model = small_model()
-    engine = Engine(model)
-    ids = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(4))
-    cache = KVCache(SMALL, 2, 16, torch.device("cpu"), torch.float32)
-    with torch.no_grad():
-        engine.forward(ids[:, :8], cache)
-        cache.lengths[1] = 5  # the second row forgets its last three tokens
-        logits = engine.model.logits(engine.forward(ids[:, 8:9], cache))
-        alone = torch.cat([ids[1:, :5], ids[1:, 8:9]], dim=1)
-        torch.testing.assert_close(logits[0], model(ids[:1, :9])[0, -1], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(logits[1], model(alone)[0, -1], atol=1e-4, rtol=1e-4)
+def steps(batch: Batch) -> None:
+    while len(batch):
+        batch.step()
+
+
+@pytest.mark.parametrize("pattern", ["L", "SSL"])
+def test_requests_that_join_and_leave_notice_nothing(monkeypatch, pattern):
+    """One more every second step while others end, one is cancelled, and two share what a third has read."""
+    monkeypatch.setattr("nanochat.engine.CHUNK", 4)
+    monkeypatch.setattr("nanochat.engine.SHARED", 3)
+    model = small_model(GPTConfig(**{**SMALL.__dict__, "window_pattern": pattern}))
+    prompts = [PROMPT, list(range(20)), [*range(18), 77], [9], list(range(15)), [*range(15), 1, 2], PROMPT, [1, 2]]
+    requests = [Request(prompt, greedily(3 + 4 * (i % 3))) for i, prompt in enumerate(prompts)]
+    batch = Engine(model).batch(4)
+    for i, request in enumerate(requests):
+        batch.add(request)
+        if i == 5:
+            batch.cancel(requests[4])
+        batch.step()
+        batch.step()
+    steps(batch)
+    for i, request in enumerate(requests):
+        said = greedy(model, prompts[i], 3 + 4 * (i % 3))
+        assert request.tokens == (said[: len(request.tokens)] if i == 4 else said)
+        assert request.finished == ("cancelled" if i == 4 else "length")
+
+
+def fed_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each reading pass is given, in a list that grows."""
+    fed, feed = [], Batch.feed
+
+    def record(self: Batch, chunks: dict[int, list[int]]) -> None:
+        fed.append(sum(map(len, chunks.values())))
+        feed(self, chunks)
+
+    monkeypatch.setattr(Batch, "feed", record)
+    return fed
+
+
+def test_a_prompt_is_read_once_for_all_its_samples(monkeypatch):
+    fed = fed_tokens(monkeypatch)
+    samples, _ = Engine(small_model()).generate_batch([PROMPT, [3, 4]], Sampling(4), num_samples=8)
+    assert fed == [4 + 1] and len(set(map(tuple, samples[:8]))) > 1
+
+
+@pytest.mark.parametrize("pattern", ["L", "SSL"])
+def test_the_next_turn_of_a_chat_reads_only_what_is_new(monkeypatch, pattern):
+    monkeypatch.setattr("nanochat.engine.CHUNK", 4)
+    fed = fed_tokens(monkeypatch)
+    model = small_model(GPTConfig(**{**SMALL.__dict__, "window_pattern": pattern}))
+    engine, prompt = Engine(model), list(range(18))
+    said = list(engine.generate(prompt, greedily(3)))
+    assert sum(fed) == 17 and said == greedy(model, prompt, 3)
+    longer = [*prompt, *said, 7, 8, 9]
+    assert list(engine.generate(longer, greedily(4))) == greedy(model, longer, 4)
+    assert sum(fed) == 17 + 3, "the last token of the answer, and what was new but for its end"
+    other = [*prompt[:17], 99, 98]  # an edited question: a ring still holds what comes before it, or all is read again
+    assert list(engine.generate(other, greedily(4))) == greedy(model, other, 4)
+
+
+def test_a_cancelled_request_leaves_within_one_step():
+    batch = Engine(small_model()).batch(1)
+    first, second, third = (Request(PROMPT, greedily(20)) for _ in range(3))
+    for request in (first, second, third):
+        batch.add(request)
+    batch.step()
+    batch.cancel(first)
+    batch.cancel(third)
+    assert [said.request for said in batch.step()] == [second] and len(batch) == 1
+    assert (first.finished, len(first.tokens), third.finished, third.tokens) == ("cancelled", 1, "cancelled", [])
+
+
+def test_a_long_prompt_stalled_those_who_were_waiting_for_their_next_token(monkeypatch):
+    """It is read a chunk at a time, and everybody else gets a token with each."""
+    monkeypatch.setattr("nanochat.engine.CHUNK", 4)
+    fed = fed_tokens(monkeypatch)
+    batch = Engine(small_model()).batch(4)
+    short = Request([5], greedily(20))
+    batch.add(short)
+    batch.step()
+    batch.add(Request(list(range(20)), greedily(2)))
+    steps(batch)
+    assert max(fed) == 4 and len(fed) == 5 and len(short.tokens) == 20
+
+
+def test_a_slot_that_holds_more_than_all_who_decode_poisons_nobody():
+    """A window layer of a free slot between them saw nothing at all: NaN, which masked attention multiplies by 0."""
+    model = small_model(GPTConfig(**{**SMALL.__dict__, "window_pattern": "SSL"}))
+    batch = Engine(model).batch(2)
+    batch.add(Request(list(range(28)), greedily(3)))
+    late = Request([1, 2], greedily(12))
+    batch.add(late)
+    steps(batch)
+    again = Request([*range(27), 9], greedily(3))
+    batch.add(again)
+    steps(batch)
+    assert late.tokens == greedy(model, [1, 2], 12) and again.tokens == greedy(model, again.prompt, 3)
 
 
 def test_samples_do_not_share_their_first_token():
@@ -198,9 +281,11 @@ def test_a_full_context_is_an_error_and_not_a_frozen_cache():
     assert len(engine.generate_batch([PROMPT], greedily(None))[0][0]) == 32 - len(PROMPT)
     with pytest.raises(UserError, match="1 to 31"):
         engine.generate_batch([[1] * 32], Sampling())
-    cache = KVCache(SMALL, 1, 4, torch.device("cpu"), torch.float32)
-    with pytest.raises(AssertionError, match="overflows"):
-        engine.forward(torch.zeros(1, 5, dtype=torch.long), cache)
+    batch = engine.batch(1, capacity=8)
+    request = Request(PROMPT, greedily(20))
+    batch.add(request)
+    steps(batch)
+    assert len(request.tokens) == 3 and request.finished == "length"
 
 
 def test_the_engine_does_not_see_later_training():
@@ -212,25 +297,84 @@ def test_the_engine_does_not_see_later_training():
     assert engine.generate_batch([PROMPT], greedily(6)) == before
 
 
-def test_top_k_and_top_p_keep_what_they_say():
-    logits = torch.log(torch.tensor([[0.4, 0.3, 0.2, 0.1]])).expand(2000, 4)
-    g = torch.Generator().manual_seed(0)
+LOGITS = torch.log(torch.tensor([[0.4, 0.3, 0.2, 0.1]]))
 
-    def drawn(**options: float) -> dict[int, float]:
-        tokens = sample(logits, torch.rand(2000, generator=g), Sampling(**options))
-        return {t: (tokens == t).float().mean().item() for t in tokens.unique().tolist()}
 
-    assert drawn(temperature=0.0) == {0: 1.0}
-    assert set(drawn(top_k=2)) == {0, 1}
-    assert set(drawn(top_p=0.5)) == {0, 1}  # 0.4 is not yet 0.5, so the next one belongs to it
-    assert set(drawn(top_p=0.4)) == {0}
-    everything = drawn()
+def draw(logits: torch.Tensor = LOGITS, draws: int = 2000, **options: float) -> dict[int, float]:
+    """{token: its share} of many draws."""
+    uniform = torch.rand(draws, generator=torch.Generator().manual_seed(0))
+    tokens = sample(logits.expand(draws, -1).clone(), uniform, [Sampling(**options)] * draws)
+    return {t: (tokens == t).float().mean().item() for t in tokens.unique().tolist()}
+
+
+def test_top_k_top_p_and_min_p_keep_what_they_say():
+    assert draw(temperature=0.0) == {0: 1.0}
+    assert set(draw(top_k=2)) == {0, 1}
+    assert set(draw(top_p=0.5)) == {0, 1}  # 0.4 is not yet 0.5, so the next one belongs to it
+    assert set(draw(top_p=0.4)) == {0} and set(draw(top_p=1e-9)) == {0}
+    assert set(draw(min_p=0.6)) == {0, 1}  # 0.3 is 0.75 of the likeliest one's 0.4, 0.2 is half of it
+    assert set(draw(top_k=3, top_p=0.75)) == {0, 1}  # of the three that are left, 0.4 + 0.3 are 0.78
+    everything = draw()
     assert everything[0] == pytest.approx(0.4, abs=0.05) and everything[3] == pytest.approx(0.1, abs=0.03)
-    assert drawn(temperature=0.5)[0] == pytest.approx(0.16 / 0.30, abs=0.05)
+    assert draw(temperature=0.5)[0] == pytest.approx(0.16 / 0.30, abs=0.05)
+    assert draw(top_k=3)[0] == pytest.approx(0.4 / 0.9, abs=0.05)
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-10])
+def test_a_tiny_temperature_gave_nuls(temperature):
+    """0 / 0 is no number, and no number is less than a draw."""
+    assert draw(temperature=temperature, draws=8) == {0: 1.0}
+    assert draw(temperature=temperature, top_k=2, draws=8) == {0: 1.0}
+
+
+def test_every_request_is_drawn_its_own_way_whatever_its_company():
+    """And a row draws the same alone: cut and uncut rows count in different orders."""
+    kinds = [{}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.3}, {"top_k": 9, "temperature": 2.0}]
+    samplings = [Sampling(12, seed=seed, **kind) for seed in (1, 2) for kind in kinds]  # type: ignore[arg-type]
+    samplings += [Sampling(12, repetition_penalty=1.5), Sampling(12, logprobs=2)]
+    engine = Engine(small_model())
+    alone = [engine.generate_batch([PROMPT], sampling)[0][0] for sampling in samplings]
+    requests = [Request(PROMPT, sampling) for sampling in samplings]
+    batch = engine.batch(len(requests))
+    for request in requests:
+        batch.add(request)
+    steps(batch)
+    assert [request.tokens for request in requests] == alone
+
+
+def test_the_repetition_penalty_is_that_of_ctrl():
+    """After [0, 1]: 0.9 / 1.5 is less than 0.7, and a negative logit falls too."""
+    logits = torch.tensor([0.9, -0.1, 0.7, -0.12])
+    penalise(logits, [0, 1, 1], 1.5)
+    torch.testing.assert_close(logits, torch.tensor([0.6, -0.15, 0.7, -0.12]))
+    said = Engine(small_model()).generate_batch([[7]], Sampling(20, 0, repetition_penalty=1e9))[0][0]
+    assert len({7, *said}) == 21, "nothing is said twice"
+
+
+def test_log_probabilities_are_those_of_the_full_forward():
+    """The model's own, whatever the temperature; score() gives the same for a text that is there already."""
+    model = small_model()
+    engine, request = Engine(model), Request(PROMPT, Sampling(6, temperature=0.5, top_k=3, logprobs=2))
+    batch, said = engine.batch(1), []
+    batch.add(request)
+    while len(batch):
+        said += batch.step()
+    text = PROMPT + request.tokens
+    with torch.no_grad():
+        expected = model(torch.tensor([text])).log_softmax(dim=-1)[0]
+    scores = engine.score(text, 2)
+    assert len(scores) == len(text) - 1 and engine.score([3]) == []
+    for place, (logprob, top) in enumerate(scores):
+        assert logprob == pytest.approx(expected[place, text[place + 1]].item(), abs=1e-4)
+        assert [token for token, _ in top] == expected[place].topk(2).indices.tolist()
+    for one, (logprob, top) in zip(said, scores[len(PROMPT) - 1 :], strict=True):
+        assert one.logprob == pytest.approx(logprob, abs=1e-4) and [t for t, _ in one.top] == [t for t, _ in top]
+    with pytest.raises(UserError, match="takes 32"):
+        engine.score([1] * 33)
 
 
 def test_a_draw_never_takes_a_token_without_probability():
     """Rounding at the upper end once could: the last token's share is 0 here."""
     logits = torch.tensor([[0.3, 0.2, -torch.inf, -torch.inf]]).expand(3, 4)
-    assert sample(logits, torch.tensor([0.0, 1 - 2**-24, 0.9999999]), Sampling()).tolist() == [0, 1, 1]
-    assert sample(torch.tensor([[-torch.inf, 1.0]]), torch.zeros(1), Sampling()).tolist() == [1]
+    assert sample(logits, torch.tensor([0.0, 1 - 2**-24, 0.9999999]), [Sampling()] * 3).tolist() == [0, 1, 1]
+    assert sample(torch.tensor([[-torch.inf, 1.0]]), torch.zeros(1), [Sampling()]).tolist() == [1]

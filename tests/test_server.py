@@ -213,8 +213,9 @@ def test_settings_of_a_request_reach_the_engine_and_the_defaults_where_it_has_no
         texts(live.chat(temperature=0, top_k=0, max_tokens=1, seed=3))
     first, second, third = ({key: call[key] for key in call if key != "tokens"} for call in engine.calls)
     assert first.pop("seed") != second.pop("seed")  # else every chat would go the same way
-    assert first == second == {"temperature": 0.5, "top_k": 7, "top_p": None, "max_tokens": 2}
-    assert third == {"temperature": 0, "top_k": 0, "top_p": None, "max_tokens": 1, "seed": 3}
+    others = {"top_p": None, "min_p": None, "repetition_penalty": 1.0, "logprobs": None}
+    assert first == second == {"temperature": 0.5, "top_k": 7, "max_tokens": 2, **others}
+    assert third == {"temperature": 0, "top_k": 0, "max_tokens": 1, "seed": 3, **others}
 
 
 def test_earlier_tool_use_is_rendered_as_in_training_and_text_never_becomes_a_special_token() -> None:

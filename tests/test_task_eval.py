@@ -75,7 +75,7 @@ def test_letters_that_tie_in_bfloat16_are_told_apart():
     states = torch.ones(1, 2, dtype=torch.bfloat16)
     assert torch.nn.functional.linear(states, head[[ord("A"), ord("B")]].bfloat16()).diff().item() == 0
     model = SimpleNamespace(lm_head=SimpleNamespace(weight=head.bfloat16()))
-    engine: Any = SimpleNamespace(model=model, tokenizer=BYTES, prefill=lambda prompts: (states, None))
+    engine: Any = SimpleNamespace(model=model, tokenizer=BYTES, last_states=lambda prompts: states)
     assert task_eval.choose_letters(engine, {0: [1]}, {0: "AB"}, 1) == {0: ["B"]}
 
 
