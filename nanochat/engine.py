@@ -124,9 +124,9 @@ class Sampling:
     temperature: float = 1.0  # 0 = always the most likely token
     top_k: int | None = None  # draw from the k most likely tokens only
     top_p: float | None = None  # from the fewest whose probabilities reach p
+    seed: int = 42
     min_p: float | None = None  # from those with at least this share of the likeliest one's probability
     repetition_penalty: float = 1.0  # logits of tokens seen before are divided, negative ones multiplied (CTRL)
-    seed: int = 42
     logprobs: int | None = None  # report the token's log-probability, and this many of the likeliest ones'
 
 

@@ -59,7 +59,7 @@ def asked(monkeypatch):
 def test_one_question_one_answer(chat, asked):
     """Same seed, same answer; and no special token in it: nanochat's printed <|assistant_end|>."""
     first = chat(prompt="Who are you?")
-    assert first == chat(prompt="Who are you?") != chat(prompt="Who are you?", seed=7)
+    assert first == chat(prompt="Who are you?") != chat(prompt="Who are you?", seed=1)
     assert "<|" not in first and asked[0] == [{"role": "user", "content": "Who are you?"}]
 
 
