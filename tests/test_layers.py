@@ -16,7 +16,7 @@ tokenizer corpus dataloader loss_eval core_eval checkpoint_manager signals run t
 """.split()
 LEAVES = """
 calculator engine conversation names chat_train task_eval hf_model download corpus_writer task_data dataset
-jail_stub execution report_page report server
+jail_stub execution report_page report runs server
 """.split()
 # What one reads to understand and change the training of a model.
 STORY = ["speedrun.sh", "scripts/base_train.py"] + [
@@ -27,7 +27,7 @@ BUDGETS = {
     "files of the trunk": 25,
     "lines of the trunk": 5100,
     "lines of the story": 2500,
-    "lines of the library": 8800,  # to become 7,500
+    "lines of the library": 9000,  # to become 7,500
     "parameters of a library function": 7,
 }
 
