@@ -18,6 +18,8 @@ LEAVES = """
 calculator engine conversation names chat_train task_eval hf_model download corpus_writer task_data dataset
 jail_stub execution report_page report runs server
 """.split()
+# The places to talk to a model, the other architectures, the faster recipe: what comes on top of the library.
+ADDED = "runs api markdown serving server".split()
 # What one reads to understand and change the training of a model.
 STORY = ["speedrun.sh", "scripts/base_train.py"] + [
     f"nanochat/{name}.py"
@@ -27,7 +29,8 @@ BUDGETS = {
     "files of the trunk": 25,
     "lines of the trunk": 5100,
     "lines of the story": 2500,
-    "lines of the library": 9000,  # to become 7,500
+    "lines of the library": 8500,  # to become 7,500
+    "lines of the library and the server": 10000,  # to become 9,000, with relatives and recipe
     "parameters of a library function": 7,
 }
 
@@ -88,7 +91,8 @@ def figures() -> dict[str, int]:
         "files of the trunk": len(TRUNK),
         "lines of the trunk": lines([f"nanochat/{name}.py" for name in TRUNK]),
         "lines of the story": lines(STORY),
-        "lines of the library": lines([str(path.relative_to(ROOT)) for path in library]),
+        "lines of the library": lines([f"nanochat/{path.name}" for path in library if path.stem not in ADDED]),
+        "lines of the library and the server": lines([f"nanochat/{path.name}" for path in library]),
         "parameters of a library function": max(max(parameters(path).values(), default=0) for path in library),
     }
 
