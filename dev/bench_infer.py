@@ -104,7 +104,7 @@ def alternate(arms: list[Arm], **question: Any) -> dict[str, list[dict[str, Any]
 def measure_speeds(arms: list[Arm], prompt: list[int], config: Any) -> dict[str, float]:
     """The gate, then each batch; a table, and what the last line says of it."""
     result = check_equal(arms, prompt)
-    names = ("first ms", "read/s", "decode/s", "best", "of reads", "of copies")
+    names = ("first ms", "read/s", "decode/s", "best", "per CPU s", "of reads", "of copies")
     print(f"{'rows':>4} {'arm':5}" + "".join(f"{name:>10}" for name in names))
     for rows in map(int, batches.split()):
         answers = alternate(arms, what="speed", rows=rows, prompt=prompt, tokens=max_tokens)
@@ -113,12 +113,14 @@ def measure_speeds(arms: list[Arm], prompt: list[int], config: Any) -> dict[str,
         medians = {}
         for name, measured in answers.items():
             rates = [answer["decode"] for answer in measured]
-            first, decode = statistics.median(answer["first"] for answer in measured), statistics.median(rates)
+            first, decode, cpu = (
+                statistics.median(answer[key] for answer in measured) for key in ("first", "decode", "cpu")
+            )
             shares = [decode / rows * moved / rate for rate in (reads, copies)]
-            medians[name] = first, decode
+            medians[name] = first, decode, cpu
             print(
                 f"{rows:4} {name:5}{first * 1e3:10.1f}{prompt_tokens / first:10,.0f}{decode:10,.0f}{max(rates):10,.0f}"
-                f"{shares[0]:10.0%}{shares[1]:10.0%}"
+                f"{cpu:10,.0f}{shares[0]:10.0%}{shares[1]:10.0%}"
             )
             prefix = "" if name == "ours" else f"{name}_"
             result |= {f"{prefix}decode_b{rows}": round(decode), f"{prefix}first_ms_b{rows}": round(first * 1e3, 1)}
@@ -131,6 +133,7 @@ def measure_speeds(arms: list[Arm], prompt: list[int], config: Any) -> dict[str,
             if name != "ours":
                 prefix = "" if name == "peer" else f"{name}_"
                 result |= {f"{prefix}decode_ratio_b{rows}": round(medians["ours"][1] / decode, 2)}
+                result |= {f"{prefix}cpu_ratio_b{rows}": round(medians["ours"][2] / cpu, 2)}
                 result |= {f"{prefix}prefill_ratio": round(first / medians["ours"][0], 2)} if rows == 1 else {}
     return result
 
