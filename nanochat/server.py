@@ -1,331 +1,158 @@
-"""The web chat: a page, and replies streamed as server-sent events.
+"""The web server: nanochat's page, and an API that OpenAI's clients speak.
 
-    GET  /                  the page, ui.html
-    GET  /health            {"status": "ok", "ready": true, "model": ..., "context": ..., "limits": {...}}
-    GET  /stats             requests, active, waiting, tokens, tokens per second, uptime
-    POST /chat/completions  {"messages": [...], "temperature", "max_tokens", "top_k", "seed"} -> events
+    GET  /                      the page; its files are under /static
+    GET  /health                {"status": "ok", "ready": true, "model", "context", "limits", "defaults"}
+    POST /v1/chat/completions   and /v1/completions, GET /v1/models: as OpenAI's (api.py)
+    GET  /stats /metrics        requests, active, waiting, tokens, ... as JSON, and for Prometheus
+    GET  /docs /openapi.json    what there is
+    POST /render                {"text"} -> {"html"}, of Markdown
+    GET  /runs /report          the records of this base directory (runs.py)
+    POST /chat/completions      what the page asks: {"messages": [...], "temperature", "max_tokens", ...} -> events
 
-    data: {"waiting": 2}                                     requests that come first; 0 when it is this one's turn
+    data: {"waiting": 2}                                     replies that must end first; 0 when its turn has come
     data: {"left_out": 4}                                    oldest messages that the context has no room for
-    data: {"token": "Hi", "kind": "text", "gpu": 0}          kinds as in conversation.py
-    data: {"done": true, "finish_reason": "stop", "prompt_tokens": 9, "completion_tokens": 3, "left_out": 0}
+    data: {"token": "Hi", "kind": "text", "gpu": 0}          some characters; kinds as in conversation.py
+    data: {"done": true, "finish_reason": "stop", "prompt_tokens": 9, "completion_tokens": 3, "left_out": 0, "html": ""}
     data: {"error": "..."}                                   instead of done
 
-Promises: the model runs in a thread of its own, so the page answers at any time; requests take turns, first come first
-served; a client that is gone costs one step at most. A stream ends in done or error, never in silence. No conversation
-is stored or logged, and no other site's page can reach this one. It does not authenticate: it is for this machine or a
-network you trust.
+Promises: the page answers at any time; a client that is gone costs one step at most; a stream ends in done or error,
+never in silence. No conversation is stored or logged. No other site's page can reach this one, and where others than
+this machine can, every request but for the page's own files needs the token.
 """
 
 import asyncio
-import base64
 import contextlib
-import hashlib
+import hmac
+import html
 import ipaddress
 import json
-import secrets
 import socket
-import threading
 import time
-import traceback
-from collections import deque
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from types import FrameType
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, Response, StreamingResponse
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from pydantic import Field, ValidationError
 from starlette.background import BackgroundTask
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.routing import Match
+from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from nanochat.api import (
+    LIMITS,
+    Answer,
+    ApiError,
+    ChatRequest,
+    Conversation,
+    Drawing,
+    OpenAI,
+    Strict,
+    TextRequest,
+    error_body,
+    shorten,
+    usage,
+)
 from nanochat.common import UserError
-from nanochat.conversation import Piece, StreamDecoder, check_messages, render_within
-from nanochat.engine import Engine, Sampling
+from nanochat.conversation import render_within
+from nanochat.engine import Request as Continuation
+from nanochat.markdown import Renderer
+from nanochat.runs import runs_router
+from nanochat.serving import Busy, Part, Reply, Serving
 from nanochat.tokenizer import Tokenizer
 
-Event = dict[str, Any]
-
-LIMITS = {"messages": 500, "message_characters": 8_000, "characters": 32_000}
-RANGES: dict[str, tuple[type, float, float]] = {
-    "temperature": (float, 0, 2),
-    "top_k": (int, 0, 200),
-    "max_tokens": (int, 1, 4_096),
-    "seed": (int, 0, 2**32 - 1),
-}
+MAX_HEADER_BYTES = 16_384
 MAX_BODY_BYTES = 1 << 20  # 32,000 characters, each as a \u escape pair of 12 bytes, are a third of it
-BODY_SECONDS = 30  # to send the body in; a client that drips bytes must not hold a connection for ever
-MAX_WAITING = 32  # requests in line behind the running one
+BODY_SECONDS = 30  # to send a body in
+HEADER_SECONDS = 10  # to send a request's headers in, and to send the first request after connecting
+SEND_SECONDS = 30  # that a client may leave its answer unread; a third of a megabyte waits for it by then
+DRAIN_SECONDS = 20  # that running replies have when the server ends
+RETRY_SECONDS = 5
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-PAGE = Path(__file__).with_name("ui.html")
+PAGE = Path(__file__).parent / "page"
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types nanochat"
+)
+SECURITY = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a request that doesn't say otherwise gets."""
+    """What a request that doesn't say otherwise gets. Raises UserError for what a request may not ask."""
 
     temperature: float = 0.8
     top_k: int = 50
     max_tokens: int = 512
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            check_range(name, value, f"--{name.replace('_', '-')}={value}")
+        try:
+            Drawing(**vars(self))
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0])
+            given = f"--{name.replace('_', '-')}={first['input']}"
+            raise UserError(f"{given}: {first['msg'].replace('Input', 'it', 1)}") from None
 
 
-# -----------------------------------------------------------------------------
-# The model's thread
+@dataclass(frozen=True)
+class Access:
+    """Who is answered: those who ask for one of our names, from one of our pages, with the token if there is one."""
+
+    host: str = "127.0.0.1"  # that is listened on
+    public: frozenset[str] = frozenset()  # names of a proxy or tunnel before it
+    token: str | None = None
+
+    @property
+    def hosts(self) -> frozenset[str]:
+        own = {self.host.lower(), *([socket.gethostname().lower()] if is_any_address(self.host) else [])}
+        return LOOPBACK | own | self.public
+
+    def refusal(self, method: str, headers: Headers, free: bool) -> ApiError | None:
+        """Why a request is not answered. DNS rebinding comes with a name that is not ours in Host (where all addresses
+        are listened on an address is as good as a name: rebinding needs a name), another site's page with its own in
+        Origin; a proxy may have rewritten Host, but no browser lets a page choose its Origin.
+        """
+        given, origin = headers.get("host", ""), headers.get("origin")
+        name = name_of(f"//{given}")
+        if name not in self.hosts and not (parse_address(name) and is_any_address(self.host)):
+            advice = f"--public-host={name or 'NAME'}"
+            return ApiError(403, f"Host {shorten(given)} is not served here; start with {advice} to serve it")
+        if method not in ("GET", "HEAD") and origin is not None and origin.partition("://")[2] != given:
+            site = name_of(origin)
+            if site not in self.public:
+                advice = f"if that is a proxy or tunnel to this server, start with --public-host={site or 'NAME'}"
+                return ApiError(403, f"Origin {shorten(origin)} is another site; {advice}")
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        right = scheme.lower() == "bearer" and hmac.compare_digest(token.encode(), (self.token or "").encode())
+        if self.token and not free and not right:
+            bearer = "expected the header Authorization: Bearer TOKEN, with the token that the server was started with"
+            return ApiError(401, bearer, None, "invalid_api_key", WWW_Authenticate="Bearer")
+        return None
 
 
-class Job:
-    """One reply: what it continues, how it is drawn, and the way back to the event loop that waits for it."""
-
-    def __init__(self, tokens: list[int], sampling: Sampling, left_out: int = 0):
-        self.tokens, self.sampling, self.left_out = tokens, sampling, left_out
-        self.cancelled = False
-        self.ahead = 0  # requests that come first, as last told
-        self.events: asyncio.Queue[Event] = asyncio.Queue()
-        self.loop = asyncio.get_running_loop()
-        if left_out:
-            self.tell(left_out=left_out)
-
-    def tell(self, **event: Any) -> None:
-        """Hand an event to the client; from any thread. Does nothing once its event loop has ended."""
-        with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
-
-    def tell_piece(self, piece: Piece | None) -> None:
-        if piece:
-            self.tell(token=piece.text, kind=piece.kind, gpu=0)
-
-    def tell_ahead(self, ahead: int) -> None:
-        if ahead != self.ahead:
-            self.ahead = ahead
-            self.tell(waiting=ahead)
-
-    def finish(self, reason: str, completion_tokens: int) -> None:
-        """The last event. completion_tokens are what max_tokens counts: tool output and end token included."""
-        count = {"prompt_tokens": len(self.tokens), "completion_tokens": completion_tokens}
-        self.tell(done=True, finish_reason=reason, **count, left_out=self.left_out)
-
-
-class Worker:
-    """The thread that runs the engine until close(), and the line before it. Everything else is on the event loop."""
-
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, max_waiting: int):
-        self.engine, self.tokenizer, self.max_waiting = engine, tokenizer, max_waiting
-        self.line: deque[Job] = deque()
-        self.active: Job | None = None
-        self.closed = False
-        self.changed = threading.Condition()  # held to look at or change line, active and closed
-        self.started, self.seconds = time.monotonic(), 0.0
-        self.counts = dict.fromkeys(("requests", "refused", "cancelled", "failed", "tokens"), 0)
-        self.thread = threading.Thread(target=self.run, name="model", daemon=True)
-        self.thread.start()
-
-    def submit(self, job: Job) -> None:
-        """Put a job in the line. Raises a 503 when the line is full or the server ends."""
-        with self.changed:
-            if self.closed or len(self.line) >= self.max_waiting:
-                self.counts["refused"] += 1
-                why = "the server ends" if self.closed else f"{len(self.line)} requests are waiting already"
-                raise HTTPException(503, f"{why}; try again in a few seconds", {"Retry-After": "5"})
-            self.counts["requests"] += 1
-            self.line.append(job)
-            self.tell_places()
-            self.changed.notify()
-
-    def cancel(self, job: Job) -> None:
-        """Take a job out of the line, or end it after the step that is running. No effect on a finished one."""
-        with self.changed:
-            job.cancelled = True
-            if job in self.line:
-                self.line.remove(job)
-                self.counts["cancelled"] += 1
-                job.finish("cancelled", 0)
-                self.tell_places()
-
-    def close(self) -> None:
-        """Cancel everything and wait for the thread, which ends after the step that is running."""
-        with self.changed:
-            self.closed = True
-            for job in filter(None, [*self.line, self.active]):
-                self.cancel(job)
-            self.changed.notify()
-        self.thread.join(timeout=10)
-
-    def stats(self) -> dict[str, float]:
-        """What /stats says. Tokens per second are those of the time in which there was something to do."""
-        with self.changed:
-            now = {"active": int(self.active is not None), "waiting": len(self.line)}
-        rate = self.counts["tokens"] / self.seconds if self.seconds else 0.0
-        uptime = time.monotonic() - self.started
-        return {**self.counts, **now, "tokens_per_second": round(rate, 1), "uptime_seconds": round(uptime, 1)}
-
-    def tell_places(self) -> None:
-        """Tell those in the line how many come first. Called with the lock held."""
-        for place, job in enumerate(self.line):
-            job.tell_ahead(place + (self.active is not None))
-
-    def run(self) -> None:
-        """The thread: one job after the other until close()."""
-        while True:
-            with self.changed:
-                self.active = None
-                self.changed.wait_for(lambda: self.line or self.closed)
-                if self.closed:
-                    return
-                job = self.active = self.line.popleft()
-                job.tell_ahead(0)
-                self.tell_places()
-            try:
-                self.reply(job)
-            except Exception as error:  # whatever one request does, the next one is served
-                self.counts["failed"] += 1
-                if not isinstance(error, UserError):
-                    traceback.print_exc()
-                    error = RuntimeError(f"the model failed ({type(error).__name__}); the server's terminal says where")
-                job.tell(error=str(error))
-
-    def reply(self, job: Job) -> None:
-        """Generate one reply, piece by piece. The engine's generator is closed however this ends."""
-        decoder, reason, count = StreamDecoder(self.tokenizer), "length", 0
-        clock = time.monotonic()
-        with contextlib.closing(self.engine.generate(job.tokens, job.sampling)) as tokens:
-            while not job.cancelled and (token := next(tokens, None)) is not None:
-                count += 1
-                self.counts["tokens"] += 1
-                self.seconds, clock = self.seconds + time.monotonic() - clock, time.monotonic()
-                if token in self.engine.stop_tokens:
-                    reason = "stop"
-                    break
-                job.tell_piece(decoder.feed(token))
-        job.tell_piece(decoder.finish())
-        if job.cancelled and reason != "stop":
-            reason = "cancelled"
-            self.counts["cancelled"] += 1
-        job.finish(reason, count)
-
-
-# -----------------------------------------------------------------------------
-# What a request may ask
-
-
-def check_range(name: str, value: object, given: str) -> None:
-    """Raise UserError unless `value` is a number of the setting's kind and range."""
-    kind, low, high = RANGES[name]
-    if type(value) not in (int, kind) or not low <= cast(float, value) <= high:  # a NaN is in no range
-        number = "a whole number" if kind is int else "a number"
-        raise UserError(f"{given}: expected {number} from {low:,} to {high:,}")
-
-
-def parse_request(body: bytes, defaults: Defaults) -> tuple[list[dict[str, Any]], Sampling]:
-    """(messages, sampling) of a request's body; without a seed it gets a random one. UserError beyond the limits."""
-    try:
-        content = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"the body is not JSON ({shorten(str(error))})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"the body is {shorten(content)}; expected an object with messages")
-    if unknown := sorted(content.keys() - {"messages", *RANGES}):
-        raise UserError(f"unknown field {shorten(unknown[0])}; there are messages, {', '.join(RANGES)}")
-    messages = content.pop("messages", None)
-    given = {name: value for name, value in content.items() if value is not None}
-    for name, value in given.items():
-        check_range(name, value, f"{name}={shorten(value)}")
-    check_messages(messages)
-    check_sizes(messages)
-    return messages, Sampling(**{**vars(defaults), "seed": secrets.randbits(32), **given})
-
-
-def check_sizes(messages: list[dict[str, Any]]) -> None:
-    """Raise UserError for messages beyond LIMITS, and when the last one is not the user's or empty."""
-    if len(messages) > LIMITS["messages"]:
-        raise UserError(f"{len(messages):,} messages; at most {LIMITS['messages']:,} are taken")
-    if messages[-1]["role"] != "user":
-        raise UserError(f"the last message is the {messages[-1]['role']}'s; expected the user's")
-    sizes = [count_characters(message["content"]) for message in messages]
-    for number, size in enumerate(sizes, 1):
-        if size > LIMITS["message_characters"]:
-            raise UserError(f"message {number} has {size:,} characters; at most {LIMITS['message_characters']:,} each")
-    if sum(sizes) > LIMITS["characters"]:
-        raise UserError(f"the messages have {sum(sizes):,} characters; at most {LIMITS['characters']:,} in all")
-    if not messages[-1]["content"].strip():
-        raise UserError("the last message is empty; expected something to reply to")
-
-
-def count_characters(content: str | list[dict[str, str]]) -> int:
-    return len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content)
-
-
-def shorten(value: object) -> str:
-    """A value as an error line shows it: printable ASCII, 60 characters at most."""
-    text = ascii(value) if not isinstance(value, str) else ascii(value[:80])
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-# -----------------------------------------------------------------------------
-# HTTP
-
-
-def reply_to(worker: Worker, job: Job) -> StreamingResponse:
-    """A job's events as an HTTP response; the job ends when the client goes, also while it waits."""
-
-    async def events() -> AsyncIterator[str]:
-        event: Event = {}
-        while not event.keys() & {"done", "error"}:
-            event = await job.events.get()
-            yield f"data: {json.dumps(event)}\n\n"
-
-    worker.submit(job)
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the second: nginx is not to collect it
-    end = BackgroundTask(worker.cancel, job)  # unlike a `finally` in events() it runs too if they never began
-    return StreamingResponse(events(), media_type="text/event-stream", headers=headers, background=end)
-
-
-def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """ASCII JSON: text from a request may hold what UTF-8 can't, a lone surrogate."""
-    return Response(json.dumps(content) + "\n", status, headers, "application/json")
-
-
-async def read_body(request: Request) -> bytes:
-    """A request's JSON body. Raises 415 for other kinds, 413 when it is too large, 408 when it takes too long."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # which another site's page can't send without asking first
-        raise HTTPException(415, f"Content-Type {shorten(kind)}; expected application/json")
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > MAX_BODY_BYTES:
-                    raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES:,} bytes")
-    except TimeoutError:
-        raise HTTPException(408, f"the body took longer than {BODY_SECONDS} seconds") from None
-    return bytes(body)
-
-
-def content_policy(page: str) -> str:
-    """The Content-Security-Policy that runs the page's own script and style, named by hash, and nothing else."""
-
-    def hash_of(tag: str) -> str:
-        block = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-        return base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
-
-    return (
-        f"default-src 'none'; script-src 'sha256-{hash_of('script')}'; style-src 'sha256-{hash_of('style')}'; "
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-        "require-trusted-types-for 'script'; trusted-types 'none'"
-    )
-
-
-def allowed_hosts(host: str) -> frozenset[str]:
-    """Names that a request's Host header may have when `host` is listened on."""
-    return LOOPBACK | {host.lower(), *([socket.gethostname().lower()] if is_any_address(host) else [])}
+def name_of(address: str) -> str:
+    with contextlib.suppress(ValueError):
+        return urlsplit(address).hostname or ""
+    return ""
 
 
 def parse_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -345,106 +172,463 @@ def is_loopback(host: str) -> bool:
     return address.is_loopback if address else host.lower() == "localhost"
 
 
-def refusal(headers: Headers, method: str, hosts: frozenset[str]) -> str | None:
-    """Why a request is not answered: it came under a name that is not ours, as DNS rebinding does, or from another
-    site's page. Where all addresses are listened on, an address is as good as a name: rebinding needs a name.
+# -----------------------------------------------------------------------------
+# Around every request
+
+
+def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """ASCII JSON: text from a request may hold what UTF-8 can't, a lone surrogate."""
+    return Response(json.dumps(content) + "\n", status, headers, "application/json")
+
+
+def problem(error: HTTPException) -> Response:
+    about = (getattr(error, "param", None), getattr(error, "code", None))
+    body = error_body(error.status_code, error.detail, *about)
+    return json_response(body, error.status_code, error.headers)
+
+
+class Guard:
+    """The app, with Access before it, the security headers on everything it answers, HEAD answered as GET and OPTIONS
+    by what there is, and limits on headers and bodies. `prefix` is taken off where a proxy has left it on.
     """
-    given, name = headers.get("host", ""), ""
-    with contextlib.suppress(ValueError):
-        name = urlsplit(f"//{given}").hostname or ""
-    if name not in hosts and not (parse_address(name) and any(map(is_any_address, hosts))):
-        return f"Host {shorten(given)} is not served here; start with --host=NAME to serve it"
-    origin = headers.get("origin")
-    if method not in ("GET", "HEAD") and origin is not None and origin.partition("://")[2] != given:
-        return f"Origin {shorten(origin)} is another site; only the page served here may ask"
+
+    def __init__(self, app: ASGIApp, access: Access, prefix: str = ""):
+        self.app, self.access, self.prefix = app, access, prefix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        method, headers, path = scope["method"], Headers(scope=scope), scope["path"]
+        if self.prefix and (path == self.prefix or path.startswith(self.prefix + "/")):
+            path = path[len(self.prefix) :]
+        static = path in ("", "/") or path.startswith("/static/")  # the page, the same for everybody
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                answered = MutableHeaders(scope=message)
+                answered.update(SECURITY)
+                answered.setdefault("Cache-Control", "no-cache" if static else "no-store")
+            await send(message)
+
+        # uvicorn leaves off the body of what answers a HEAD
+        scope = {**scope, "path": path, "method": "GET" if method == "HEAD" else method}
+        refused = self.access.refusal(method, headers, free=static or path == "/health") or misfit(method, headers)
+        answer = self.app
+        if refused:
+            answer = problem(refused)
+        elif path == "":
+            answer = RedirectResponse(f"{self.prefix}/")  # the page's addresses are relative
+        elif method == "OPTIONS":
+            answer = options(scope)
+        await answer(scope, limited(receive), send_with_headers)
+
+
+def misfit(method: str, headers: Headers) -> ApiError | None:
+    """What is wrong with the headers. Another site's page can send text and forms without asking, but not JSON."""
+    if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADER_BYTES:
+        return ApiError(431, f"the headers are larger than {MAX_HEADER_BYTES:,} bytes")
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if method == "POST" and kind != "application/json":
+        return ApiError(415, f"Content-Type {shorten(kind)}; expected application/json")
     return None
 
 
-def guard(app: ASGIApp, hosts: frozenset[str], policy: str) -> ASGIApp:
-    """`app`, which serves HTTP alone, with refusal() before it and the security headers on everything it answers."""
-    extra = {
-        "Content-Security-Policy": policy,
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-        "Cross-Origin-Resource-Policy": "same-origin",
-    }
+def options(scope: Scope) -> Response:
+    found = [route for route in scope["app"].routes if route.matches({**scope, "method": "GET"})[0] != Match.NONE]
+    methods = {method for route in found for method in getattr(route, "methods", None) or ["GET"]}
+    if not found:
+        return problem(ApiError(404, "Not Found"))
+    methods |= {"OPTIONS", *(["HEAD"] if "GET" in methods else [])}
+    return Response(status_code=204, headers={"Allow": ", ".join(sorted(methods))})
 
-    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(extra)
-            await send(message)
 
-        problem = refusal(Headers(scope=scope), scope["method"], hosts)
-        answer = json_response({"error": problem}, 403) if problem else app
-        await answer(scope, receive, send_with_headers)
+def limited(receive: Receive) -> Receive:
+    """`receive` that raises a 408 when the body is not there after BODY_SECONDS, a 413 when it is too large."""
+    deadline: float | None = asyncio.get_running_loop().time() + BODY_SECONDS
+    size = 0
 
-    return guarded
+    async def receive_within_limits() -> Message:
+        nonlocal deadline, size
+        try:
+            async with asyncio.timeout_at(deadline):
+                message = await receive()
+        except TimeoutError:
+            raise ApiError(408, f"the body took longer than {BODY_SECONDS} seconds") from None
+        size += len(message.get("body", b""))
+        if size > MAX_BODY_BYTES:
+            raise ApiError(413, f"the body is larger than {MAX_BODY_BYTES:,} bytes")
+        deadline = deadline if message.get("more_body") else None
+        return message
+
+    return receive_within_limits
+
+
+# -----------------------------------------------------------------------------
+# Replies
+
+
+class Service:
+    """What the routes share: the model behind the Serving, and how requests are put to it."""
+
+    def __init__(self, serving: Serving, tokenizer: Tokenizer, context: int, model: str, defaults: Defaults):
+        self.serving, self.tokenizer, self.context = serving, tokenizer, context
+        self.model, self.defaults = model, defaults
+        self.renderer = Renderer()
+
+    def check_model(self, name: str | None) -> None:
+        if name not in (None, self.model, "nanochat"):
+            message = f"there is no model {shorten(name)} here, but {self.model}"
+            raise ApiError(404, message, "model", "model_not_found")
+
+    async def read_chat(self, body: Conversation) -> tuple[list[int], int]:
+        """Its tokens, and how many of its oldest messages are left out so that there is room for the reply."""
+        room = self.context - min(body.max_tokens or self.defaults.max_tokens, self.context // 4)
+        return await asyncio.to_thread(render_within, body.rendered(), self.tokenizer, room)
+
+    def submit(
+        self, prompts: Sequence[tuple[list[int], int | None]], copies: int, body: Drawing, top: int | None
+    ) -> list[Reply]:
+        """A reply for each copy of each (prompt, token from which on it is repeated), in the line."""
+        sampling = body.sampling(vars(self.defaults), top)
+        replies = [
+            Reply(Continuation(tokens, sampling, stream=copy), self.tokenizer, body.stops(), echo)
+            for tokens, echo in prompts
+            for copy in range(copies)
+        ]
+        try:
+            self.serving.submit(replies)
+        except Busy as busy:
+            status, retry = (503 if busy.ended else 429), str(RETRY_SECONDS)
+            raise ApiError(status, f"{busy}; try again in a few seconds", None, "busy", Retry_After=retry) from None
+        return replies
+
+    def stream(self, replies: Sequence[Reply], lines: AsyncIterator[str], **headers: str) -> Response:
+        """Server-sent events; the replies end when the client goes, also while they wait."""
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers}  # nginx is not to collect them
+        end = BackgroundTask(
+            self.serving.cancel, replies
+        )  # unlike a `finally` in lines it runs too if they never began
+        return StreamingResponse(lines, media_type="text/event-stream", headers=headers, background=end)
+
+    async def whole(self, request: Request, replies: Sequence[Reply]) -> list[list[Part]]:
+        """All parts of each reply. They end when the client goes; then nobody reads what this returns."""
+
+        async def watch() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            self.serving.cancel(replies)
+
+        watcher, found = asyncio.create_task(watch()), [list[Part]() for _ in replies]
+        try:
+            async for index, parts, _ in self.serving.follow(replies):
+                if index >= 0:
+                    found[index] += parts
+        finally:
+            watcher.cancel()
+            self.serving.cancel(replies)
+        for reply in replies:
+            if failure := failed(reply):
+                raise failure
+        return found
+
+    async def openai(
+        self, request: Request, body: OpenAI, replies: list[Reply], answer: Answer, left_out: int = 0
+    ) -> Response:
+        """The answer to a request for completions."""
+        headers = {"X-Nanochat-Left-Out": str(left_out)} if left_out else {}
+        if body.stream:
+            return self.stream(replies, openai_events(self.serving, replies, answer, body.wants_usage), **headers)
+        found = await self.whole(request, replies)
+        choices = [
+            answer.whole(index, parts, reply.finished or "")
+            for index, (parts, reply) in enumerate(zip(found, replies, strict=True))
+        ]
+        return json_response(answer.body(choices, chunk=False, usage=count(replies)), headers=headers)
+
+
+def failed(reply: Reply) -> ApiError | None:
+    """Why there is no reply, if so."""
+    if reply.error:
+        return ApiError(400 if isinstance(reply.error, UserError) else 500, str(reply.error))
+    return ApiError(503, "the server ends", Retry_After=str(RETRY_SECONDS)) if reply.finished == "cancelled" else None
+
+
+def count(replies: Sequence[Reply]) -> dict[str, int]:
+    """OpenAI's usage; a prompt that several replies continue counts once."""
+    prompts = [len(reply.request.prompt) for reply in replies if reply.request.stream == 0]
+    return usage(sum(prompts), sum(len(reply.request.tokens) for reply in replies))
+
+
+def event(content: object) -> str:
+    return f"data: {json.dumps(content)}\n\n"
+
+
+async def openai_events(
+    serving: Serving, replies: Sequence[Reply], answer: Answer, wants_usage: bool
+) -> AsyncIterator[str]:
+    """A stream as OpenAI's clients expect it: a chat begins with the role, a choice ends with a reason and no text."""
+    more = {"usage": None} if wants_usage else {}
+
+    def chunk(choice: dict[str, Any]) -> str:
+        return event(answer.body([choice], chunk=True, **more))
+
+    for index in range(len(replies) if answer.chat else 0):
+        yield chunk(answer.opening(index))
+    async for index, parts, finished in serving.follow(replies):
+        for part in parts:
+            yield chunk(answer.piece(index, part))
+        if finished and (failure := failed(replies[index])):
+            yield event(error_body(failure.status_code, failure.detail)) + "data: [DONE]\n\n"
+            return
+        if finished:
+            yield chunk(answer.closing(index, replies[index].finished or ""))
+        if index < 0:
+            yield ": nothing new\n\n"
+    if wants_usage:
+        yield event(answer.body([], chunk=True, usage=count(replies)))
+    yield "data: [DONE]\n\n"
+
+
+async def page_events(serving: Serving, reply: Reply, left_out: int, renderer: Renderer) -> AsyncIterator[str]:
+    """The events of POST /chat/completions."""
+    ahead, text = 0, ""
+    if left_out:
+        yield event({"left_out": left_out})
+    async for index, parts, _ in serving.follow([reply]):
+        if reply.ahead != ahead:
+            ahead = reply.ahead
+            yield event({"waiting": ahead})
+        for part in parts:
+            text += part.text if part.kind == "text" else ""
+            yield event({"token": part.text, "kind": part.kind, "gpu": reply.worker})
+        if index < 0:
+            yield ": nothing new\n\n"
+    if reply.error:
+        yield event({"error": str(reply.error)})
+        return
+    counts = {"prompt_tokens": len(reply.request.prompt), "completion_tokens": len(reply.request.tokens)}
+    rendered = await renderer.render(text)
+    yield event({"done": True, "finish_reason": reply.finished, **counts, "left_out": left_out, "html": rendered})
+
+
+# -----------------------------------------------------------------------------
+# The application
+
+
+class RenderRequest(Strict):
+    text: Annotated[str, Field(max_length=LIMITS["characters"])]
+
+
+class Figures:
+    """Serving.stats() for Prometheus."""
+
+    def __init__(self, serving: Serving):
+        self.serving = serving
+
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        for name, value in self.serving.stats().items():
+            now = name in ("active", "waiting", "tokens_per_second", "uptime_seconds")
+            yield (GaugeMetricFamily if now else CounterMetricFamily)(f"nanochat_{name}", name.replace("_", " "), value)
 
 
 def create_app(
-    engine: Engine,
+    serving: Serving,
     tokenizer: Tokenizer,
     context: int,
-    model: str = "",
+    model: str = "nanochat",
     defaults: Defaults | None = None,
-    hosts: frozenset[str] = LOOPBACK,
-    max_waiting: int = MAX_WAITING,
+    access: Access | None = None,
+    root_path: str = "",
 ) -> FastAPI:
-    """The application: `context` is the model's sequence length in tokens, `model` the name that the page shows,
-    `hosts` the names it may be reached by. Its worker, app.state.worker, runs until it is closed.
+    """The application: `context` is the model's sequence length in tokens, `model` its name in the API and on the page,
+    `root_path` the prefix of a proxy. `serving` runs until it is closed.
     """
-    page = PAGE.read_text(encoding="utf-8")
-    app = FastAPI(openapi_url=None)  # its pages for the schema load scripts from elsewhere
-    worker = app.state.worker = Worker(engine, tokenizer, max_waiting)
-    app.add_middleware(guard, hosts=hosts, policy=content_policy(page))
+    service = Service(serving, tokenizer, context, model, defaults or Defaults())
+    registry = CollectorRegistry()
+    registry.register(Figures(serving))
+    ProcessCollector(registry=registry)
+    app = FastAPI(
+        title="nanochat", docs_url=None, redoc_url=None, redirect_slashes=False,
+        responses={"4XX": {"description": "refused, with the reason"}, "5XX": {"description": "busy or failed"}},
+    )  # fmt: skip
+    app.state.service = service
+    app.add_middleware(GZipMiddleware)
+    app.add_middleware(Guard, access=access or Access(), prefix=root_path)
+    add_api(app, service)
+    add_page(app, service, registry)
+    app.include_router(runs_router(service.renderer.render))
+    app.mount("/static", StaticFiles(directory=PAGE))
 
-    @app.get("/")
-    async def root() -> Response:
-        return HTMLResponse(page, headers={"Cache-Control": "no-cache"})
-
-    @app.get("/health")
-    async def health() -> Response:
-        ready = worker.thread.is_alive() and not worker.closed
-        return json_response({"status": "ok", "ready": ready, "model": model, "context": context, "limits": LIMITS})
-
-    @app.get("/stats")
-    async def stats() -> Response:
-        return json_response(worker.stats())
-
-    @app.post("/chat/completions")
-    async def chat_completions(request: Request) -> Response:
-        messages, sampling = parse_request(await read_body(request), defaults or Defaults())
-        room = context - min(sampling.max_tokens or context, context // 4)  # the rest is kept for the reply
-        tokens, left_out = await asyncio.to_thread(render_within, messages, tokenizer, room)
-        return reply_to(worker, Job(tokens, sampling, left_out))
+    @app.exception_handler(RequestValidationError)
+    async def bad_body(request: Request, error: RequestValidationError) -> Response:
+        return problem(first_of(error))
 
     @app.exception_handler(UserError)
     async def bad_request(request: Request, error: UserError) -> Response:
-        return json_response({"error": str(error)}, 400)
+        return problem(ApiError(400, str(error)))
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
-        return json_response({"error": error.detail}, error.status_code, error.headers)
+        return problem(error)
+
+    @app.exception_handler(Exception)
+    async def failure(request: Request, error: Exception) -> Response:
+        return problem(ApiError(500, f"the server failed ({type(error).__name__}); its terminal says where"))
 
     return app
+
+
+def first_of(error: RequestValidationError) -> ApiError:
+    """The mistake that lies deepest: of the forms that a value may have, the one that was meant."""
+    worst = max(error.errors(), key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
+    place = [str(step) for step in worst["loc"][1:] if isinstance(step, int) or str(step).isidentifier()]
+    place = [step for step in place if step not in ("str", "int")]  # forms, not fields
+    name = ".".join(place) or "the body"
+    why = worst["ctx"]["error"] if worst["type"] == "json_invalid" else worst["msg"]
+    given = "" if worst["type"] in ("missing", "json_invalid") else f" (given {shorten(worst['input'])})"
+    return ApiError(400, f"{shorten(name)[1:-1]}: {why}{given}", shorten(name)[1:-1] if place else None, worst["type"])
+
+
+def add_api(app: FastAPI, service: Service) -> None:
+    """OpenAI's routes."""
+    started = int(time.time())
+    about = {"id": service.model, "object": "model", "created": started, "owned_by": "nanochat"}
+
+    @app.get("/v1/models")
+    async def list_models() -> Response:
+        return json_response({"object": "list", "data": [about]})
+
+    @app.get("/v1/models/{name:path}")
+    async def show_model(name: str) -> Response:
+        service.check_model(name)
+        return json_response(about)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request, body: ChatRequest) -> Response:
+        service.check_model(body.model)
+        tokens, left_out = await service.read_chat(body)
+        replies = service.submit([(tokens, None)], body.n or 1, body, body.top())
+        answer = Answer(True, service.model, service.tokenizer, body.top())
+        return await service.openai(request, body, replies, answer, left_out)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request, body: TextRequest) -> Response:
+        service.check_model(body.model)
+        prompts = await asyncio.to_thread(body.prompts, service.tokenizer, service.context)
+        asked = [(tokens, begin if body.echo else None) for tokens, begin in prompts]
+        replies = service.submit(asked, body.n or 1, body, body.logprobs)
+        answer = Answer(False, service.model, service.tokenizer, body.logprobs)
+        return await service.openai(request, body, replies, answer)
+
+
+def add_page(app: FastAPI, service: Service, registry: CollectorRegistry) -> None:
+    """What the page asks, and what those ask who look after the server."""
+    about = {"model": service.model, "context": service.context, "limits": LIMITS, "defaults": asdict(service.defaults)}
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        warm = BackgroundTask(service.renderer.render, "")  # its first answer takes longer than the others
+        return HTMLResponse((PAGE / "index.html").read_text(encoding="utf-8"), background=warm)
+
+    @app.get("/health")
+    async def health() -> Response:
+        return json_response({"status": "ok", "ready": service.serving.is_ready(), **about})
+
+    @app.get("/stats")
+    async def stats() -> Response:
+        return json_response(service.serving.stats())
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return HTMLResponse(docs_page(app))
+
+    @app.post("/render")
+    async def render(body: RenderRequest) -> Response:
+        return json_response({"html": await service.renderer.render(body.text)})
+
+    @app.post("/chat/completions")
+    async def chat(body: Conversation) -> Response:
+        tokens, left_out = await service.read_chat(body)
+        replies = service.submit([(tokens, None)], 1, body, None)
+        return service.stream(replies, page_events(service.serving, replies[0], left_out, service.renderer))
+
+
+def docs_page(app: FastAPI) -> str:
+    """The schema's routes as a page that needs nothing else."""
+    rows = []
+    for path, methods in app.openapi()["paths"].items():
+        for method, about in methods.items():
+            body = about.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
+            rows.append(f"<tr><td>{method.upper()}<td>{html.escape(path)}<td>{body.get('$ref', '').rpartition('/')[2]}")
+    table = "<table><tr><th>method<th>path<th>body" + "".join(rows) + "</table>"
+    rest = '<p>Everything about them: <a href="openapi.json">openapi.json</a>'
+    return f"<!doctype html><title>nanochat: API</title><h1>API</h1>{table}{rest}"
 
 
 # -----------------------------------------------------------------------------
 # The process
 
 
+class Protocol(H11Protocol):
+    """uvicorn's, which waits for ever for a client that sends no request, or does not read its answer."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.reading = self.loop.call_later(HEADER_SECONDS, transport.abort)
+        self.writing: asyncio.TimerHandle | None = None
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self.cycle and not self.cycle.response_complete:
+            self.reading.cancel()
+
+    def on_response_complete(self) -> None:
+        self.reading.cancel()
+        self.reading = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.writing = self.loop.call_later(SEND_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.writing:
+            self.writing.cancel()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.reading.cancel()
+        self.resume_writing()
+
+
 class Server(uvicorn.Server):
-    """uvicorn, which waits for open streams when it ends: so they are ended first."""
+    """uvicorn, which ends by a signal as a service should: takes nothing new, gives running replies DRAIN_SECONDS, then
+    cancels them, and exits with 0. A second signal cancels at once.
+    """
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.should_exit, self.force_exit = True, self.should_exit
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.config.app.state.worker.close()  # type: ignore[union-attr]
+        service: Service = self.config.app.state.service  # type: ignore[union-attr]
+        service.serving.ending = True
+        for server in self.servers:
+            server.close()
+        end = time.monotonic() + DRAIN_SECONDS
+        while not service.serving.is_idle() and not self.force_exit and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        await asyncio.to_thread(service.serving.close)
+        self.force_exit = False  # the streams have their last events to send, for which uvicorn waits 5 seconds
         await super().shutdown(sockets)
+        await service.renderer.stop()
 
 
 def make_server(app: FastAPI) -> Server:
     """A server for create_app()'s application; server.run(sockets=[listen(...)]) serves until Ctrl-C or SIGTERM."""
-    config = uvicorn.Config(app, http="h11", ws="none", lifespan="off", log_level="warning", server_header=False)
+    config = uvicorn.Config(app, http=Protocol, ws="none", lifespan="off", log_level="warning", server_header=False)
     config.timeout_graceful_shutdown = 5
     return Server(config)
 

@@ -16,7 +16,7 @@ tokenizer corpus dataloader loss_eval core_eval checkpoint_manager signals run t
 """.split()
 LEAVES = """
 calculator engine conversation names chat_train task_eval hf_model download corpus_writer task_data dataset
-jail_stub execution report_page report runs server
+jail_stub execution report_page report runs serving api markdown server
 """.split()
 # The places to talk to a model, the other architectures, the faster recipe: what comes on top of the library.
 ADDED = "runs api markdown serving server".split()
