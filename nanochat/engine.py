@@ -416,9 +416,9 @@ class Engine:
             batch.add(request)
             while len(batch):
                 yield from (said.token for said in batch.step())
-        finally:
+        except GeneratorExit:  # the caller has enough; after a Ctrl-C within a step a slot may hold half of it
             batch.cancel(request)
-            self.spare = batch
+        self.spare = batch
 
     def generate_batch(
         self,

@@ -58,8 +58,8 @@ class CustomJSON(Task):
         return {"messages": self.conversations[index]}
 
 
-def read_conversations(path: Path) -> list[list[Message]]:
-    """All conversations of the file. Raises UserError with file and line."""
+def read_conversations(path: Path, learned: bool = True) -> list[list[Message]]:
+    """All conversations of the file, to be `learned` or only read. Raises UserError with file and line."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -67,7 +67,7 @@ def read_conversations(path: Path) -> list[list[Message]]:
     conversations = []
     for number, record in read_records(data, path):
         try:
-            conversations.append(parse_conversation(record))
+            conversations.append(parse_conversation(record, learned))
         except ValueError as error:
             raise UserError(f"{path}:{number}: {error}; a conversation is, say, {EXAMPLE}") from None
     if not conversations:
@@ -96,10 +96,10 @@ def read_records(data: bytes, path: Path) -> Iterable[tuple[int, Any]]:
     return [(1, whole)] if one else enumerate(whole, 1)
 
 
-def parse_conversation(record: Any) -> list[Message]:
-    """The messages of one line of JSON, or of what it says: a conversation as nanochat.conversation checks it, with at
-    least one answer to learn and no blank text. A question at its end is only read past: 4 of 996 in the published
-    identity file have one. Raises ValueError with what is wrong otherwise.
+def parse_conversation(record: Any, learned: bool = True) -> list[Message]:
+    """The messages of one line of JSON, or of what it says: a conversation as nanochat.conversation checks it, with no
+    blank text and, if it is to be `learned`, an answer to learn. A question at its end is only read past: 4 of 996 in
+    the published identity file have one. Raises ValueError with what is wrong otherwise.
     """
     if isinstance(record, bytes | str):
         try:
@@ -110,7 +110,7 @@ def parse_conversation(record: Any) -> list[Message]:
     if isinstance(messages, list):
         messages = [plain_message(message, number) for number, message in enumerate(messages, 1)]
     check_messages(messages)
-    if not any(message["role"] == "assistant" and "weight" not in message for message in messages):
+    if learned and not any(message["role"] == "assistant" and "weight" not in message for message in messages):
         raise ValueError("no message is the assistant's, to be learned: there is nothing to learn from it")
     for number, message in enumerate(messages, 1):
         content = message["content"]

@@ -378,3 +378,23 @@ def test_a_draw_never_takes_a_token_without_probability():
     logits = torch.tensor([[0.3, 0.2, -torch.inf, -torch.inf]]).expand(3, 4)
     assert sample(logits, torch.tensor([0.0, 1 - 2**-24, 0.9999999]), [Sampling()] * 3).tolist() == [0, 1, 1]
     assert sample(torch.tensor([[-torch.inf, 1.0]]), torch.zeros(1), [Sampling()]).tolist() == [1]
+
+
+def test_ctrl_c_within_a_step_leaves_no_half_of_it_to_the_next_answer(monkeypatch):
+    """What a slot was said to hold and did not would have been reused by the next turn of the chat."""
+    engine = Engine(small_model())
+    expected = list(engine.generate(PROMPT * 4, greedily(6)))
+    with monkeypatch.context() as patch:
+        decode, calls = engine.decode, []
+
+        def interrupted(*values):
+            calls.append(decode(*values))
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return calls[-1]
+
+        patch.setattr(engine, "decode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(engine.generate([*PROMPT * 4, 1], greedily(6)))
+    assert engine.spare is None and list(engine.generate(PROMPT * 4, greedily(6))) == expected
+    assert engine.spare is not None
