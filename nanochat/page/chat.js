@@ -1,11 +1,10 @@
 "use strict";
 // The page: chats, which this browser keeps, and runs, of which the server tells. In order: making elements, keeping, the
-// server, chats as data, replies, turns on the screen, rich text, scrolling, the list, files, the box, settings, runs,
-// keys and the start.
+// server, chats, replies, turns on the screen, rich text, scrolling, the list, files, the box, settings, runs, the start.
 //
 // Promises: nothing that a model, a user, a file or the storage says is run; HTML comes from the server alone, is checked
-// again here where it tells what they said, and is never kept; what has come of a reply and what was typed outlive the page; tabs don't
-// overwrite each other's chats; the page never scrolls against its reader.
+// again where it tells what they said, and is never kept; what came of a reply and what was typed outlive the page; tabs
+// don't overwrite each other's chats; the page never scrolls against its reader.
 
 const at = id => document.getElementById(id);
 const [main, log, box, spoken] = ["main", "log", "box", "spoken"].map(at);
@@ -29,10 +28,31 @@ function build(create, kind, rest) {
   return made;
 }
 
-const icon = name => draw("svg.icon", { "aria-hidden": "true" }, draw("use", { href: `#i-${name}` }));
+const icon = name => draw("svg.icon", { "aria-hidden": "true", viewBox: "0 0 24 24" }, draw("path", { d: ICONS[name] }));
 const button = (text, onclick, look = "quiet") => make(`button.${look}`, { type: "button", onclick }, text);
 const iconButton = (name, label, onclick) =>
   make("button.plain", { type: "button", "aria-label": label, title: label, onclick }, icon(name));
+const copyButton = (label, text) => iconButton("copy", label, event => copy(text(), event.currentTarget));
+const ICONS = {
+  logo: "M5 3h14a3 3 0 0 1 3 3v8a3 3 0 0 1-3 3h-8l-5 4v-4a3 3 0 0 1-4-3V6a3 3 0 0 1 3-3z",
+  plus: "M12 5v14M5 12h14",
+  menu: "M4 7h16M4 12h16M4 17h16",
+  sliders: "M4 7h9m5 0h2M4 17h2m5 0h9M13 7a2.5 2.5 0 1 0 5 0a2.5 2.5 0 1 0-5 0M6 17a2.5 2.5 0 1 0 5 0a2.5 2.5 0 1 0-5 0",
+  more: "M5 12h1m6 0h1m5 0h1",
+  up: "M12 19V5m-6 6 6-6 6 6",
+  down: "M12 5v14m-6-6 6 6 6-6",
+  stop: "M7 7h10v10H7zm2 2h6v6H9zm2 2h2v2h-2z",
+  copy: "M9 9h11v11H9zM15 6V4H4v11h2",
+  check: "m5 13 4 4L19 7",
+  edit: "m15 5 4 4L8 20H4v-4z",
+  again: "M19 8a8 8 0 1 0 1 5M20 4v5h-5",
+  left: "m14 6-6 6 6 6",
+  right: "m10 6 6 6-6 6",
+  close: "m6 6 12 12M18 6 6 18",
+  tool: "M5 3h14v18H5zM9 7h6M9 12h1m4 0h1M9 16h1m4 0h1",
+};
+
+const changing = button => (button.classList.add("change"), button);  // the chat: not there while a reply comes
 const hidden = text => make("h2.unseen", text);
 const count = number => number.toLocaleString();
 
@@ -45,9 +65,7 @@ function notify(text, ...buttons) {
 
 // Makes these the children, and moves none that is right: a selection and the focus stay.
 function arrange(parent, wanted) {
-  for (const child of [...parent.children]) {
-    if (!wanted.includes(child)) child.remove();
-  }
+  [...parent.children].filter(child => !wanted.includes(child)).forEach(child => child.remove());
   wanted.forEach((child, i) => {
     if (parent.children[i] !== child) parent.insertBefore(child, parent.children[i] || null);
   });
@@ -227,10 +245,9 @@ function recent(messages, limits) {
 // A chat from storage or a file, or null for something else.
 function asChat(value) {
   const isPart = part => ["text", "python", "python_output"].includes(part?.type) && typeof part.text === "string";
-  const isTurn = (turn, i) => typeof turn?.user === "string" && Array.isArray(turn.parts) && turn.parts.every(isPart)
-    && [...Array(i).keys(), -1].includes(turn.parent);
-  const isChat = Array.isArray(value?.turns) && value.turns.length && value.turns.every(isTurn) && value.leaf in value.turns;
-  return isChat ? { ...newChat(), ...value, title: String(value.title), system: String(value.system) } : null;
+  const isTurn = (turn, i) => typeof turn?.user === "string" && turn.parts?.every?.(isPart) && turn.parent >= -1 && turn.parent < i;
+  const isChat = value?.turns?.every?.(isTurn) && value.leaf in value.turns;
+  return isChat ? { ...newChat(), ...value, title: `${value.title}`, system: `${value.system}` } : null;
 }
 
 function loadChats() {
@@ -300,7 +317,7 @@ async function run(chat, turn, from) {
     if (!turn.parts.length) throw new Error("The model ended its reply before it said anything.");
   } catch (error) {
     turn.end = controller.signal.aborted ? controller.signal.reason : "error";
-    turn.problem = error.message;
+    turn.problem = error instanceof TypeError ? "The connection to the server was lost." : error.message;
   }
   clearInterval(keeping);
   running.delete(chat);
@@ -359,10 +376,7 @@ function finish(chat, turn, from) {
 }
 
 // A failed turn once more, in its place.
-function retry(chat, index) {
-  const turn = Object.assign(chat.turns[index], { parts: [], end: null, counts: null });
-  run(chat, turn, index);
-}
+const retry = (chat, index) => run(chat, Object.assign(chat.turns[index], { parts: [], end: null, counts: null }), index);
 
 const stopReply = () => running.has(chat) && running.get(chat).controller.abort("stopped");
 
@@ -371,6 +385,7 @@ const stopReply = () => running.has(chat) && running.get(chat).controller.abort(
 
 const views = new Map();  // turn: its elements, of the turns of the shown chat
 const ENDS = {
+  null: "Not finished: it comes in another tab, or was cut off.",
   stopped: "Stopped",
   cut: "Cut off: the page was left while this came.",
   cancelled: "The server ended the reply.",
@@ -399,7 +414,7 @@ function showTitle() {
 
 function showTurn(chat, index) {
   const turn = chat.turns[index], coming = running.get(chat)?.turn === turn;
-  return remade(views, turn, [turn.end, coming, index === chat.leaf, versionsOf(chat, index)], () => {
+  return remade(views, turn, [turn.end, coming, isHeard(turn) || index === chat.leaf, versionsOf(chat, index)], () => {
     const view = { user: make("div.text", { dir: "auto" }, turn.user), reply: make("div.text", { dir: "auto" }) };
     view.waiting = make("div.waiting", make("i"), make("i"), make("i"), make("span"));
     view.waiting.hidden = !coming || turn.parts.length > 0;
@@ -411,16 +426,8 @@ function showTurn(chat, index) {
   });
 }
 
-// A button that changes the chat: it is not there while a reply comes.
-function changing(button) {
-  button.classList.add("change");
-  return button;
-}
-
 function userTools(chat, index) {
-  const text = chat.turns[index].user;
-  return [...showVersions(chat, index, true),
-    iconButton("copy", "Copy this message", event => copy(text, event.currentTarget)),
+  return [...showVersions(chat, index, true), copyButton("Copy this message", () => chat.turns[index].user),
     changing(iconButton("edit", "Edit and send again", () => editTurn(index)))];
 }
 
@@ -429,31 +436,25 @@ function below(chat, index) {
   const turn = chat.turns[index], { reply, seconds } = turn.counts || {}, notes = [];
   const note = (text, look = "", ...buttons) => text && notes.push(make(`div.note${look}`, make("span", text), ...buttons));
   const last = index === chat.leaf;
-  if (turn.end === "error") note(turn.problem, ".error", ...(last ? retryTools(chat, index) : []));
-  else note(turn.end === null ? "Not finished: it comes in another tab, or was cut off." : ENDS[turn.end]);
+  if (turn.end === "error") note(turn.problem, ".error", ...(last ? [["Retry", () => retry(chat, index)], ["Edit", () => editTurn(index)]] : [])
+    .map(([name, action]) => changing(button(name, action))));
+  else note(ENDS[turn.end]);
   if (turn.leftOut) note(`The model no longer sees the first ${turn.leftOut} messages: its context is full.`);
   if (!isHeard(turn) && !last) note("Not part of the conversation");
   const speed = seconds > 0.05 && reply > 1 ? ` · ${count(Math.round((reply - 1) / seconds))} tokens/s` : "";
-  const tools = turn.end === "error" ? [] : [
-    iconButton("copy", "Copy this reply", event => copy(plainText(turn), event.currentTarget)),
+  const tools = turn.end === "error" ? [] : [copyButton("Copy this reply", () => plainText(turn)),
     changing(iconButton("again", "Ask again", () => say(turn.user, index)))];
-  tools.push(...showVersions(chat, index, false), make("span.muted", reply ? `${count(reply)} tokens${speed}` : ""));
-  return [...notes, make("div.tools", ...tools)];
+  const told = make("span.muted", reply ? `${count(reply)} tokens${speed}` : "");
+  return [...notes, make("div.tools", ...tools, ...showVersions(chat, index, false), told)];
 }
-
-const retryTools = (chat, index) => [changing(button("Retry", () => retry(chat, index))),
-  changing(button("Edit", () => editTurn(index)))];
 
 // ‹ 2 of 3 ›, beside what differs: the message where it was edited, or else the reply.
 function showVersions(chat, index, ofUser) {
   const versions = versionsOf(chat, index), place = versions.indexOf(index);
   const edited = versions.some(i => chat.turns[i].user !== chat.turns[index].user);
   if (versions.length < 2 || edited !== ofUser) return [];
-  const arrow = (name, label, to) => {
-    const made = changing(iconButton(name, label, () => choose(chat, to)));
-    made.disabled = to === undefined;
-    return made;
-  };
+  const arrow = (name, label, to) =>
+    Object.assign(changing(iconButton(name, label, () => choose(chat, to))), { disabled: to === undefined });
   return [arrow("left", "Earlier version", versions[place - 1]),
     make("span.muted", `${place + 1} of ${versions.length}`),
     arrow("right", "Later version", versions[place + 1])];
@@ -505,9 +506,8 @@ async function copy(text, pressed) {
     area.remove();
     pressed.focus();
   }
-  const before = [...pressed.childNodes];
-  if (!pressed.querySelector("[href='#i-check']")) setTimeout(() => pressed.replaceChildren(...before), 1500);
-  pressed.replaceChildren(icon("check"));
+  pressed.classList.add("done");
+  setTimeout(() => pressed.classList.remove("done"), 1500);
   spoken.textContent = "Copied.";
 }
 
@@ -517,7 +517,6 @@ async function copy(text, pressed) {
 const policy = window.trustedTypes?.createPolicy("nanochat", { createHTML: html => html });
 const trusted = html => (policy ? policy.createHTML(html) : html);
 const TAGS = `p br hr h1 h2 h3 h4 h5 h6 ul ol li blockquote pre code em strong s del a table thead tbody tr th td span`.split(" ");
-const BLOCKS = "p, ul, ol, li, h1, h2, h3, h4, h5, h6, blockquote, table, td, th";
 const PLACE = "\uFFFC";      // stands for a tool call in the text that is rendered
 const rendered = new Map();  // Markdown: its HTML, until the page goes
 
@@ -583,6 +582,7 @@ function textNodes(root) {
 
 // Code with its language and a button to copy it; what is wide scrolls, by keys too; text runs in its own direction.
 function frame(content) {
+  for (const block of content.children) block.dir = "auto";
   for (const pre of content.querySelectorAll("pre")) {
     const language = /language-(\S+)/.exec(pre.firstElementChild?.className), whole = make("div.code", { dir: "ltr" });
     const press = button("Copy", event => copy(pre.textContent, event.currentTarget), "plain");
@@ -595,7 +595,6 @@ function frame(content) {
     table.replaceWith(whole);
     whole.append(table);
   }
-  for (const block of content.querySelectorAll(BLOCKS)) block.dir = "auto";
 }
 
 // -----------------------------------------------------------------------------
@@ -855,6 +854,7 @@ const answers = new Map();  // path: the last answer
 const runLines = new Map(), runFacts = new Map();
 const isRuns = () => location.hash === "#runs";
 const nameOf = run => `${run.stage} ${run.tag}`;
+const dayOf = seconds => new Date(1000 * seconds).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
 const pair = (name, value) => make("div", make("dt", name), make("dd", value));
 const short = value => Number(value.toPrecision(4)).toLocaleString(undefined, { maximumFractionDigits: 6 });
 let timer = 0, drawn = [];
@@ -882,7 +882,6 @@ async function showRuns() {
     at("runs").replaceChildren(make("p.note.error", error.message));
     drawn = [];
   }
-  at("runs").querySelectorAll(".age").forEach(showAge);
   clearTimeout(timer);
   timer = setTimeout(showRuns, 1000 * SECONDS);
 }
@@ -902,26 +901,19 @@ const showRunLine = run => remade(runLines, run.name, [], () => {
     showRuns();
   } });
   tick.checked = ticked.has(run.name);
-  const day = new Date(1000 * run.started).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
-  return { root: make("li", make("label", tick, make("b", nameOf(run)), make("small", day))) };
+  return { root: make("li", make("label", tick, make("b", nameOf(run)), make("small", dayOf(run.started)))) };
 });
 
 // A run in figures.
 function showCard(run, i) {
   const numbers = Object.entries(run.numbers).filter(([, value]) => value !== null);
+  const isLive = !run.state && Date.now() / 1000 - run.updated < 120;
+  const how = isLive ? "Running" : run.state === "end" ? "Finished" : run.state || "Last heard of";
   return make("section.card", make("h2", make(`i.swatch.hue${i % 6}`), nameOf(run)),
-    make("p.muted.age", { "data-updated": run.updated, "data-state": run.state }),
+    make(`p.muted.age${isLive ? ".live" : ""}`, `${how}, ${dayOf(run.updated)}`),
     make("progress", { max: run.num_steps || 1, value: run.step, "aria-label": "Steps done" }),
     make("p.muted", `${count(run.step)} of ${count(run.num_steps || 0)} steps`),
     make("dl.numbers", ...numbers.map(([name, value]) => pair(name, short(value)))));
-}
-
-function showAge(line) {
-  const { updated, state } = line.dataset, seconds = Math.max(0, Date.now() / 1000 - updated);
-  const [size, unit] = [[86400, "days"], [3600, "h"], [60, "min"], [1, "s"]].find(([size]) => seconds >= 2 * size) || [1, "s"];
-  const ago = `${Math.round(seconds / size)} ${unit} ago`;
-  line.textContent = state === "end" ? `finished ${ago}` : state ? `${state}, ${ago}` : `last heard of ${ago}`;
-  line.classList.toggle("live", !state && seconds < 120);
 }
 
 // A diagram as the server draws it. Its legend says the values under the pointer.
@@ -1020,12 +1012,9 @@ function closeSide() {
 function onBoxKey(event) {
   if (event.isComposing || event.keyCode === 229) return;  // Enter then chooses a word of the input method
   const isSending = event.key === "Enter" && !event.shiftKey && (!isPhone.matches || event.ctrlKey || event.metaKey);
-  const isEditing = event.key === "ArrowUp" && !box.value && chat.turns.length && !running.has(chat);
-  const pages = { PageUp: -0.85, PageDown: 0.85 }[event.key];
-  if (isSending) send();
-  else if (isEditing) editTurn(chat.leaf);
-  else if (pages) main.scrollBy(0, pages * main.clientHeight);
-  if (isSending || isEditing || pages) event.preventDefault();
+  if (!isSending) return;
+  event.preventDefault();
+  send();
 }
 
 function onKey(event) {
@@ -1059,28 +1048,26 @@ function unlock() {
 }
 
 function start() {
+  for (const place of document.querySelectorAll("[data-icon]")) place.replaceWith(icon(place.dataset.icon));
   takeToken();
   loadChats();
-  const on = (name, event, action) => at(name).addEventListener(event, action);
-  on("composer", "submit", event => { event.preventDefault(); send(); });
-  on("stop", "click", () => { stopReply(); focusBox(); });
-  on("new", "click", event => { event.preventDefault(); startNew(); });
-  on("unedit", "click", () => { endEdit(); box.focus(); });
-  on("end", "click", () => { follow = true; followSoon(); focusBox(); });
-  on("menu", "click", () => openSide(true));
-  on("shut", "click", closeSide);
-  on("shade", "click", closeSide);
-  on("search", "input", showList);
-  on("export", "click", exportAll);
-  on("import", "click", () => at("file").click());
-  on("file", "change", () => { [...at("file").files].forEach(importFile); at("file").value = ""; });
-  on("options", "click", openSettings);
-  on("system", "input", setSystem);
-  on("reset", "click", () => { local.remove(SAMPLING); openSettings(); });
-  on("locked", "close", unlock);
-  on("box", "input", typed);
-  on("box", "keydown", onBoxKey);
-  on("main", "scroll", onScroll);
+  const listen = (event, actions) =>
+    Object.entries(actions).forEach(([name, action]) => at(name).addEventListener(event, action));
+  listen("submit", { composer: event => { event.preventDefault(); send(); } });
+  listen("click", {
+    stop: () => { stopReply(); focusBox(); },
+    new: event => { event.preventDefault(); startNew(); },
+    unedit: () => { endEdit(); box.focus(); },
+    end: () => { follow = true; followSoon(); focusBox(); },
+    menu: () => openSide(true), shut: closeSide, shade: closeSide,
+    export: exportAll, import: () => at("file").click(),
+    options: openSettings, reset: () => { local.remove(SAMPLING); openSettings(); },
+  });
+  listen("change", { file: () => { [...at("file").files].forEach(importFile); at("file").value = ""; } });
+  listen("input", { search: showList, system: setSystem, box: typed });
+  listen("close", { locked: unlock });
+  listen("keydown", { box: onBoxKey });
+  listen("scroll", { main: onScroll });
   main.addEventListener("wheel", onWheel, { passive: true });
   document.addEventListener("keydown", onKey);
   document.addEventListener("visibilitychange", showRuns);
