@@ -4,7 +4,7 @@
 #   docker run --init --rm --read-only --tmpfs=/tmp -v nanochat:/data -p 127.0.0.1:8000:8000 nanochat-serve
 #   docker run --init --rm --read-only --tmpfs=/tmp -v nanochat:/data -p 127.0.0.1:8000:8000 nanochat-serve --source=rl
 #
-# The page has no password. -p 127.0.0.1:8000:8000 shows it to this machine alone; put a proxy that asks for one before it for others.
+# It prints the address with its token (or give one: -e NANOCHAT_TOKEN=...). -p 127.0.0.1:8000:8000 shows it to this machine alone.
 FROM rust:1-slim-bookworm AS rust
 
 FROM python:3.12-slim-bookworm AS build

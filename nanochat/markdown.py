@@ -39,6 +39,8 @@ def parser() -> MarkdownIt:
     markdown = MarkdownIt("js-default", {"html": False, "linkify": False, "highlight": color}).disable("image")
     markdown.validateLink = is_safe  # type: ignore[method-assign, assignment]
     markdown.add_render_rule("link_open", open_link)
+    markdown.add_render_rule("th_open", open_cell)
+    markdown.add_render_rule("td_open", open_cell)
     return markdown
 
 
@@ -58,6 +60,12 @@ def is_safe(address: str) -> bool:
 
 def open_link(renderer: Any, tokens: Any, index: int, options: Any, env: Any) -> str:
     tokens[index].attrs |= {"target": "_blank", "rel": "noopener noreferrer nofollow"}
+    return str(renderer.renderToken(tokens, index, options, env))
+
+
+def open_cell(renderer: Any, tokens: Any, index: int, options: Any, env: Any) -> str:
+    if style := tokens[index].attrs.pop("style", None):  # text-align:right
+        tokens[index].attrs["class"] = style.replace("text-align:", "align-")
     return str(renderer.renderToken(tokens, index, options, env))
 
 
