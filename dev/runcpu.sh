@@ -20,7 +20,7 @@ source dev/stages.sh # STAGES="sft eval report" runs a part of them
 
 # Text, compiling, trial steps and evaluations take about 4 minutes, whatever the budget. The rest is shared out over the stages that
 # train, each of which turns its minutes into steps at the pace of this machine.
-[[ "$MINUTES" =~ ^[1-9][0-9]*$ && "$MINUTES" -gt 4 ]] || mistake "MINUTES=$MINUTES: expected a whole number, at least 5"
+[[ "$MINUTES" =~ ^[1-9][0-9]{0,5}$ && "$MINUTES" -gt 4 ]] || mistake "MINUTES=$MINUTES: expected a whole number, 5 to 999999"
 share() { echo "$(((MINUTES - 4) * $1 / 100)).$(printf '%02d' $(((MINUTES - 4) * $1 % 100)))"; } # PERCENT
 BASE="$(share 28)" MID="$(share 33)" SFT="$(share 25)" RL="$(share 14)"
 echo "plan for MINUTES=$MINUTES: train base for $BASE, mid for $MID, SFT for $SFT, RL for $RL; 4 for everything else"

@@ -50,7 +50,7 @@ Seed = Annotated[int, "0 <= int < 2^32", lambda n: 0 <= n < 2**32]
 Port = Annotated[int, "0 <= int < 65536", lambda n: 0 <= n < 65536]
 Share = Annotated[float, "0 <= float <= 1", lambda x: 0 <= x <= 1]
 Fraction = Annotated[float, "0 < float < 1", lambda x: 0 < x < 1]
-Rate = Annotated[float, "float >= 0", lambda x: 0 <= x < math.inf]
+Rate = Annotated[float, "0 <= float < 1e9", lambda x: 0 <= x < 1e9]
 Amount = Annotated[float, "float > 0", lambda x: 0 < x < math.inf]
 Minutes = Annotated[float, "float > 0 or -1", lambda x: 0 < x < math.inf or x == -1]  # -1 = never
 

@@ -270,7 +270,7 @@ def report_corpus(data: Path, started: float, manifest: dict[str, Any]) -> None:
         size = f"{total['text_bytes'] / 1e6:,.2f} MB of text"
         print0(f"{role:<10} {total['files']:>6,} files {total['documents']:>12,} documents  {size}")
     for reason, count in manifest.get("left_out", {}).items():
-        print0(f"left out   {count:,} documents: {reason}")
+        print0(f"left out   documents, {reason}: {count:,}")
     print0(f"{data / manifest['name']} in {seconds} s, fingerprint {fingerprint_of(manifest)[:12]}")
     record = open_record("dataset", manifest["name"], settings)
     about = {key: value for key, value in manifest.items() if key not in ("train", "validation")}

@@ -128,6 +128,8 @@ def results(runs: Sequence[Events], found: dict[str, Events], graded: Grades) ->
         chance = next((e["baseline"] for e in events.values() if e.get("baseline") is not None), None)
         n = " / ".join(dict.fromkeys(map(counted, events.values())))
         add(name if is_mean(events) else f"{name}, %", told, number(chance and 100 * chance, ".1f"), n)
+        if flexible := {stage: score(e["flexible"]) for stage, e in events.items() if "flexible" in e}:
+            add(f"{name} by the last number anywhere, %", flexible, n=n)
         for k in dict.fromkeys(k for e in events.values() for k in e.get("pass_at", {})):
             at = {stage: score(e["pass_at"][k], 100) for stage, e in events.items() if k in e.get("pass_at", {})}
             add(f"{name} pass@{k}, %", at, n=n)

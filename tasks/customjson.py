@@ -5,8 +5,9 @@
     {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}        ShareGPT
     {"instruction": ..., "input": ..., "output": ...}                                          Alpaca
 
-One per line, or all in one JSON list, or as the rows of a parquet file. A "system" or "system_prompt" beside them is
-the system message, and an answer with "weight": 0 is read but not learned. The whole file is read and checked at once;
+One per line, or all in one JSON list, the file perhaps packed as .gz or .zst, or as the rows of a parquet file. A
+"system" or "system_prompt" beside them is the system message; an answer with "weight": 0 or "train": false is read but
+not learned. The whole file is read and checked at once;
 every mistake names the file and the line (of a list or parquet the number). Tool calls, images, thoughts and earlier
 turns kept apart are refused: what would be dropped is a mistake.
 """
@@ -87,13 +88,26 @@ def read_records(data: bytes, path: Path) -> Iterable[tuple[int, Any]]:
             return enumerate(pq.read_table(pa.BufferReader(data)).to_pylist(), 1)
         except (OSError, ValueError):
             raise UserError(f"{path}: not a whole parquet file; get it again") from None
-    data = data.removeprefix(b"\xef\xbb\xbf")
+    data = unpack(data, path).removeprefix(b"\xef\xbb\xbf")
     try:
         whole = json.loads(data)
     except (ValueError, RecursionError):  # the usual case: one per line
         return [(number, line) for number, line in enumerate(data.split(b"\n"), 1) if line.strip()]
     one = not isinstance(whole, list) or (whole and isinstance(whole[0], dict) and {"role", "from"} & whole[0].keys())
     return [(1, whole)] if one else enumerate(whole, 1)
+
+
+def unpack(data: bytes, path: Path) -> bytes:
+    """What gzip or zstd packed; anything else as it is."""
+    for magic, codec in ((b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd")):
+        if data.startswith(magic):
+            import pyarrow as pa
+
+            try:
+                return bytes(pa.input_stream(pa.BufferReader(data), codec).read())
+            except OSError:
+                raise UserError(f"{path}: not a whole {codec} file; get it again") from None
+    return data
 
 
 def parse_conversation(record: Any, learned: bool = True) -> list[Message]:
@@ -155,8 +169,8 @@ def plain_message(message: Any, number: int) -> Any:
         if len(texts) < len(content) or not all(isinstance(part.get("text"), str) for part in texts):
             raise ValueError(f"message {number} has parts that are not text: {content!r:.80}")
         content = "".join(part["text"] for part in content)
-    weight = message.get("weight")
-    if weight not in (None, 0, 1):
+    weight = message.get("weight", message.get("train"))
+    if weight not in (None, 0, 1):  # False is 0
         raise ValueError(f"message {number} has weight {weight!r}, expected 0 (not learned) or 1")
     return {"role": role, "content": content} | ({"weight": 0} if weight == 0 else {})
 

@@ -4,8 +4,9 @@ The published answers mark every computation as `<<48/2=24>>`; here those are ca
 500 rows of the published training file are dev, the rest train; test is test.
 
 Right is, as in lm-eval's strict-match, who has the right number after `####`; how it is written does not matter, only
-that it is one number (see extract_answer). flexible() also takes the last number anywhere, as lm-eval's
-flexible-extract does, whose patterns these are; chat_eval reports that as well where it differs.
+that it is one number (see extract_answer): of "72 or 73" and "1 million" lm-eval takes 72 and 1, we take none.
+flexible() also takes the last number anywhere, as lm-eval's flexible-extract does, whose patterns these are: 73 and 1;
+chat_eval reports that as well where it differs.
 """
 
 import re
@@ -26,8 +27,9 @@ NUMBER = re.compile(
     (?![.,'\u2019_\u202f]?[0-9]|[eE][-+]?[0-9]|{COMMA}[0-9]|\\[dt]?frac)  # the rest of another number
     (?![\u00b2\u00b3\u00bc-\u00be\u2070-\u2079\u2150-\u215e])  # a power or a fraction that is one character
     (?![^\S\n]*[-+*x/:^\u00d7\u00f7\u2010-\u2015\u2212]*[^\S\n]*[0-9])  # a fraction, a range, a calculation
+    (?![^\S\n]*(?:(?:or|to|and)[^\S\n]*\$?[0-9]|hundred|thousand|million|billion|dozen))  # 72 or 73, 1 million
     """,
-    re.VERBOSE,
+    re.VERBOSE | re.IGNORECASE,
 )
 FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 
@@ -87,7 +89,7 @@ def answer_parts(answer: str) -> list[dict[str, str]]:
 def extract_answer(text: str) -> Decimal | None:
     """The number after the last `####`, or None where there is none: "#### **$1,000.** That is" gives 1000. A sign, a
     currency, bold, a box in LaTeX, commas between thousands and what follows the number are tolerated, except what
-    makes it another one, or one of several: 3/4, 72 1/2, 72-73, 1e5, 3,14, 1'000.
+    makes it another one, or one of several: 3/4, 72 1/2, 72-73, 72 or 73, 1 million, 1e5, 3,14, 1'000.
     """
     _, marker, rest = text.rpartition("####")
     match = NUMBER.match(rest) if marker else None

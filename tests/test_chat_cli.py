@@ -116,7 +116,11 @@ def test_a_line_that_is_refused_is_answered_in_one_line_and_the_exit_code_says_s
     with pytest.raises(UserError, match="^lines that were refused: 11$"):
         chat(*lines, "/load /none/such", "/load /tmp", "/temp", "/topk 3")
     said = [line for line in chat.err.splitlines() if line.startswith("(")]
-    expected = ["temperature=-1: expected float >= 0", "top_k=1.5: expected int >= 0", *["nothing was asked yet"] * 3]
+    expected = [
+        "temperature=-1: expected 0 <= float < 1e9",
+        "top_k=1.5: expected int >= 0",
+        *["nothing was asked yet"] * 3,
+    ]
     assert said[:5] == [f"({line})" for line in expected]
     assert "no command /nothing: /help" in said[5] and said[6] == "(/save takes a FILE behind it)"
     assert said[8] == "(/new takes nothing behind it)" and "No such file" in said[9]

@@ -63,7 +63,7 @@ def test_folder_takes_every_kind_of_file(run, base_dir, tmp_path, capsys):
     assert corpus.manifest["left_out"] == {"empty": 3}
     assert corpus.manifest["left_out_files"] == {"of another kind, .md": 1, "hidden": 1}
     printed = capsys.readouterr().out
-    assert "3 documents: empty" in printed and "1 of another kind, .md: README.md" in printed
+    assert "documents, empty: 3" in printed and "1 of another kind, .md: README.md" in printed
     record = [json.loads(line) for line in next((base_dir / "records").iterdir()).read_text().splitlines()]
     assert [event["event"] for event in record] == ["start", "corpus"]
     assert record[1]["totals"]["train"] == {"files": 1, "documents": 6, "text_bytes": 31}
@@ -123,7 +123,7 @@ def test_a_folder_follows_links_and_says_what_it_leaves_out(run, tmp_path, monke
         "1 with a name that is not UTF-8: ",
         "1 of another kind, .json: c.json\n",
         "1 empty files: empty.txt\n",
-        "1 documents: in the validation text, too\n",
+        "documents, in the validation text, too: 1\n",  # it said "1 documents"
     ):
         assert f"left out   {reason}" in said
 

@@ -192,6 +192,7 @@ NO_NUMBERS = (
 NO_NUMBERS += (
     "|#### 5*3=15|#### 5 x 3|#### 10:30|#### 3,14|#### 1,0000|#### 1\\,000-2|#### 72\\frac{1}{2}|#### 1 000|#### -+5"
 )
+NO_NUMBERS += "|#### 72 or 73|#### $72 to $73|#### 1 million|#### 2 Dozen"
 NO_NUMBERS += "|#### 1'000|#### 1\u2019000|#### 1_000|#### 0,001|#### 72\u00bd|#### 72\u00b2"
 
 
@@ -209,6 +210,8 @@ def test_what_is_no_number_is_no_answer(text):
         ("#### 1,072 of 5", True, True),
         ("#### 5, not 1072.", False, True),
         ("1072 or 1073", False, False),
+        ("#### 1072 or 1073", False, False),  # a choice counted as the first number
+        ("#### 1073 or 1072", False, True),
         ("#### none...", False, False),
         ("", False, False),
     ],
@@ -313,6 +316,40 @@ def test_the_block_that_defines_the_function_is_the_program(answer, code):
     assert answer_program(ITEM, answer) == HEAD + code
 
 
+IMPORTS, HELPER = "import re\nfrom os import path\n", "def g(x):\n    return 2 * x\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        (
+            f"```python\n{IMPORTS}```\nThen:\n```\n{HELPER}print(f(3))\n```\nAnd:\n```\ndef f(x): return g(x)\n```",
+            IMPORTS,
+        ),
+        ("Try\n```\nx = f(3)\n```\nfor\n```\ndef f(x): return 2 * x\n```", ""),
+    ],
+)
+def test_imports_and_helpers_of_an_earlier_block_are_part_of_the_program(answer, code):
+    """Right functions were wrong for a NameError. What else earlier blocks do is usage, and does not run."""
+    program = answer_program(ITEM, answer)
+    assert program.startswith(HEAD + code) and "f(3)" not in program
+    names: dict[str, Any] = {}
+    exec(program, names)
+    assert names["f"](4) == 8
+
+
+def test_an_answer_may_begin_with_an_import_from_the_future():
+    """It stood behind the imports of the prompt: a SyntaxError."""
+    program = answer_program(ITEM, "```\nfrom __future__ import annotations\ndef f(x: Nothing): return x\n```")
+    assert program == f"from __future__ import annotations\n{HEAD}def f(x: Nothing): return x\n"
+
+
+@pytest.mark.parametrize("head", ["if True:", "try:"])
+def test_a_function_may_be_defined_under_if_and_try(head):
+    code = f"{head}\n    def f(x): return x\n" + "except ImportError:\n    pass\n" * (head == "try:")
+    assert answer_program(ITEM, f"```\n{code}```") == HEAD + code
+
+
 @pytest.mark.parametrize(
     ("answer", "code"),
     [
@@ -367,6 +404,10 @@ FORMS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "OpenAI": ({"messages": [USER | {"name": "x"}, ASSISTANT | {"tool_calls": None, "weight": 1}]}, PAIR),
     "parts": ({"messages": [USER | {"content": text_part("Hi")}, ANSWER], "tools": []}, [USER, ANSWER]),
     "weight 0": ({"messages": [*PAIR, USER, ASSISTANT | {"weight": 0}]}, [*PAIR, USER, ASSISTANT | {"weight": 0}]),
+    "train: false": (
+        {"messages": [*PAIR, USER, ASSISTANT | {"train": False}]},
+        [*PAIR, USER, ASSISTANT | {"weight": 0}],
+    ),
     "ShareGPT": ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}, PAIR),
     "a prompt beside": ({"system_prompt": "Be kind.", "messages": PAIR}, [SYSTEM, *PAIR]),
     "a system beside": ({"system": "Be kind.", "conversations": PAIR, "id": "7"}, [SYSTEM, *PAIR]),
@@ -434,6 +475,18 @@ def test_a_custom_line_that_is_no_conversation_is_named(tmp_path, line, message)
     with pytest.raises(UserError, match=re.escape(f"{file}:2: ") + ".*" + re.escape(message)) as error:
         CustomJSON(file)
     assert "\n" not in str(error.value) and str(error.value).endswith(EXAMPLE)
+
+
+@pytest.mark.parametrize("codec", ["gzip", "zstd"])
+def test_packed_conversations_are_read_and_cut_ones_are_one_line(tmp_path, codec):
+    """Corpora took .jsonl.gz, chat files did not: "not JSON in UTF-8"."""
+    packed = pa.compress(f"{json.dumps(PAIR)}\n".encode() * 100, codec, asbytes=True)
+    file = tmp_path / "chats.jsonl.packed"
+    file.write_bytes(packed)
+    assert len(CustomJSON(file)) == 100
+    file.write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(UserError, match=f"not a whole {codec} file"):
+        CustomJSON(file)
 
 
 def test_custom_files_that_are_absent_or_empty_are_mistakes(tmp_path):

@@ -240,6 +240,13 @@ def test_ids_are_those_of_tiktoken(pairs, text):
         assert "".join(rustbpe.split(text, name)) == text
 
 
+@pytest.mark.parametrize("ids", [[97, -1], np.array([-1]), [10**6]])
+def test_an_id_that_is_none_is_refused(pairs, ids):
+    """-1 gave the last token of the vocabulary."""
+    with pytest.raises(IndexError):
+        pairs["gpt4"][0].decode_bytes(ids)
+
+
 @pytest.mark.soak
 def test_a_million_random_strings(pairs):
     """What the fuzz above looks for, where it is rare."""

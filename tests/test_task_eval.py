@@ -135,6 +135,12 @@ def test_prompts_that_do_not_fit_count_as_wrong_and_are_counted(engine):
     assert result.among([0, 25]).accuracy == 0.5
 
 
+def test_an_accuracy_of_no_problem_is_refused_by_the_library_too(engine):
+    """0.0 % of 0: the script refused it, its function divided by zero."""
+    with pytest.raises(UserError, match="nothing to answer: 0 of 23"):
+        task_eval.evaluate_task(Letters(), engine, ONE, GREEDY, max_problems=0)
+
+
 class Long(Letters):
     def num_examples(self) -> int:
         return 3

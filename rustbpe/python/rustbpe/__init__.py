@@ -158,6 +158,8 @@ class Encoder:
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """The bytes of some ids. Raises IndexError where an id is none of `tokens`."""
+        if min(ids, default=0) < 0:
+            raise IndexError(f"token id {min(ids)}: the vocabulary has 0 to {len(self.tokens) - 1}")
         return b"".join(map(self.tokens.__getitem__, ids))
 
 
