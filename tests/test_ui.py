@@ -484,22 +484,20 @@ def test_events_split_anywhere_are_whole(page: Tab) -> None:
 
 
 def test_system_message_and_sampling_reach_the_engine(page: Tab, engine: FakeEngine) -> None:
+    def fill(selector: str, value: str) -> None:
+        change = f"e.value = {json.dumps(value)}; e.dispatchEvent(new Event('input'))"
+        page.evaluate(f"(e => {{ {change} }})(document.querySelector({json.dumps(selector)}))")
+
+    chosen = {"temperature": 0.25, "top_k": 7, "top_p": 0.5, "seed": 3}
     click(page, "Settings")
-    page.evaluate("at('system').value = 'Be kind.'; at('system').dispatchEvent(new Event('input')); 0")
-    for name, value in {
-        "temperature": "0.25",
-        "top_k": "7",
-        "top_p": "0.5",
-        "seed": "3",
-        "max_tokens": "99999",
-    }.items():
-        page.evaluate(f"at('set-{name}').value = '{value}'; at('set-{name}').dispatchEvent(new Event('input')); 0")
-    assert page.evaluate("at('set-max_tokens').matches(':invalid')")  # it is not taken
+    fill("#system", "Be kind.")
+    for name, value in [*chosen.items(), ("max_tokens", 99_999)]:
+        fill(f"[name={name}]", str(value))
+    assert page.evaluate("document.querySelector('[name=max_tokens]').matches(':invalid')")  # it is not taken
     page.evaluate("at('settings').close(); 0")
     answer(page, engine, "Hello")
     assert last_request(engine) == render_for_completion([{"role": "system", "content": "Be kind."}, *HELLO], TOKENIZER)
-    drawn = {name: engine.calls[-1][name] for name in ("temperature", "top_k", "top_p", "seed", "max_tokens")}
-    assert drawn == {"temperature": 0.25, "top_k": 7, "top_p": 0.5, "seed": 3, "max_tokens": drawn["max_tokens"]}
+    assert {name: engine.calls[-1][name] for name in chosen} == chosen and engine.calls[-1]["max_tokens"] < 99_999
     page.load()
     assert page.evaluate("chat.system") == "Be kind." and page.evaluate("sampling().seed") == 3
 
@@ -563,8 +561,6 @@ def test_chats_are_renamed_searched_exported_deleted_and_brought_back(
     assert texts(page, "#list a") == ["Sums", "Talk of cats"]
     page.load()
     assert texts(page, "#list a") == ["Sums", "Talk of cats"]
-    page.evaluate(f"importFile(new File([{json.dumps(file.read_text())} + '\\n{{}}'], 'x.jsonl'))")
-    assert len(texts(page, "#list a")) == 4 and texts(page, "#note span")[0].startswith("x.jsonl: imported 2 of 3")
 
 
 @pytest.mark.parametrize("refusal", ["full", "off"])
@@ -628,6 +624,12 @@ def test_the_token_of_the_address_is_sent_and_leaves_the_address(
             click(page, "Retry")
             idle(page, engine)
             assert said(page)[1] == "abcdef"
+
+
+def test_the_page_works_under_a_prefix(browser: Chromium, engine: FakeEngine, base_dir: Path) -> None:
+    with serving(engine, root_path="/some/prefix") as live, opened(browser, live, "some/prefix/") as page:
+        answer(page, engine, "Hello")
+        assert said(page) == ["Hello", "abcdef"] and page.complaints() == []
 
 
 # -----------------------------------------------------------------------------
@@ -837,7 +839,7 @@ def test_nothing_dangerous_gets_through_even_from_the_renderer(page: Tab, live: 
     unharmed(page, live.port, tried=True)  # the parser asks the policy about what is thrown away
 
 
-def test_records_and_files_run_nothing(page: Tab, live: Live, base_dir: Path) -> None:
+def test_records_run_nothing(page: Tab, live: Live, base_dir: Path) -> None:
     bad = "<img src=x onerror=window.ran=1>"
     for _ in range(2):
         record = open_record("base", bad, {"model_tag": bad})
@@ -845,8 +847,7 @@ def test_records_and_files_run_nothing(page: Tab, live: Live, base_dir: Path) ->
         record.write("step", step=0, loss=1.0, smooth_loss=1.0, grad_norm=1.0, tokens=1, seconds=1.0)
         record.write("sample", step=1, prompt=bad, text=bad)
         record.close()
-    row = json.dumps({"messages": pairs(bad, bad)})
-    page.evaluate(f"importFile(new File([{json.dumps(row)}], {json.dumps(bad)})); location.hash = '#runs'; 0")
+    page.evaluate("location.hash = '#runs'; 0")
     until(page, "document.querySelector('#runs svg')")
     page.evaluate("report.open = true; document.querySelectorAll('#runlist input')[1].click(); 0")
     until(

@@ -9,8 +9,7 @@
 const at = id => document.getElementById(id);
 const [main, log, box, spoken] = ["main", "log", "box", "spoken"].map(at);
 
-// -----------------------------------------------------------------------------
-// Making elements
+// ---- Making elements
 
 // make("p.note", { title: "x" }, "text"): attributes may be left out; those that begin with "on" are listeners.
 const make = (kind, ...rest) => build(tag => document.createElement(tag), kind, rest);
@@ -46,14 +45,12 @@ const ICONS = {
   check: "m5 13 4 4L19 7",
   edit: "m15 5 4 4L8 20H4v-4z",
   again: "M19 8a8 8 0 1 0 1 5M20 4v5h-5",
-  left: "m14 6-6 6 6 6",
-  right: "m10 6 6 6-6 6",
+  left: "m14 6-6 6 6 6", right: "m10 6 6 6-6 6",
   close: "m6 6 12 12M18 6 6 18",
   tool: "M5 3h14v18H5zM9 7h6M9 12h1m4 0h1M9 16h1m4 0h1",
 };
 
 const changing = button => (button.classList.add("change"), button);  // the chat: not there while a reply comes
-const hidden = text => make("h2.unseen", text);
 const count = number => number.toLocaleString();
 
 // A line above the chat, until it is closed or another takes its place.
@@ -78,8 +75,7 @@ function remade(known, thing, state, action) {
   return known.get(thing).root;
 }
 
-// -----------------------------------------------------------------------------
-// Keeping
+// ---- Keeping
 
 const CHAT = "nanochat:chat:", DRAFT = "nanochat:draft:", TOKEN = "nanochat:token", SAMPLING = "nanochat:sampling";
 const local = keeper("localStorage");      // chats, for all tabs
@@ -125,8 +121,7 @@ function parse(text) {
   }
 }
 
-// -----------------------------------------------------------------------------
-// The server
+// ---- The server
 
 let health = {};  // what the server said of itself: model, context, limits, defaults
 
@@ -182,8 +177,7 @@ async function greet() {
   showUsed();
 }
 
-// -----------------------------------------------------------------------------
-// Chats as data
+// ---- Chats as data
 //
 // A chat's turns are a tree, so that asking again and editing lose nothing: each has a `parent` (an index, -1 = none),
 // what the `user` said, the `parts` of the reply, how that came to its `end`, and `counts`. `leaf` is the last turn of
@@ -228,18 +222,17 @@ function messagesOf(chat, leaf = chat.leaf) {
 
 // The newest messages that the server's limits allow, in whole turns; a system message and the last one always.
 function recent(messages, limits) {
-  if (!limits) return messages;
   const size = ({ content }) => [content].flat().reduce((sum, part) => sum + (part.text ?? part).length, 0);
   const system = messages.filter(message => message.role === "system");
-  let first = messages.length - 1, characters = [...system, messages[first]].map(size).reduce((a, b) => a + b);
-  while (first - 2 >= system.length) {
-    const turn = [size(messages[first - 2]), size(messages[first - 1])];
-    characters += turn[0] + turn[1];
-    if (Math.max(...turn) > limits.message_characters || characters > limits.characters
-        || system.length + messages.length - first + 2 > limits.messages) break;
-    first -= 2;
+  let kept = [...system, messages.at(-1)];
+  for (let i = messages.length - 3; limits && i >= system.length; i -= 2) {
+    const turn = messages.slice(i, i + 2), more = [...system, ...turn, ...kept.slice(system.length)];
+    const characters = more.map(size).reduce((a, b) => a + b);
+    if (more.length > limits.messages || characters > limits.characters
+        || Math.max(...turn.map(size)) > limits.message_characters) break;
+    kept = more;
   }
-  return [...system, ...messages.slice(first)];
+  return limits ? kept : messages;
 }
 
 // A chat from storage or a file, or null for something else.
@@ -291,8 +284,7 @@ function onStorage({ key, newValue }) {
   showList();
 }
 
-// -----------------------------------------------------------------------------
-// Replies
+// ---- Replies
 
 // A new turn: after the leaf, or as another version of a turn.
 function say(text, version = null) {
@@ -333,17 +325,17 @@ async function receive(chat, turn, signal) {
   for await (const event of readEvents(response.body)) {
     signal.throwIfAborted();
     if (event.error) throw new Error(event.error.message || event.error);
-    if (event.done) return tally(turn, event, first);
+    if (event.done) return settle(turn, event, first && (performance.now() - first) / 1000);
     if (event.left_out) turn.leftOut += event.left_out;
-    if ("waiting" in event) showWaiting(turn, event.waiting ? `${event.waiting} before you` : "");
+    const line = views.get(turn)?.waiting.lastChild;
+    if (line && "waiting" in event) line.textContent = event.waiting ? `${event.waiting} before you` : "";
     if (event.kind) hear(turn, event.kind, event.token);
     if (event.kind) first ||= performance.now();
   }
   throw new Error("The connection ended before the reply did.");
 }
 
-function tally(turn, event, first) {
-  const seconds = first && (performance.now() - first) / 1000;
+function settle(turn, event, seconds) {
   turn.counts = { prompt: event.prompt_tokens, reply: event.completion_tokens, seconds };
   turn.end = event.finish_reason;
   if (isText(turn)) rendered.set(markedText(turn), event.html);
@@ -380,8 +372,7 @@ const retry = (chat, index) => run(chat, Object.assign(chat.turns[index], { part
 
 const stopReply = () => running.has(chat) && running.get(chat).controller.abort("stopped");
 
-// -----------------------------------------------------------------------------
-// Turns on the screen
+// ---- Turns on the screen
 
 const views = new Map();  // turn: its elements, of the turns of the shown chat
 const ENDS = {
@@ -420,8 +411,8 @@ function showTurn(chat, index) {
     view.waiting.hidden = !coming || turn.parts.length > 0;
     for (const part of turn.parts) showPiece(view, part.type, part.text);
     view.root = make(isHeard(turn) || coming ? "article.turn" : "article.turn.unheard",
-      make("div.said.user", hidden("You said"), view.user), make("div.tools.end", ...userTools(chat, index)),
-      make("div.said", hidden("nanochat said"), view.reply), view.waiting, ...(coming ? [] : below(chat, index)));
+      make("div.said.user", make("h2.unseen", "You said"), view.user), make("div.tools.end", ...userTools(chat, index)),
+      make("div.said", make("h2.unseen", "nanochat said"), view.reply), view.waiting, ...(coming ? [] : below(chat, index)));
     return view;
   });
 }
@@ -468,10 +459,6 @@ function choose(chat, index) {
   focusBox();
 }
 
-function showWaiting(turn, text) {
-  if (views.has(turn)) views.get(turn).waiting.lastChild.textContent = text;
-}
-
 // Appends a piece to a reply that is shown as plain text. A tool call and its result share a folded block.
 function showPiece(view, kind, text) {
   if (view.kind !== kind) {
@@ -511,8 +498,7 @@ async function copy(text, pressed) {
   spoken.textContent = "Copied.";
 }
 
-// -----------------------------------------------------------------------------
-// Rich text: the server makes HTML of a reply's Markdown, and here only what is known comes through
+// ---- Rich text: the server makes HTML of a reply's Markdown, and here only what is known comes through
 
 const policy = window.trustedTypes?.createPolicy("nanochat", { createHTML: html => html });
 const trusted = html => (policy ? policy.createHTML(html) : html);
@@ -592,13 +578,12 @@ function frame(content) {
   }
   for (const table of content.querySelectorAll("table")) {
     const whole = make("div.scroll", { tabindex: "0" });
-    table.replaceWith(whole);
+    table.before(whole);
     whole.append(table);
   }
 }
 
-// -----------------------------------------------------------------------------
-// Scrolling: the log follows its end until the reader goes up by any means, and again once the reader is back there
+// ---- Scrolling: the log follows its end until the reader goes up by any means, and again once the reader is back there
 
 let follow = true, isSoon = false;
 let seen = { top: 0, height: 0 };  // at the last look, so that what the page did itself is not taken for the reader
@@ -632,8 +617,7 @@ function onWheel(event) {
   if (event.deltaY < 0 && main.scrollTop > 0) follow = false;  // at once: a scroll of a few pixels takes some frames
 }
 
-// -----------------------------------------------------------------------------
-// The list of chats
+// ---- The list of chats
 
 const lines = new Map();  // chat: its line
 
@@ -654,9 +638,9 @@ function showLine(chat) {
     const link = make("a", { href: `#chat=${chat.id}`, dir: "auto", title, "aria-current": current }, title);
     if (coming) link.append(make("i.dot"), make("span.unseen", ", a reply is coming"));
     const small = (text, action) => button(text, action, "plain");
-    const more = make("details", make("summary", { "aria-label": `More for ${title}` }, icon("more")), make("div",
+    const more = make("details", make("summary", { "aria-label": `More for ${title}` }, icon("more")),
       small("Rename", () => rename(root, chat)), small("JSON", () => download(chat, "json", asJson(chat))),
-      small("Markdown", () => download(chat, "md", asMarkdown(chat))), small("Delete", () => discard(chat))));
+      small("Markdown", () => download(chat, "md", asMarkdown(chat))), small("Delete", () => discard(chat)));
     const root = make("li", link, more);
     return { root };
   });
@@ -664,18 +648,18 @@ function showLine(chat) {
 
 function rename(line, chat) {
   const input = make("input", { value: titleOf(chat), "aria-label": "New name", maxlength: "80", dir: "auto" });
-  const end = isKept => {
-    if (!lines.delete(chat)) return;  // it has ended
-    if (isKept) chat.title = input.value.trim();
-    save(chat);
-    showTitle();
-  };
   input.addEventListener("keydown", event => {
     if (event.isComposing || !["Enter", "Escape"].includes(event.key)) return;
     event.stopPropagation();
-    end(event.key === "Enter");
+    if (event.key === "Escape") input.value = titleOf(chat);
+    input.blur();
   });
-  input.addEventListener("blur", () => end(true));
+  input.addEventListener("blur", () => {
+    if (input.value.trim() !== titleOf(chat)) chat.title = input.value.trim();
+    lines.delete(chat);
+    save(chat);
+    showTitle();
+  }, { once: true });
   line.replaceChildren(input);
   input.select();
 }
@@ -691,8 +675,7 @@ function discard(chat) {
   if (isShown(chat)) location.hash = "";
 }
 
-// -----------------------------------------------------------------------------
-// Files
+// ---- Files
 
 const asJson = chat => JSON.stringify({ messages: messagesOf(chat) });
 
@@ -700,7 +683,7 @@ function asMarkdown(chat) {
   const marked = part => part.type === "text" ? part.text : `${part.type === "python" ? "" : " = "}\`${part.text}\``;
   const told = pathOf(chat).map(i => chat.turns[i])
     .map(turn => `**You**\n\n${turn.user}\n\n**nanochat**\n\n${turn.parts.map(marked).join("")}`);
-  return [`# ${titleOf(chat)}`, ...(chat.system ? [`*${chat.system}*`] : []), ...told].join("\n\n") + "\n";
+  return [`# ${titleOf(chat)}`, chat.system, ...told].filter(Boolean).join("\n\n") + "\n";
 }
 
 function download(chat, ending, text) {
@@ -711,30 +694,12 @@ function download(chat, ending, text) {
 }
 
 // One chat a line, which --mixture=FILE reads too.
-const exportAll = () => download({ title: "nanochat chats" }, "jsonl", [...chats.values()].map(asJson).join("\n") + "\n");
-
-async function importFile(file) {
-  const text = await file.text(), whole = parse(text);
-  const values = whole ? [whole].flat() : text.split("\n").filter(line => line.trim()).map(parse);
-  const found = values.map(fromMessages).filter(Boolean);
-  found.forEach(save);
-  notify(`${file.name}: imported ${found.length} of ${values.length}`
-    + (found.length < values.length ? '; a chat is {"messages": [...]} with user and assistant in turn, one a line.' : "."));
+function exportAll() {
+  const told = [...chats.values()].filter(chat => messagesOf(chat).length > 1);
+  download({ title: "nanochat chats" }, "jsonl", told.map(asJson).join("\n") + "\n");
 }
 
-// A chat of {"messages": [...]}, or null.
-function fromMessages(value) {
-  const messages = [value?.messages ?? []].flat(), made = newChat();
-  if (messages[0]?.role === "system") made.system = String(messages.shift().content);
-  for (let i = 0; i < messages.length; i += 2) {
-    const content = messages[i + 1]?.content, parts = typeof content === "string" ? [{ type: "text", text: content }] : content;
-    made.leaf = made.turns.push({ parent: made.leaf, user: messages[i]?.content, parts, end: "stop", at: Date.now() }) - 1;
-  }
-  return asChat(made);
-}
-
-// -----------------------------------------------------------------------------
-// The box, and what is being typed: kept for each chat and tab
+// ---- The box, and what is being typed: kept for each chat and tab
 
 const isPhone = matchMedia("(max-width: 30rem), (hover: none) and (pointer: coarse)");
 const draftKey = () => DRAFT + (chat.turns.length ? chat.id : "new");
@@ -794,8 +759,7 @@ function focusBox() {
 function showUsed() {
   const counts = pathOf(chat).map(i => chat.turns[i].counts).findLast(Boolean), { context } = health;
   const used = counts && context ? counts.prompt + counts.reply : 0;
-  at("used").textContent = used ? `${Math.round((100 * used) / context)} % of the context used` : "";
-  at("used").title = used ? `${count(used)} of ${count(context)} tokens` : "";
+  at("used").textContent = used ? `${Math.round((100 * used) / context)} % of ${count(context)} tokens used` : "";
 }
 
 function showKeys() {
@@ -803,12 +767,11 @@ function showKeys() {
   at("keys").textContent = isPhone.matches ? "" : "Enter sends, Shift-Enter starts a new line";
 }
 
-// -----------------------------------------------------------------------------
-// Settings
+// ---- Settings
 
 const FIELDS = {  // what it is called, what it does, from, to, step
-  temperature: ["Temperature", "0 = always the likeliest token", 0, 2, 0.05],
-  top_p: ["Top-p", "tokens that make up this share; 1 = all", 0, 1, 0.01],
+  temperature: ["Temperature", "0 = always the likeliest token", 0, 2, "any"],
+  top_p: ["Top-p", "tokens that make up this share; 1 = all", 0, 1, "any"],
   top_k: ["Top-k", "so many of the likeliest tokens", 1, 200, 1],
   max_tokens: ["Longest reply", "in tokens", 1, 4096, 1],
   seed: ["Seed", "the same one draws the same; empty = random", 0, 2 ** 32 - 1, 1],
@@ -824,12 +787,11 @@ function openSettings() {
 }
 
 function field(name) {
-  const [title, hint, min, top, step] = FIELDS[name], limit = health.limits?.[name], id = `set-${name}`;
-  const max = Array.isArray(limit) ? limit[1] : limit ?? top, usual = health.defaults?.[name] ?? "";
-  const input = make("input", { type: "number", id, min, max, step: step < 1 ? "any" : 1, placeholder: usual, "aria-describedby": `${id}-hint`,
-    oninput: () => setSampling(name, input) });
+  const [title, hint, min, top, step] = FIELDS[name], limit = health.limits?.[name], max = limit?.[1] ?? limit ?? top;
+  const input = make("input", { type: "number", min, max, step, placeholder: health.defaults?.[name] ?? "", "aria-label": title,
+    name, oninput: () => setSampling(name, input) });
   input.value = sampling()[name] ?? "";
-  return make("div.field", make("label", { for: id }, title), input, make("small", { id: `${id}-hint` }, hint));
+  return make("label", title, input, make("small", hint));
 }
 
 function setSampling(name, input) {
@@ -841,12 +803,10 @@ function setSampling(name, input) {
 
 function setSystem() {
   chat.system = at("system").value.trim();
-  if (chat.turns.length) save(chat);
-  else typed();
+  (chat.turns.length ? save : typed)(chat);
 }
 
-// -----------------------------------------------------------------------------
-// Runs: looked at again every few seconds while they are shown
+// ---- Runs: looked at again every few seconds while they are shown
 
 const SECONDS = 3;
 const ticked = new Set();   // names of the runs that are drawn
@@ -861,9 +821,8 @@ let timer = 0, drawn = [];
 
 // An answer as JSON; the same object as before while it says the same.
 async function look(path) {
-  const response = await ask(path, { cache: "no-cache" }), etag = response.headers.get("ETag"), last = answers.get(path);
-  if (last && last.etag === etag) return last.content;
-  answers.set(path, { etag, content: await response.json() });
+  const text = await (await ask(path, { cache: "no-cache" })).text();
+  if (answers.get(path)?.text !== text) answers.set(path, { text, content: parse(text) });
   return answers.get(path).content;
 }
 
@@ -877,7 +836,8 @@ async function showRuns() {
     const now = [list, await look(`curves?${names.map(name => `run=${name}`).join("&")}`),
       ...await Promise.all(names.map(name => look(`runs/${name}`)))];
     const isRead = at("runs").querySelector("figure:hover");  // what is read under the pointer stays
-    if (!isRead && (now.length !== drawn.length || now.some((answer, i) => answer !== drawn[i]))) drawRuns(...(drawn = now));
+    const isNew = now.length !== drawn.length || now.some((answer, i) => answer !== drawn[i]);
+    if (isNew && !isRead) drawRuns(...(drawn = now));
   } catch (error) {
     at("runs").replaceChildren(make("p.note.error", error.message));
     drawn = [];
@@ -962,8 +922,7 @@ async function showReport() {
   }
 }
 
-// -----------------------------------------------------------------------------
-// Views, keys and the start
+// ---- Views, keys and the start
 
 // What the address says: a chat, a new one, or the runs.
 function route() {
@@ -981,7 +940,7 @@ function route() {
 }
 
 function open(id) {
-  if (id && !chats.has(id)) notify("That chat is not in this browser; here is a new one.");
+  if (id && !chats.has(id)) notify("That chat is not in this browser.");
   const next = chats.get(id) || (chat.turns.length ? newChat() : chat);
   if (next !== chat) views.clear();
   chat = next;
@@ -1023,8 +982,7 @@ function onKey(event) {
     else if (editing !== null) endEdit();
     else stopReply();
   }
-  // Chrome keeps Ctrl-Shift-N for itself, so there is a second one.
-  if ((event.ctrlKey || event.metaKey) && event.shiftKey && ["n", "o"].includes(event.key.toLowerCase())) {
+  if ((event.ctrlKey || event.metaKey) && event.shiftKey && event.key.toLowerCase() === "o") {
     event.preventDefault();
     startNew();
   }
@@ -1060,10 +1018,9 @@ function start() {
     unedit: () => { endEdit(); box.focus(); },
     end: () => { follow = true; followSoon(); focusBox(); },
     menu: () => openSide(true), shut: closeSide, shade: closeSide,
-    export: exportAll, import: () => at("file").click(),
+    export: exportAll,
     options: openSettings, reset: () => { local.remove(SAMPLING); openSettings(); },
   });
-  listen("change", { file: () => { [...at("file").files].forEach(importFile); at("file").value = ""; } });
   listen("input", { search: showList, system: setSystem, box: typed });
   listen("close", { locked: unlock });
   listen("keydown", { box: onBoxKey });
