@@ -7,15 +7,17 @@ it, as {"nanochat": {"kind": "python" | "python_output", "text": ...}} in a stre
 {"nanochat": {"parts": [...]}} in a whole message; such parts may be sent back as an assistant's content.
 """
 
+import json
 import secrets
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 
 from nanochat.common import UserError
 from nanochat.conversation import check_messages
@@ -49,6 +51,17 @@ class ApiError(HTTPException):
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """ASCII JSON: text from a request may hold what UTF-8 can't, a lone surrogate."""
+    return Response(json.dumps(content) + "\n", status, headers, "application/json")
+
+
+def problem(error: HTTPException) -> Response:
+    about = (getattr(error, "param", None), getattr(error, "code", None))
+    body = error_body(error.status_code, error.detail, *about)
+    return json_response(body, error.status_code, error.headers)
 
 
 def shorten(value: object) -> str:

@@ -45,11 +45,12 @@ import sys
 
 import torch
 
+from nanochat.access import Access, is_loopback
 from nanochat.checkpoint_manager import find_checkpoint, load_model
 from nanochat.common import UserError, run_main
 from nanochat.compute import compute_init
 from nanochat.engine import Engine
-from nanochat.server import Access, Defaults, create_app, is_loopback, listen, make_server
+from nanochat.server import Defaults, create_app, listen, make_server
 from nanochat.serving import Serving
 
 

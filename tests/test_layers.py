@@ -16,10 +16,10 @@ tokenizer corpus dataloader loss_eval core_eval checkpoint_manager signals run t
 """.split()
 LEAVES = """
 calculator engine conversation names chat_train task_eval hf_model download corpus_writer task_data dataset
-jail_stub execution report_page report runs serving api markdown server
+jail_stub execution report_page report runs serving api access markdown server
 """.split()
 # The places to talk to a model, the other architectures, the faster recipe: what comes on top of the library.
-ADDED = "runs api markdown serving server".split()
+ADDED = "runs api access markdown serving server".split()
 # What one reads to understand and change the training of a model.
 STORY = ["speedrun.sh", "scripts/base_train.py"] + [
     f"nanochat/{name}.py"

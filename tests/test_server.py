@@ -13,13 +13,15 @@ import numpy as np
 import openai
 import pytest
 
+from nanochat import access
 from nanochat import server as server_module
+from nanochat.access import Access, is_loopback
 from nanochat.checkpoint_manager import Checkpoint
 from nanochat.common import UserError
 from nanochat.conversation import render_for_completion, render_within
 from nanochat.engine import Engine, Request, Said
 from nanochat.gpt import GPTConfig
-from nanochat.server import Access, Defaults, Server, create_app, is_loopback, listen, make_server
+from nanochat.server import Defaults, Server, create_app, listen, make_server
 from nanochat.serving import Serving
 from nanochat.tokenizer import Tokenizer
 from scripts import chat_web
@@ -725,8 +727,8 @@ def test_a_large_header_is_refused(simple: Live) -> None:
 
 
 def test_clients_that_drip_or_do_not_read_are_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("BODY_SECONDS", "HEADER_SECONDS", "SEND_SECONDS"):
-        monkeypatch.setattr(server_module, name, 0.2)
+    monkeypatch.setattr(access, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(server_module, "HEADER_SECONDS", 0.2)
     with serving(FakeEngine(tokens_of("a" * 100))) as live:
         head = b"POST /chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         with socket.create_connection(("127.0.0.1", live.port), SECONDS) as header, contextlib.suppress(OSError):
