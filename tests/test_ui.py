@@ -331,6 +331,17 @@ def test_markdown_is_rendered_when_the_reply_is_done(page: Tab, engine: FakeEngi
     assert page.evaluate("copied[2]") == "Code?" and page.complaints() == []
 
 
+def test_lines_of_a_reply_stay_lines(page: Tab, engine: FakeEngine) -> None:
+    """A small model writes `s t r a w` and `r 1` in two lines, and Markdown would make one line of it."""
+    answer(page, engine, "Hello", "one\ntwo\n\n- a\n- b")
+    assert page.evaluate(
+        "log.querySelector('.rich p').offsetHeight > 1.5 * parseFloat(getComputedStyle(log).lineHeight)"
+    )
+    assert page.evaluate(
+        "log.querySelector('.rich ul').offsetHeight < 3 * parseFloat(getComputedStyle(log).lineHeight)"
+    )
+
+
 def test_asking_again_and_editing_lose_nothing(page: Tab, engine: FakeEngine) -> None:
     answer(page, engine, "One", "first")
     answer(page, engine, "Two", "second")
