@@ -93,7 +93,8 @@ def main() -> None:
     serving = Serving(engines, slots)
     app = create_app(serving, tokenizer, context, name, defaults, access, root_path.rstrip("/"))
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
-    fragment = f"#token={access.token}" if access.token else ""
+    given = token or os.environ.get("NANOCHAT_TOKEN")  # not printed, as logs are kept; the page asks for it
+    fragment = f"#token={access.token}" if access.token and not given else ""
     print(f"chat: {address}{fragment}  (Ctrl-C ends it; OpenAI's clients: {address}v1)", flush=True)
     for public in sorted(access.public):
         print(f"chat: https://{public}{root_path.rstrip('/')}/{fragment}", flush=True)
