@@ -541,8 +541,7 @@ function showRich(view, html) {
 // The elements and attributes that are known, without any that could run, load or look like a part of the page.
 function cleaned(html) {
   const template = document.createElement("template");
-  const text = html.replace(/ style="text-align:(\w+)"/g, ' align="$1"');  // in tables; no other style is made
-  template.innerHTML = trusted(text);
+  template.innerHTML = trusted(html);
   for (const node of template.content.querySelectorAll("*")) {
     const isKnown = TAGS.includes(node.localName) && node instanceof HTMLElement;
     if (!isKnown) node.replaceWith(node.textContent);
@@ -556,8 +555,8 @@ function cleaned(html) {
 
 function isSafe(tag, name, value) {
   if (name === "href") return tag === "a" && /^(https?:|mailto:)/i.test(value);
-  if (name === "class") return /^(language-[\w+#.-]+|[a-z][a-z0-9]?)$/.test(value);  // as pygments names tokens
-  return (name === "start" && tag === "ol") || (name === "align" && /^(left|right|center)$/.test(value));
+  if (name === "class") return /^(language-[\w+#.-]+|align-\w+|[a-z][a-z0-9]?)$/.test(value);  // as pygments names tokens
+  return name === "start" && tag === "ol";
 }
 
 function textNodes(root) {
