@@ -36,7 +36,7 @@ rollouts = False  # instead: 16 samples of 16 prompts each, most of which end ea
 # Arms
 peer: str | None = None  # folder of a checkout of karpathy/nanochat
 old: str | None = None  # folder of an older checkout of this project
-compile = True  # the decoding step of our arm
+compile = True  # the decoding step of our arm, for each of the batches
 # Measuring
 repeats: Positive = 2  # rounds of A B B A
 threads: Natural = 0  # of each arm (0 = as torch chooses)
@@ -77,6 +77,7 @@ def main() -> None:
     config = config_from_depth(depth, vocab_size, context)
     shape = {name: settings[name] for name in ("depth", "vocab_size", "context", "dtype", "seed", "compile")}
     shape |= {"n_head": config.n_head, "n_embd": config.n_embd, "threads": threads or torch.get_num_threads()}
+    shape |= {"rows": [int(rows) for rows in batches.split()]}
     torch.set_num_threads(shape["threads"])
     arms = [Arm(name, root, shape) for name, root in (("ours", ROOT), ("peer", peer), ("old", old)) if root]
     result = {name: shape[name] for name in ("depth", "vocab_size", "dtype", "threads", "compile")}

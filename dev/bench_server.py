@@ -4,7 +4,8 @@
 
 A process serves a model of random weights; the clients share the rest of the machine with it. They and the engine's own
 batch (in the same process, without them) take turns. Every prompt is new. Tokens per second count from the first
-request to the last token; a gap is the time between two pieces of one reply. The last line is one JSON object.
+request to the last token, and also per CPU second of the server; a gap is the time between two pieces of one reply.
+The last line is one JSON object.
 """
 
 import asyncio
@@ -40,51 +41,57 @@ def main() -> None:
     text = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(os.__file__).parent.glob("*.py")))
     rng = random.Random(0)
     model = {"depth": depth, "vocab_size": vocab_size, "context": context, "slots": clients, "compile": compile}
-    served, direct, gaps = [], [], []
+    rates: dict[str, list[tuple[float, float]]] = {"direct": [], "served": []}
+    gaps: list[float] = []
     with serve(**model) as port:
         for number in range(2 * repeats + 1):  # the first is not counted
             for arm in ("direct", "served") if number % 2 else ("served", "direct"):
                 starts = [rng.randrange(len(text) - prompt_characters) for _ in range(clients)]
                 prompts = [text[start : start + prompt_characters] for start in starts]
-                if arm == "direct":
-                    direct.append(ask_engine(port, prompts))
-                else:
-                    rate, gaps_now = asyncio.run(ask_all(port, prompts))
-                    served.append(rate)
-                    gaps += gaps_now if number else []
-    own, over_http = (statistics.median(rates[1:]) for rates in (direct, served))
+                used, start = cpu_seconds(port), time.perf_counter()
+                tokens, gaps_now = ask_engine(port, prompts) if arm == "direct" else asyncio.run(ask_all(port, prompts))
+                seconds, used = time.perf_counter() - start, cpu_seconds(port) - used
+                rates[arm] += [(tokens / seconds, tokens / used)] if number else []
+                gaps += gaps_now if number else []
+    result = {}
+    for arm, measured in rates.items():
+        rate, per_cpu = (statistics.median(values) for values in zip(*measured, strict=True))
+        print(f"{arm:7} {rate:8,.0f} tokens/s {per_cpu:8,.0f} per CPU second")
+        result |= {arm: rate, f"{arm}_cpu": per_cpu}
     median, p99 = statistics.median(gaps), statistics.quantiles(gaps, n=100)[98]
-    print(f"engine {own:,.0f} tokens/s, {clients} clients {over_http:,.0f} ({over_http / own:.2f} of it)")
     print(f"between two pieces of a reply: median {median * 1e3:.1f} ms, p99 {p99 * 1e3:.1f} ms ({p99 / median:.1f}x)")
-    result = {"served": round(over_http), "engine": round(own), "served_ratio": round(over_http / own, 3)}
-    print(json.dumps(result | {"gap_ms": round(median * 1e3, 2), "gap_p99_ratio": round(p99 / median, 2)}))
+    result |= {"served_ratio": result["served"] / result["direct"]}
+    result |= {"served_cpu_ratio": result["served_cpu"] / result["direct_cpu"]}
+    result |= {"gap_ms": median * 1e3, "gap_p99_ratio": p99 / median}
+    print(json.dumps({name: round(value, 3) for name, value in result.items()}))
 
 
-def ask_engine(port: int, prompts: list[str]) -> float:
-    """Tokens per second of a batch."""
+def cpu_seconds(port: int) -> float:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/inside") as answer:
+        return json.load(answer)["cpu"]
+
+
+def ask_engine(port: int, prompts: list[str]) -> tuple[int, list[float]]:
+    """How many tokens a batch said."""
     body = json.dumps({"prompts": prompts, "max_tokens": max_tokens}).encode()
-    kind = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/direct", body, kind)
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/direct", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request) as answer:
-        told = json.load(answer)
-    return told["tokens"] / told["seconds"]
+        return json.load(answer)["tokens"], []
 
 
-async def ask_all(port: int, prompts: list[str]) -> tuple[float, list[float]]:
-    """Tokens per second of all replies together, and the gaps in each."""
+async def ask_all(port: int, prompts: list[str]) -> tuple[int, list[float]]:
+    """How many tokens all replies have together, and the gaps in each."""
     from tests.served import stream
 
     fields = {"max_tokens": max_tokens, "temperature": 0, "stream_options": {"include_usage": True}}
     bodies = [{"messages": [{"role": "user", "content": prompt}], **fields} for prompt in prompts]
-    start = time.perf_counter()
     answers = await asyncio.gather(*(stream(port, body) for body in bodies))
-    seconds = time.perf_counter() - start
     tokens = sum(events[-1][1]["usage"]["completion_tokens"] for events in answers)
     pieces = [
-        [when for when, event in events if any(c["delta"].get("content") for c in event["choices"])]
+        [when for when, event in events if any(choice["delta"].get("content") for choice in event["choices"])]
         for events in answers
     ]
-    return tokens / seconds, [after - before for times in pieces for before, after in pairwise(times)]
+    return tokens, [after - before for times in pieces for before, after in pairwise(times)]
 
 
 if __name__ == "__main__":

@@ -99,7 +99,8 @@ class Ours:
         if shape["compile"]:
             from nanochat.decode_step import compile_decoding
 
-            compile_decoding(self.engine, wait=True)
+            compile_decoding(self.engine, shape["rows"], wait=True)
+            assert self.engine.compiled.keys() == set(shape["rows"]), "no figure says compiled that is not"
 
     def steps(self, rows: int, prompt: list[int], tokens: int) -> Iterator[list[int]]:
         from nanochat.engine import Request, Sampling
