@@ -70,7 +70,7 @@ from nanochat.serving import Busy, Part, Reply, Serving
 from nanochat.tokenizer import Tokenizer
 
 HEADER_SECONDS = 10  # to send a request's headers in, and to send the first request after connecting
-SEND_SECONDS = 30  # that a client may leave its answer unread; a third of a megabyte waits for it by then
+SEND_SECONDS = 30  # that a client may leave its answer unread
 DRAIN_SECONDS = 20  # that running replies have when the server ends
 RETRY_SECONDS = 5
 PAGE = Path(__file__).parent / "page"
@@ -136,9 +136,7 @@ class Service:
     def stream(self, replies: Sequence[Reply], lines: AsyncIterator[str], **headers: str) -> Response:
         """Server-sent events; the replies end when the client goes, also while they wait."""
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers}  # nginx is not to collect them
-        end = BackgroundTask(
-            self.serving.cancel, replies
-        )  # unlike a `finally` in lines it runs too if they never began
+        end = BackgroundTask(self.serving.cancel, replies)  # unlike a `finally` in lines also where they never began
         return StreamingResponse(lines, media_type="text/event-stream", headers=headers, background=end)
 
     async def whole(self, request: Request, replies: Sequence[Reply]) -> list[list[Part]]:

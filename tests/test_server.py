@@ -32,7 +32,7 @@ TOKENIZER = Tokenizer(np.empty((0, 2)))  # one token per byte, so that character
 HELLO = [{"role": "user", "content": "Hello"}]
 SMALL = GPTConfig(64, TOKENIZER.get_vocab_size(), n_layer=1, n_head=2, n_kv_head=2, n_embd=32)
 CALL = ("<|python_start|>", "12*3", "<|python_end|>", "<|output_start|>", "36", "<|output_end|>")
-SECONDS = 8  # after which a test gives up
+SECONDS = 30  # after which a test gives up
 
 
 def tokens_of(*parts: str) -> list[int]:
