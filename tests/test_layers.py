@@ -15,7 +15,7 @@ common configurator files record schedule compute sharding muon adamw model atte
 tokenizer corpus dataloader loss_eval core_eval checkpoint_manager signals run train
 """.split()
 LEAVES = """
-calculator engine conversation names chat_train task_eval hf_model download corpus_writer task_data dataset
+calculator engine decode_step conversation names chat_train task_eval hf_model download corpus_writer task_data dataset
 jail_stub execution report_page report runs serving api access markdown server
 """.split()
 # The places to talk to a model, the other architectures, the faster recipe: what comes on top of the library.
