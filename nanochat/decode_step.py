@@ -185,6 +185,8 @@ def fill(engine: Engine, rows: Sequence[int], say: Callable[[str], None]) -> Non
             path = artefact(engine, n)
             if not path.exists():
                 run_compiler(engine, n, path)
+            if path.stat().st_uid != os.getuid():
+                raise RuntimeError(f"{path} is somebody else's, and machine code is not taken from others")
             try:
                 check(engine, n, step := load(engine, n, path))
             except Exception:

@@ -139,13 +139,13 @@ def penalise(logits: Tensor, seen: Sequence[int], penalty: float) -> None:
 
 def sample(logits: Tensor, draws: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     """One token per row of logits (B, V), as (B,), by the row's own random number of draws (B,), uniform in [0, 1)."""
+    kinds = [bool(s.temperature) and (2 if s.top_k or s.min_p or s.top_p else 1) for s in samplings]
+    if len(set(kinds)) == 1 and kinds[0]:  # the usual case, without a copy
+        return draw(logits, draws, samplings, cut=kinds[0] == 2)
     drawn = logits.argmax(dim=-1)
-    for cut in (False, True):  # a row's own way, whatever the others'
-        rows = [i for i, s in enumerate(samplings) if s.temperature > 0 and cut == bool(s.top_k or s.min_p or s.top_p)]
-        if len(rows) == len(drawn):  # the usual case, without a copy
-            return draw(logits, draws, samplings, cut)
-        if rows:
-            drawn[rows] = draw(logits[rows], draws[rows], [samplings[i] for i in rows], cut)
+    for kind in (1, 2):  # a row's own way, whatever the others'
+        if rows := [i for i, own in enumerate(kinds) if own == kind]:
+            drawn[rows] = draw(logits[rows], draws[rows], [samplings[i] for i in rows], cut=kind == 2)
     return drawn
 
 

@@ -36,6 +36,7 @@ slots: Positive = 32  # replies that each GPU writes at the same time; 64 more w
 num_gpus: Positive = 1  # copies of the model, one per GPU
 device_type: Literal["auto", "cuda", "mps", "xpu", "cpu"] = "auto"  # cuda also stands for AMD's ROCm
 dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # what matmuls compute in
+compile = True  # on a CPU: a faster decoding step, which the first start makes in the background in a minute or two
 settings = configure(__name__)
 
 import os
@@ -49,6 +50,7 @@ from nanochat.access import Access, is_loopback
 from nanochat.checkpoint_manager import find_checkpoint, load_model
 from nanochat.common import UserError, run_main
 from nanochat.compute import compute_init
+from nanochat.decode_step import compile_decoding
 from nanochat.engine import Engine
 from nanochat.server import Defaults, create_app, listen, make_server
 from nanochat.serving import Serving
@@ -80,6 +82,8 @@ def open_engines() -> tuple[list[Engine], str]:
     for device in devices:
         model, tokenizer, _ = load_model(source, device, "eval", tag, checkpoint.step)
         engines.append(Engine(model, tokenizer, compute.dtype))
+        if compile:
+            compile_decoding(engines[-1], [rows for rows in (1, 8, 32) if rows <= slots])
     return engines, f"nanochat-{source}-{tag}"
 
 

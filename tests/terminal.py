@@ -133,6 +133,7 @@ def run(job: dict[str, Any]) -> None:
         "compute_init": lambda *_: SimpleNamespace(device=None, dtype=None),
         "load_model": lambda *_: (None, BYTES, {}),
         "Engine": Echo,
+        "compile": False,
     }
     for name, value in (chat_cli.settings | fakes | job["settings"]).items():
         setattr(chat_cli, name, value)

@@ -25,7 +25,14 @@ def chat(monkeypatch, capsys):
     monkeypatch.setattr(chat_cli, "load_model", lambda *_: print("status") or (small_model(config), BYTES, {}))
 
     def run(*lines: str | type[BaseException], **changes: object) -> str:
-        values = {**chat_cli.settings, "max_tokens": 8, "device_type": "cpu", "dtype": "float32", **changes}
+        values = {
+            **chat_cli.settings,
+            "max_tokens": 8,
+            "device_type": "cpu",
+            "dtype": "float32",
+            "compile": False,
+            **changes,
+        }
         for name, value in values.items():
             monkeypatch.setattr(chat_cli, name, value)
         typed = iter(lines)

@@ -38,10 +38,11 @@ def made(path) -> None:
     path.write_bytes(b"machine code")
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="no C++ compiler")
 def test_the_compiled_step_equals_the_eager_one(base_dir, monkeypatch):
-    """The one real compilation of the suite. Rows of different lengths, grouped heads, a ring that goes round (16
-    tokens and a chunk of 4, in a context of 32); and a second start compiles nothing.
+    """A real compilation, a minute on a busy machine. Rows of different lengths, grouped heads, a ring that goes round
+    (16 tokens and a chunk of 4, in a context of 32); and a second start compiles nothing.
     """
     monkeypatch.setattr("nanochat.engine.CHUNK", 4)
     model, words = small_model(WINDOWS), []

@@ -930,10 +930,13 @@ def test_a_token_is_needed_where_others_can_reach_the_server(
     monkeypatch.setattr(chat_web, "find_checkpoint", lambda *_: found)
     monkeypatch.setattr(chat_web, "load_model", lambda *_: (small_model(SMALL), TOKENIZER, found.meta))
     monkeypatch.setattr(Server, "run", run)
+    compiled: list[list[int]] = []
+    monkeypatch.setattr(chat_web, "compile_decoding", lambda engine, rows: compiled.append(rows))
     for name, value in {"port": 0, "device_type": "cpu", "dtype": "float32", **settings}.items():
         monkeypatch.setattr(chat_web, name, value)
     chat_web.main()
     served[0]()
+    assert compiled == [[1, 8, 32]]
     output = capsys.readouterr().out
     assert f"chat: http://{settings.get('host', '127.0.0.1')}:" in output
     assert ("#token=" in output) == (token == "made up")  # one that was given is no news, and logs are kept
