@@ -71,7 +71,10 @@ class Reply:
         if said.logprob is not None and not special:
             self.held_said.append((self.length, said))
         piece = self.decoder.feed(said.token)
-        self.write(kind, piece.text if piece else "", flush=special)
+        if self.stop or self.held_said:
+            self.write(kind, piece.text if piece else "", flush=special)
+        elif piece:  # nothing can be held back: the usual case, at half the cost
+            self.add(piece.kind, piece.text, [])
 
     def write(self, kind: str, text: str, flush: bool) -> None:
         """Show what is held back and `text`: all of it, or without flush what can't begin a stop string."""
@@ -86,23 +89,23 @@ class Reply:
         said = [one for start, one in self.held_said if start < end or (flush and not found)]
         self.held_said = self.held_said[len(said) :]
         if shown or said:
-            self.add(Part(kind, shown, said))
+            self.add(kind, shown, said)
 
-    def add(self, part: Part) -> None:
+    def add(self, kind: str, text: str, said: list[Said]) -> None:
         """Put a part behind what the reader has not taken yet; neighbours of a kind become one."""
         with self.lock:
-            if self.parts and self.parts[-1].kind == part.kind:
-                self.parts[-1].text += part.text
-                self.parts[-1].said += part.said
+            if self.parts and self.parts[-1].kind == kind:
+                self.parts[-1].text += text
+                self.parts[-1].said += said
             else:
-                self.parts.append(part)
+                self.parts.append(Part(kind, text, said))
 
     def repeat(self, engine: Engine) -> None:
         """Show the prompt."""
         prompt, top = self.request.prompt[self.echo :], self.request.sampling.logprobs
         scores: list[Any] = [] if top is None else [(None, ()), *engine.score(self.request.prompt, top)][self.echo :]
         said = [Said(self.request, token, 0, *score) for token, score in zip(prompt, scores, strict=False)]
-        self.add(Part("text", self.tokenizer.decode(prompt), said))
+        self.add("text", self.tokenizer.decode(prompt), said)
 
     def finish(self, reason: str, error: Exception | None = None) -> None:
         """The end: what was held back is shown, but for a stop string and what stands behind it."""
