@@ -9,10 +9,12 @@ tests/reference/generate.py); each request draws its own random numbers, so what
 share its batch (but for the last bits of a matmul).
 """
 
+import math
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -149,28 +151,30 @@ def sample(logits: Tensor, draws: Tensor, samplings: Sequence[Sampling]) -> Tens
     return drawn
 
 
+@lru_cache(maxsize=4)
+def columns(samplings: tuple[Sampling, ...], V: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Temperatures, numbers of tokens, floors and shares of these rows, (B, 1) each: the same at most steps."""
+    # The likeliest is 0 whatever the temperature; fp32 knows 1e-20, and nothing is left of the others by then.
+    temperatures = [max(s.temperature, 1e-20) for s in samplings]
+    floors = [math.log(s.min_p) if s.min_p else -math.inf for s in samplings]
+    rows = (temperatures, [min(s.top_k or V, V) for s in samplings], floors, [s.top_p or 1 for s in samplings])
+    return tuple(torch.tensor(row, device=device)[:, None] for row in rows)
+
+
 def draw(logits: Tensor, draws: Tensor, samplings: Sequence[Sampling], cut: bool) -> Tensor:
     """sample() of rows with a temperature, all of them cut or none: the first token, in the order of likelihood or of
     the vocabulary, whose cumulative probability exceeds the draw.
     """
-
-    def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, device=logits.device)[:, None]
-
-    # The likeliest is 0 whatever the temperature; fp32 knows 1e-20, and nothing is left of the others by then.
-    temperatures = column([max(s.temperature, 1e-20) for s in samplings])
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperatures
-    order = None
+    V = logits.size(-1)
+    temperatures, ks, floors, most = columns(tuple(samplings), V, logits.device)
+    scaled, order = (logits - logits.amax(dim=-1, keepdim=True)) / temperatures, None
     if cut:
-        V = logits.size(-1)
-        ks = [min(s.top_k or V, V) for s in samplings]
-        scaled, order = scaled.topk(max(ks), dim=-1)
-        ranks = torch.arange(max(ks), device=logits.device)
-        floors = column([s.min_p or 0 for s in samplings]).log()
-        scaled = scaled.masked_fill((ranks >= column(ks)) | (scaled < floors), -torch.inf)
+        scaled, order = scaled.topk(min(V, max(s.top_k or V for s in samplings)), dim=-1)
+        ranks = torch.arange(scaled.size(-1), device=logits.device)
+        scaled = scaled.masked_fill((ranks >= ks) | (scaled < floors), -torch.inf)
         shares = scaled.softmax(dim=-1)
         before = shares.cumsum(dim=-1) - shares  # probability of everything more likely
-        scaled = scaled.masked_fill((before >= column([s.top_p or 1 for s in samplings])) & (ranks > 0), -torch.inf)
+        scaled = scaled.masked_fill((before >= most) & (ranks > 0), -torch.inf)
     # The draw is kept below 1 by more than a rounding error, or a last token without probability could come out.
     cumulative = scaled.softmax(dim=-1).cumsum(dim=-1)
     places = (cumulative <= draws[:, None].clamp(max=1 - 1e-6) * cumulative[:, -1:]).sum(dim=-1)
