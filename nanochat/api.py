@@ -230,12 +230,8 @@ class TextRequest(Drawing, OpenAI):
             if not all(0 <= token < tokenizer.get_vocab_size() for token in tokens):
                 raise UserError(f"the prompt has a token id beyond 0 to {tokenizer.get_vocab_size() - 1:,}")
             if len(tokens) + (self.max_tokens != 0) > context:
-                raise ApiError(
-                    400,
-                    f"the prompt has {len(tokens):,} tokens; the context is {context:,}, the reply included",
-                    "prompt",
-                    "context_length_exceeded",
-                )
+                why = f"the prompt has {len(tokens):,} tokens; the context is {context:,}, the reply included"
+                raise ApiError(400, why, "prompt", "context_length_exceeded")
             prompts.append((tokens, len(bos)))
         return prompts
 
@@ -270,12 +266,8 @@ class Answer:
         return {"index": index, **({"delta": text} if self.chat else {"text": "", **text}), **rest}
 
     def closing(self, index: int, reason: str) -> dict[str, Any]:
-        return {
-            "index": index,
-            **({"delta": {}} if self.chat else {"text": ""}),
-            "logprobs": None,
-            "finish_reason": reason,
-        }
+        text = {"delta": {}} if self.chat else {"text": ""}
+        return {"index": index, **text, "logprobs": None, "finish_reason": reason}
 
     def whole(self, index: int, parts: Sequence[Part], reason: str) -> dict[str, Any]:
         """A choice with everything."""

@@ -120,4 +120,4 @@ class Renderer:
         if process:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
-            await process.communicate()
+            await process.wait()  # communicate() would read, which an answer's reader may be doing

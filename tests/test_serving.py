@@ -159,3 +159,17 @@ def test_a_text_that_takes_too_long_is_shown_as_it_is(monkeypatch: pytest.Monkey
         await renderer.stop()
 
     asyncio.run(main())
+
+
+def test_a_server_that_ended_while_a_page_was_rendered_told_of_two_readers() -> None:
+    """The one that ended the process read its last words, which the one who waited for an answer was reading."""
+
+    async def main() -> str:
+        renderer = Renderer()
+        answer = asyncio.create_task(renderer.render("[" * 20_000))  # half a minute's work
+        while renderer.process is None:
+            await asyncio.sleep(0.01)
+        await renderer.stop()
+        return await answer
+
+    assert asyncio.run(main()).startswith("<p>[[[")
