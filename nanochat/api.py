@@ -266,7 +266,7 @@ class Answer:
         return {"index": index, **({"delta": text} if self.chat else {"text": "", **text}), **rest}
 
     def closing(self, index: int, reason: str) -> dict[str, Any]:
-        text = {"delta": {}} if self.chat else {"text": ""}
+        text: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
         return {"index": index, **text, "logprobs": None, "finish_reason": reason}
 
     def whole(self, index: int, parts: Sequence[Part], reason: str) -> dict[str, Any]:
