@@ -631,7 +631,7 @@ def test_the_token_of_the_address_is_sent_and_leaves_the_address(
             say(page, "Hello")
             until(page, "at('locked').open")
             page.evaluate("at('token').value = 'secret'; at('locked').close(); 0")
-            until(page, "!running.size")
+            until(page, "!running.size && session.get(TOKEN) === 'secret'")  # a dialog tells later that it is closed
             click(page, "Retry")
             idle(page, engine)
             assert said(page)[1] == "abcdef"
