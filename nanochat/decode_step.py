@@ -6,16 +6,14 @@ a shape, at every context. Only one that agrees with the eager step on random da
 
 Per core (Zen 3, AVX2, fp32), where reading memory once, at 15 GB/s, bounds what one row can do: up to eight rows a
 matmul is written out as dot products, so that a weight is read once for all. Inductor makes 16 GB/s of it for one row,
-MKL 9 to 11; for 8 rows of a d6 38 GFLOPS, MKL 22. With 32 rows MKL, 43 to 50, is as good as Inductor's templates. A
-whole step of one row of a d6 takes 4.3 ms after 160 tokens (eager 8.2), 85 % of that bound; 32 rows of a d4 12.6 (16).
+MKL 9 to 11; for 8 rows of a d6 38 GFLOPS, MKL 22. From 16 rows on it is MKL's matmul.
 """
 
-import atexit
 import ctypes
 import hashlib
 import inspect
+import json
 import os
-import pickle
 import platform
 import shutil
 import signal
@@ -24,6 +22,8 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,8 @@ def build_asked() -> None:
     os.nice(10)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: who asked may be killed, and then nobody waits
-    build(*pickle.load(sys.stdin.buffer))
+    module, name, config, dtype, rows, threads, path = json.load(sys.stdin)
+    build(getattr(import_module(module), name)(**config), getattr(torch, dtype), rows, threads, Path(path))
 
 
 # -----------------------------------------------------------------------------
@@ -121,14 +122,14 @@ def artefact(engine: Engine, rows: int) -> Path:
     cpuinfo = Path("/proc/cpuinfo")
     processor = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
     flags = next((line for line in processor.splitlines() if line.startswith(("flags", "Features"))), processor)
-    settings = (torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(), flags)
-    known = repr((torch.__version__, engine.model.config, engine.dtype, rows, settings)).encode()
+    machine = (torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(), flags)
+    known = repr((machine, engine.model.config, engine.dtype, rows)).encode()
     files = b"".join(path.read_bytes() for path in [Path(__file__), *sorted(traced)])
     return get_base_dir() / "cache" / f"decode-{rows}-{hashlib.sha256(known + files).hexdigest()[:16]}.pt2"
 
 
 def run_compiler(engine: Engine, rows: int, path: Path) -> None:
-    """build() in a process of its own, which ends with this one. Raises RuntimeError with its last words."""
+    """build() in a process of its own, which on Linux ends with this one. Raises RuntimeError with its last words."""
     root, command = str(Path(__file__).parent.parent), "from nanochat.decode_step import build_asked; build_asked()"
     process = subprocess.Popen(
         [sys.executable, "-c", command],
@@ -138,10 +139,10 @@ def run_compiler(engine: Engine, rows: int, path: Path) -> None:
         stderr=subprocess.PIPE,
         start_new_session=True,  # Ctrl-C stops an answer, not this
     )
-    atexit.register(process.kill)
-    asked = pickle.dumps((engine.model.config, engine.dtype, rows, torch.get_num_threads(), path))
+    config, dtype = engine.model.config, str(engine.dtype).removeprefix("torch.")
+    kind = [type(config).__module__, type(config).__name__]
+    asked = json.dumps([*kind, asdict(config), dtype, rows, torch.get_num_threads(), str(path)]).encode()
     words = process.communicate(asked)[1].decode(errors="replace").strip().splitlines()
-    atexit.unregister(process.kill)
     if process.returncode:
         raise RuntimeError(words[-1] if words else f"the compiling process ended with {process.returncode}")
 
