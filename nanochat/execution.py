@@ -172,19 +172,18 @@ def follow(jails: Sequence[Jail], timeout: float) -> ExecutionResult:
             if not read_some(selector, 0 if ended else remaining) and ended:
                 break
             exceeded = any(jail.exceeds() for jail in jails)
-            if not ready and all(jail.report() for jail in jails):
-                require_locked_in(jails)
-                ready, deadline = True, time.monotonic() + timeout
+            if not ready and (reports := [jail.report()[0] for jail in jails if jail.report()]):
+                require_locked_in(reports)  # a judge that refuses ends, perhaps before the other has started
+                if ready := len(reports) == len(jails):
+                    deadline = time.monotonic() + timeout
     if not ready and not exceeded:
         raise RuntimeError(f"the jail for programs did not start: {runner.outputs[1].decode('utf-8', 'replace')}")
     with suppress(subprocess.TimeoutExpired):
         judge.process.wait(0 if exceeded else max(0, deadline - time.monotonic()))
-    stdout, stderr = runner.outputs[0][:MAX_OUTPUT], runner.outputs[1][:MAX_OUTPUT]
-    if judge is not runner:
-        stderr += judge.outputs[1][:MAX_OUTPUT]
+    stderr = b"".join(jail.outputs[1][:MAX_OUTPUT] for jail in reversed(jails))
     return ExecutionResult(
         success=judge.report()[1:] == [b"passed"] and judge.process.returncode == 0 and not exceeded,
-        stdout=stdout.decode("utf-8", "replace"),
+        stdout=runner.outputs[0][:MAX_OUTPUT].decode("utf-8", "replace"),
         stderr=stderr.decode("utf-8", "replace"),
         timed_out=judge.process.returncode is None and not exceeded,
         output_exceeded=exceeded,
@@ -202,10 +201,10 @@ def read_some(selector: selectors.BaseSelector, seconds: float) -> bool:
     return bool(ready)
 
 
-def require_locked_in(jails: Sequence[Jail]) -> None:
+def require_locked_in(reports: Sequence[bytes]) -> None:
     """UserError where a stub refused to run its program."""
-    for jail in jails:
-        if missing := json.loads(jail.report()[0])[1]:
+    for report in reports:
+        if missing := json.loads(report)[1]:
             what = f"this machine cannot lock in the programs that a model writes ({missing})"
             raise UserError(f"{what}; --unsafe-exec runs them with all the rights of this user")
 

@@ -13,13 +13,15 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nanochat import jail_stub
-from nanochat.execution import MAX_OUTPUT, ExecutionResult, check_program, execute_code
+from nanochat.common import UserError
+from nanochat.execution import MAX_OUTPUT, ExecutionResult, Jail, check_program, end, execute_code, follow
 from tasks.humaneval import answer_program, checker_program
 from tests import hostile
 
@@ -272,6 +274,27 @@ print(execute_code("print('ran')", unsafe=True).stdout)
     why = "this machine cannot lock in the programs that a model writes (the kernel refuses a seccomp filter"
     assert [line.startswith(why) and "--unsafe-exec" in line for line in refusals] == [True] * 3
     assert "seccomp" not in layers and ran == "ran"
+
+
+def test_judge_that_refuses_before_the_runner_has_started_is_a_user_error():
+    """On a busy machine this was "the jail for programs did not start"."""
+    with ExitStack() as stack:
+        jails = []
+        for program in ("import os; os.write({}, b'[[], \"no seccomp\"]\\n')", "import time; time.sleep(60)"):
+            reader, writer = os.pipe()
+            process = subprocess.Popen(
+                [sys.executable, "-c", program.format(writer)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=[writer],
+                start_new_session=True,
+            )
+            stack.callback(end, process)
+            os.close(writer)
+            report = stack.enter_context(os.fdopen(reader, "rb", 0))
+            jails.append(Jail(process, (process.stdout, process.stderr, report)))
+        with pytest.raises(UserError, match="no seccomp"):
+            follow(jails, 5.0)
 
 
 CHECKS = """
