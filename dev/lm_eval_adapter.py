@@ -44,8 +44,8 @@ from nanochat.compute import Compute, compute_cleanup, compute_init
 from nanochat.conversation import check_messages, decode_parts, parts_text, render_for_completion
 from nanochat.core_eval import GPTScorer, Row, batch_units, make_units
 from nanochat.engine import Engine, Sampling
-from nanochat.gpt import GPT
 from nanochat.loss_eval import document_windows
+from nanochat.model import LanguageModel
 from nanochat.record import open_record
 from nanochat.tokenizer import Tokenizer
 
@@ -55,7 +55,9 @@ class Adapter:
     continuation), (text,), or (context, options); answers come in their order.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, compute: Compute, batch_size: int = 64, chat: bool = False):
+    def __init__(
+        self, model: LanguageModel, tokenizer: Tokenizer, compute: Compute, batch_size: int = 64, chat: bool = False
+    ):
         self.scorer = GPTScorer(model, tokenizer, compute)
         bos = tokenizer.get_bos_token_id()
         self.engine = Engine(model, tokenizer if chat else None, compute.dtype, stop_tokens=[bos])

@@ -26,7 +26,7 @@ from nanochat.conversation import (
 )
 from nanochat.dataloader import Block, StreamPosition, prefetch, stream, to_device
 from nanochat.engine import Engine, Sampling
-from nanochat.gpt import GPT
+from nanochat.model import LanguageModel
 from nanochat.run import Run
 from nanochat.schedule import BatchPlan
 from nanochat.sharding import is_sharded
@@ -168,7 +168,7 @@ def plan_chats(
     num_iterations: int | None,
     minutes: float | None,
     rows_in_epoch: int,
-    model: GPT,
+    model: LanguageModel,
     stream: Stream,
     batch: BatchPlan,
     compute: Compute,
@@ -185,7 +185,7 @@ def plan_chats(
     return steps, f"one epoch of about {rows_in_epoch:,} rows / {batch.rows} rows per step"
 
 
-def row_length(model: GPT, max_seq_len: int | None) -> int:
+def row_length(model: LanguageModel, max_seq_len: int | None) -> int:
     """Tokens per row of a chat stage: as asked, at most the model's context. Raises UserError for more."""
     context = model.config.sequence_len
     if max_seq_len is not None and not 2 <= max_seq_len <= context:
@@ -196,7 +196,7 @@ def row_length(model: GPT, max_seq_len: int | None) -> int:
 
 @torch.no_grad()
 def evaluate_chats(
-    model: GPT,
+    model: LanguageModel,
     conversations: Conversations,
     tokenizer: Tokenizer,
     batch: BatchPlan,
@@ -226,7 +226,9 @@ def evaluate_chats(
     return float(loss_sum / count)
 
 
-def show_chats(questions: Sequence[str], model: GPT, tokenizer: Tokenizer, compute: Compute, run: Run) -> None:
+def show_chats(
+    questions: Sequence[str], model: LanguageModel, tokenizer: Tokenizer, compute: Compute, run: Run
+) -> None:
     """What the model answers to a few questions, the likeliest token each time; from rank 0, called by all."""
     engine = Engine(model, tokenizer, compute.dtype) if compute.is_master or is_sharded(model) else None
     if not engine or not compute.is_master:

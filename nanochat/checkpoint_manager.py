@@ -33,8 +33,7 @@ from nanochat.adamw import AdamW
 from nanochat.common import STAGES, NotFinite, UserError, get_base_dir, print0
 from nanochat.compute import Compute
 from nanochat.files import one_line, read_sealed, seal, sha256_file, whole, write_atomic
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.model import build_model
+from nanochat.model import LanguageModel, build_model, load_config
 from nanochat.muon import Muon
 from nanochat.record import provenance
 from nanochat.sharding import Place, local, own_rows, whole_weights
@@ -277,7 +276,7 @@ def set_aside(directory: Path, steps: list[int]) -> None:
 
 def save_checkpoint(
     path: Path,
-    model: GPT,
+    model: LanguageModel,
     optimizers: Sequence[AdamW | Muon],
     tokenizer: Tokenizer,
     meta: dict[str, Any],
@@ -398,7 +397,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
         raise UserError(f"{path} is no intact safetensors file: {one_line(error)}; get it again") from None
 
 
-def restore_model(model: GPT, checkpoint: Checkpoint) -> None:
+def restore_model(model: LanguageModel, checkpoint: Checkpoint) -> None:
     """Load weights in place. Raises UserError, before any is loaded, for the first tensor that is not the model's."""
     path, weights = checkpoint.file("model.safetensors"), dict(model.named_parameters())
     with open_tensors(path) as file, torch.no_grad():
@@ -430,7 +429,7 @@ def restore_optimizers(optimizers: Sequence[AdamW | Muon], checkpoint: Checkpoin
 
 def load_model(
     source: str, device: torch.device, phase: str = "eval", model_tag: str | None = None, step: int | None = None
-) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+) -> tuple[LanguageModel, Tokenizer, dict[str, Any]]:
     """The model, its own tokenizer and meta of a checkpoint of stage `source` (base, mid, sft, rl); `phase` is train or
     eval. Without a tag the one saved last, without a step the last. UserError where there is none or it is damaged.
     """
@@ -442,9 +441,9 @@ def load_model(
 
 def open_model(
     checkpoint: Checkpoint, device: torch.device, phase: str = "eval", place: Place | None = None
-) -> tuple[GPT, Tokenizer]:
+) -> tuple[LanguageModel, Tokenizer]:
     """The model and the tokenizer of a checkpoint; `phase` is train or eval, `place` as in build_model."""
-    model = build_model(GPTConfig(**checkpoint.meta["model_config"]), device, place=place)
+    model = build_model(load_config(checkpoint.meta["model_config"]), device, place=place)
     restore_model(model, checkpoint)
     model.train(phase == "train")
     print0(f"model: {checkpoint.name}, {model.num_params():,} parameters")

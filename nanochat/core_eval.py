@@ -37,8 +37,7 @@ from nanochat.attention import LayerCache, causal_attention
 from nanochat.common import UserError, get_base_dir
 from nanochat.compute import Compute
 from nanochat.files import one_line, read_sealed, sha256_file
-from nanochat.gpt import GPT
-from nanochat.model import slice_rows
+from nanochat.model import LanguageModel, slice_rows
 from nanochat.tokenizer import Tokenizer
 
 PREFETCH = "python -m nanochat.dataset --prefetch=eval"
@@ -305,7 +304,12 @@ class GPTScorer:
     branches = True
 
     def __init__(
-        self, model: GPT, tokenizer: Tokenizer, compute: Compute, batch_tokens: int | None = None, compile: bool = False
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        compute: Compute,
+        batch_tokens: int | None = None,
+        compile: bool = False,
     ):
         self.model = model.inference_copy(compute.dtype)
         self.compiled = compile

@@ -23,7 +23,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from nanochat.common import get_base_dir, print0
 from nanochat.compute import can_compile
 from nanochat.engine import Engine, KVCache, LayerSlots, Step
 from nanochat.files import one_line, whole
+from nanochat.model import load_config
 
 DOT_ROWS = 8  # matmuls of at most so many rows are written out as dot products
 
@@ -107,8 +107,8 @@ def build_asked() -> None:
     os.nice(10)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: who asked may be killed, and then nobody waits
-    module, name, config, dtype, rows, threads, path = json.load(sys.stdin)
-    build(getattr(import_module(module), name)(**config), getattr(torch, dtype), rows, threads, Path(path))
+    config, dtype, rows, threads, path = json.load(sys.stdin)
+    build(load_config(config), getattr(torch, dtype), rows, threads, Path(path))
 
 
 # -----------------------------------------------------------------------------
@@ -140,8 +140,7 @@ def run_compiler(engine: Engine, rows: int, path: Path) -> None:
         start_new_session=True,  # Ctrl-C stops an answer, not this
     )
     config, dtype = engine.model.config, str(engine.dtype).removeprefix("torch.")
-    kind = [type(config).__module__, type(config).__name__]
-    asked = json.dumps([*kind, asdict(config), dtype, rows, torch.get_num_threads(), str(path)]).encode()
+    asked = json.dumps([asdict(config), dtype, rows, torch.get_num_threads(), str(path)]).encode()
     words = process.communicate(asked)[1].decode(errors="replace").strip().splitlines()
     if process.returncode:
         raise RuntimeError(words[-1] if words else f"the compiling process ended with {process.returncode}")

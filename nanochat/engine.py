@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +25,7 @@ from torch import Tensor
 from nanochat.attention import LayerCache, round_length
 from nanochat.calculator import ToolUse
 from nanochat.common import UserError
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.model import slice_rows
+from nanochat.model import LanguageModel, slice_rows
 from nanochat.tokenizer import Tokenizer
 
 CHUNK = 256  # tokens of prompts read per step while others wait for their next token
@@ -84,7 +84,7 @@ def look(
 class KVCache:
     """Keys and values of `slots` sequences, up to `capacity` tokens each."""
 
-    def __init__(self, config: GPTConfig, slots: int, capacity: int, device: torch.device, dtype: torch.dtype):
+    def __init__(self, config: Any, slots: int, capacity: int, device: torch.device, dtype: torch.dtype):
         self.windows, self.capacity = config.windows(), round_length(capacity, device)
         self.tokens: list[list[int]] = [[] for _ in range(slots)]  # what each slot holds
         # A chunk is written before its first token looks back: a ring has room for both.
@@ -394,7 +394,7 @@ class Engine:
 
     def __init__(
         self,
-        model: GPT,
+        model: LanguageModel,
         tokenizer: Tokenizer | None = None,
         dtype: torch.dtype = torch.float32,
         stop_tokens: Sequence[int] = (),

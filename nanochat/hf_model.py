@@ -27,7 +27,7 @@ class HFScorer:
 
     def __init__(self, model: Any, tokenizer: Any, compute: Compute, batch_tokens: int | None = None):
         self.model, self.tokenizer, self.device = model, tokenizer, compute.device
-        self.context = context_of(model.config)
+        self.context = int(getattr(model.config, "max_position_embeddings", None) or 2048)  # 2048: if it does not say
         self.batch_tokens = batch_tokens or default_batch_tokens(compute.device)
         self.bos = start_token(tokenizer)
         self.picks = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -68,11 +68,6 @@ def load_hf(folder: Path, compute: Compute, batch_tokens: int | None = None) -> 
     about = f"context {scorer.context:,}, texts begin with {tokenizer.decode([scorer.bos])!r}"
     print0(f"model: {folder}, {model.num_parameters():,} parameters, {about}")
     return scorer
-
-
-def context_of(config: Any) -> int:
-    """The longest input of a model. Those that do not say take 2,048 tokens here."""
-    return int(getattr(config, "max_position_embeddings", None) or 2048)
 
 
 def start_token(tokenizer: Any) -> int:

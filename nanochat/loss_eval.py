@@ -21,7 +21,7 @@ import torch
 from nanochat.common import UserError
 from nanochat.compute import Compute, collective
 from nanochat.dataloader import to_device
-from nanochat.gpt import GPT
+from nanochat.model import LanguageModel
 from nanochat.tokenizer import Tokenizer
 
 
@@ -80,7 +80,7 @@ def document_windows(
 
 @torch.no_grad()
 def evaluate_bpb(
-    model: GPT,
+    model: LanguageModel,
     windows: Iterable[Window],
     tokenizer: Tokenizer,
     compute: Compute,

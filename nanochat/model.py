@@ -7,7 +7,9 @@ mixed precision takes. Shapes below: B batch, T time, C width, V vocabulary.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any, Literal, Protocol, Self, TypeVar
+from importlib import import_module
+from inspect import signature
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.adamw import AdamW
+from nanochat.common import UserError
 from nanochat.muon import Muon
 from nanochat.sharding import Place, compute_device, is_split, local, own_rows, whole_weights
 
@@ -101,22 +104,22 @@ def slice_rows(tokens: int, vocab_size: int, device: torch.device) -> list[slice
 
 
 class Linear(nn.Linear):
-    """A matmul in its input's dtype, whatever the weight is stored in; no bias."""
+    """A matmul in its input's dtype, whatever the weight is stored in."""
 
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__(in_features, out_features, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class LanguageModel(nn.Module):
     """An embedding, blocks and a head; an architecture adds hidden(idx, dtype) -> (B, T, C) and init_weights(seed)."""
 
-    config: Any  # a dataclass with vocab_size, n_embd and windows()
+    config: Any  # a dataclass of what rebuilds it, with build(), windows() and head_dim
     wte: nn.Embedding
     blocks: Sequence[nn.Module]
-    lm_head: Linear
+    lm_head: Linear | nn.Embedding  # wte itself where the two are tied
     hidden: Callable[..., Tensor]
     init_weights: Callable[[int], None]
 
@@ -167,7 +170,7 @@ class LanguageModel(nn.Module):
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         for block in self.blocks:
             block.forward = torch.compile(block.forward, dynamic=False)
-        self.loss_slice = torch.compile(head_loss_slice, dynamic=False)
+        self.loss_slice = torch.compile(self.loss_slice, dynamic=False)
 
     def inference_copy(self, dtype: torch.dtype) -> Self:
         """A separate model with today's weights in `dtype`: whole, eager, without gradients. Collective if sharded."""
@@ -186,23 +189,31 @@ class LanguageModel(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def num_matmul_params(self) -> int:
-        """Weights that a token is multiplied with: all but the embedding table, which is only looked up."""
-        return self.num_params() - self.wte.weight.numel()
+        """Weights that a token is multiplied with: not the embedding table, which is only looked up."""
+        return self.lm_head.weight.numel() + sum(p.numel() for p in self.sort_parameters()[0].values())
 
     def ratio_params(self, counts: str) -> tuple[int, str]:
         """What a horizon in tokens per parameter counts, all or matmuls, and its name in print. The embedding table is
         a third of a d10 with 65,536 tokens and 7 % of a d32, so over depths the ratio of all means different things.
         """
-        return {
-            "all": (self.num_params(), "parameters"),
-            "matmuls": (self.num_matmul_params(), "parameters in matmuls"),
-        }[counts]
+        if counts == "matmuls":
+            return self.num_matmul_params(), "parameters in matmuls"
+        return self.num_params(), "parameters"
 
     def estimate_flops(self) -> int:
         """Training FLOPs per token at full context: 6 per matmul weight, and 12 C window per layer for attention (PaLM,
         arXiv 2204.02311, appendix B; not halved for causality).
         """
         return 6 * self.num_matmul_params() + 12 * self.config.n_embd * sum(self.config.windows())
+
+    def sort_parameters(self) -> tuple[dict[str, nn.Parameter], ...]:
+        """Every parameter once, by name: the matrices in the blocks; an embedding that is not the head too; the rest,
+        which is the head, and where an architecture has them a table of positions, gains and biases.
+        """
+        rest = dict(self.named_parameters())
+        matrices = {name: rest.pop(name) for name in [*rest] if name.startswith("blocks.") and rest[name].ndim == 2}
+        embedding = {} if self.lm_head is self.wte else {"wte.weight": rest.pop("wte.weight")}
+        return matrices, embedding, rest
 
     def setup_optimizers(
         self,
@@ -212,32 +223,40 @@ class LanguageModel(nn.Module):
         weight_decay: float = 0.0,
         dtype: torch.dtype = torch.bfloat16,
     ) -> list[AdamW | Muon]:
-        """Muon for the matrices inside the blocks, AdamW for embedding and head. The AdamW rates were tuned at width
-        768 and scale with (C / 768)^-0.5 (nanochat); Muon's update has a size of its own and needs no such rule.
-        `weight_decay` and `dtype` are Muon's.
+        """Muon for the matrices in the blocks, AdamW for the embedding, and at the head's rate for the rest. The AdamW
+        rates were tuned at width 768 and scale with (C / 768)^-0.5 (nanochat); Muon's update has a size of its own and
+        needs no such rule. `weight_decay` and `dtype` are Muon's.
         """
         scale = (self.config.n_embd / 768) ** -0.5
-        named = dict(self.named_parameters())
-        embedding = {"params": [("wte.weight", named.pop("wte.weight"))], "lr": embedding_lr * scale}
-        head = {"params": [("lm_head.weight", named.pop("lm_head.weight"))], "lr": unembedding_lr * scale}
-        return [AdamW([embedding, head]), Muon(list(named.items()), matrix_lr, weight_decay=weight_decay, dtype=dtype)]
+        matrices, *groups = (list(group.items()) for group in self.sort_parameters())
+        rates = embedding_lr * scale, unembedding_lr * scale
+        adamw = AdamW([{"params": group, "lr": lr} for group, lr in zip(groups, rates, strict=True)])
+        return [adamw, Muon(matrices, matrix_lr, weight_decay=weight_decay, dtype=dtype)]
 
 
 # -----------------------------------------------------------------------------
 # Building one
 
-Model = TypeVar("Model", bound=LanguageModel, covariant=True)
+ARCHITECTURES = {"gpt": "GPTConfig"}  # a file in nanochat/: its dataclass
 
 
-class Config(Protocol[Model]):
-    """A dataclass that every checkpoint holds, and that knows its model."""
+def choose_config(arch: str, depth: int, vocab_size: int, sequence_len: int, **options: Any) -> Any:
+    """config_from_depth() of an architecture, with the options that are not None. UserError for one it has not."""
+    module = import_module(f"nanochat.{arch}")
+    fields = getattr(module, ARCHITECTURES[arch]).__dataclass_fields__
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given.keys() - fields - signature(module.config_from_depth).parameters.keys():
+        raise UserError(f"--{name.replace('_', '-')}={given[name]}: --arch={arch} has no such setting; leave it out")
+    return module.config_from_depth(depth, vocab_size, sequence_len, **given)
 
-    def build(self) -> Model: ...
+
+def load_config(saved: dict[str, Any]) -> Any:
+    """The config that a checkpoint holds; a gpt's does not name its architecture."""
+    arch = saved.get("arch", "gpt")
+    return getattr(import_module(f"nanochat.{arch}"), ARCHITECTURES[arch])(**saved)
 
 
-def build_model(
-    config: Config[Model], device: torch.device, seed: int | None = None, place: Place | None = None
-) -> Model:
+def build_model(config: Any, device: torch.device, seed: int | None = None, place: Place | None = None) -> Any:
     """A model on `device`, or where sharding.placement() puts it: initialised from `seed`, or for weights to load."""
     with torch.device("meta"):
         model = config.build()

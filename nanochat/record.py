@@ -90,19 +90,6 @@ def open_record(stage: str, tag: str, settings: dict[str, Any], **about: Any) ->
     return record
 
 
-def read_record(path: Path) -> list[dict[str, Any]]:
-    """All events of a record. A last line cut short by a crash is left out; damage elsewhere raises ValueError."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    events = []
-    for number, line in enumerate(lines, 1):
-        try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise ValueError(f"{path}:{number}: not a JSON object; delete the record or mend the line") from None
-    return events
-
-
 # -----------------------------------------------------------------------------
 # Figures of the loop
 

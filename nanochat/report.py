@@ -20,6 +20,7 @@ dollars_per_hour: Rate | None = None  # of one GPU, or of a machine without (Non
 
 settings = configure(__name__)
 
+import json
 import math
 import shlex
 import textwrap
@@ -32,7 +33,6 @@ from typing import Any
 from nanochat import report_page as page
 from nanochat.common import STAGES, UserError, get_base_dir, print0, run_main
 from nanochat.files import write_atomic
-from nanochat.record import read_record
 from nanochat.report_page import Curve, Series
 from nanochat.sizing import find_card
 
@@ -317,6 +317,19 @@ def read_run(path: Path) -> Events:
     except ValueError as error:
         reason = str(error).removeprefix(f"{path}:")
         raise UserError(f"damaged record {path}: {reason}; to do without it: mv {path} {path}.bad") from None
+
+
+def read_record(path: Path) -> list[dict[str, Any]]:
+    """All events of a record. A last line cut short by a crash is left out; damage elsewhere raises ValueError."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    events = []
+    for number, line in enumerate(lines, 1):
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise ValueError(f"{path}:{number}: not a JSON object; delete the record or mend the line") from None
+    return events
 
 
 def read_runs(records: Path) -> list[Events]:

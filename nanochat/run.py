@@ -38,7 +38,7 @@ from nanochat.checkpoint_manager import (
 from nanochat.common import NotFinite, StepFailed, Stopped, UserError, get_base_dir, get_rank, print0
 from nanochat.compute import Compute, compute_cleanup, device_name, peak_memory_bytes, synchronize
 from nanochat.files import write_atomic
-from nanochat.gpt import GPT
+from nanochat.model import LanguageModel
 from nanochat.muon import Muon
 from nanochat.record import Meter, Record, StepResult, open_record
 from nanochat.sharding import held_bytes, local
@@ -83,7 +83,7 @@ class Run:
 
     def begin(
         self,
-        model: GPT,
+        model: LanguageModel,
         optimizers: Sequence[AdamW | Muon],
         tokenizer: Tokenizer,
         num_steps: int,

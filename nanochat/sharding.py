@@ -37,7 +37,7 @@ def placement(compute: Compute, shard: bool, offload: bool) -> Place | None:
 
 
 def shard_model(model: Any, compute: Compute, offload: bool) -> None:
-    """Wrap every block of a GPT on "meta", then the rest, and allocate this rank's rows, uninitialised."""
+    """Wrap every block of a model on "meta", then the rest, and allocate this rank's rows, uninitialised."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 

@@ -69,8 +69,8 @@ class Setup:
 
 def optimizer_bytes(model: "LanguageModel", world_size: int) -> float:
     """Muon's momentum and AdamW's two moments, fp32: one rank's share."""
-    tables = model.wte.weight.numel() + model.lm_head.weight.numel()
-    return (4 * (model.num_params() - tables) + 8 * tables) / world_size
+    matrices = model.num_matmul_params() - model.lm_head.weight.numel()
+    return (8 * model.num_params() - 4 * matrices) / world_size
 
 
 def estimate_memory(model: "LanguageModel", rows: int, sequence_len: int, setup: Setup) -> dict[str, float]:
@@ -82,7 +82,7 @@ def estimate_memory(model: "LanguageModel", rows: int, sequence_len: int, setup:
     """
     config, size, tokens = model.config, setup.itemsize, rows * sequence_len
     C, L, V = config.n_embd, config.n_layer, config.vocab_size
-    parameters, tables = model.num_params(), 2 * V * C
+    parameters, matrices = model.num_params(), model.num_matmul_params() - V * C
     cast = size if size < 4 else 0  # bytes of a number's copy in the matmuls' dtype
     layer = 18 * C * size * (1 if setup.compiled or not cast else 1.2)
     if setup.cpu and sequence_len <= 1024:  # see attention.causal_attention
@@ -90,13 +90,13 @@ def estimate_memory(model: "LanguageModel", rows: int, sequence_len: int, setup:
         layer += keys * (config.n_head * (4 + cast) + C * size / 64)
     logits = min(tokens, (16 if setup.cpu else 512) * 2**20 // (4 * V)) * V  # of a slice, see model.slice_rows
     loss = logits * (14 if setup.compiled else 24) + V * C * (4 + cast)
-    blocks, copies = L * layer, cast * (parameters - tables)
+    blocks, copies = L * layer, cast * matrices
     if setup.recompute:  # every block's input, and one block after the loss
         blocks, copies = L * C * size + max(0, layer - loss / tokens), copies / L
     if setup.shard:  # what is gathered: embedding and head, the block at work, its buffer and the next
-        copies = 4 * tables + 3 * size * (parameters - tables) / L
+        copies = 4 * (parameters - matrices) + 3 * size * matrices / L
     activations = tokens * (blocks + 7 * C * size)
-    update = (12 / setup.world_size if setup.shard else 2) * (parameters - tables)  # buffers of the optimizer step
+    update = (12 / setup.world_size if setup.shard else 2) * matrices  # buffers of the optimizer step
     weights = 0 if setup.offload else 4 * parameters / (setup.world_size if setup.shard else 1)
     return {
         "weights": weights,

@@ -161,9 +161,6 @@ class Tokenizer:
         """The text of some ids. Bytes that are no UTF-8, as a cut character leaves them, become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    def id_to_token(self, token: int) -> str:
-        return self.decode([token])
-
     def get_vocab_size(self) -> int:
         return len(self._bytes)
 

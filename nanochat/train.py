@@ -20,7 +20,7 @@ from nanochat.adamw import AdamW
 from nanochat.attention import round_length
 from nanochat.common import NotFinite, StepFailed, UserError, print0
 from nanochat.compute import Compute, can_compile, collective, synchronize
-from nanochat.gpt import GPT
+from nanochat.model import LanguageModel
 from nanochat.muon import Muon
 from nanochat.record import StepResult
 from nanochat.schedule import cosine_to_zero, muon_momentum, trapezoid
@@ -64,7 +64,7 @@ def zero_sums(compute: Compute) -> Sums:
     return Sums(torch.zeros(2, dtype=dtype, device=compute.device))
 
 
-def accumulate(model: GPT, stream: Stream, grad_accum_steps: int, compute: Compute) -> Sums:
+def accumulate(model: LanguageModel, stream: Stream, grad_accum_steps: int, compute: Compute) -> Sums:
     """Forward and backward over the micro-batches of one step: gradients of the *sum* of the losses stay on the
     parameters, and update() divides them once. A UserError of the stream, such as a damaged shard, is kept in the
     result; a sharded model, whose other ranks need this one's weights, goes on with tokens that count nothing.
@@ -205,7 +205,7 @@ def every(interval: int, step: int, num_steps: int) -> bool:
 
 
 def steps_for_minutes(
-    minutes: float, model: GPT, gradients: Callable[[], Sums], compute: Compute, fewest: int = 8
+    minutes: float, model: LanguageModel, gradients: Callable[[], Sums], compute: Compute, fewest: int = 8
 ) -> tuple[int, str]:
     """Steps of `gradients`, such as accumulate(), that fit into `minutes` with their update, and why so many. Trial
     steps with a learning rate of 0 tell the pace, so the run is bit for bit that of --num-iterations with the number.
@@ -234,7 +234,7 @@ def steps_in(minutes: float, one_step: Callable[[], object], compute: Compute, f
     return max(1, round(60 * minutes / statistics.median(seconds[n // 2 :]))), n
 
 
-def compile_model(model: GPT, device: torch.device) -> None:
+def compile_model(model: LanguageModel, device: torch.device) -> None:
     """torch.compile where its backend has what it needs; a CPU without a C++ compiler trains eagerly, and says so."""
     if can_compile(device):
         model.compile_parts()
@@ -246,7 +246,7 @@ def compile_model(model: GPT, device: torch.device) -> None:
 # Looking at it
 
 
-def fits(prompt: Sequence[int], model: GPT, name: object = None) -> bool:
+def fits(prompt: Sequence[int], model: LanguageModel, name: object = None) -> bool:
     """Whether a prompt leaves room for an answer in the context; with a name, says so where it does not."""
     room = len(prompt) < model.config.sequence_len
     if name and not room:
@@ -255,7 +255,7 @@ def fits(prompt: Sequence[int], model: GPT, name: object = None) -> bool:
 
 
 @torch.inference_mode()
-def complete(model: GPT, ids: Sequence[int], tokens: int, dtype: torch.dtype) -> list[int]:
+def complete(model: LanguageModel, ids: Sequence[int], tokens: int, dtype: torch.dtype) -> list[int]:
     """The likeliest continuation of ids, up to the end of the context, all of it read again for each token: enough to
     look at a model, without an engine.
     """

@@ -22,12 +22,13 @@ seed: Seed = 42  # of the weights and of the order of the rows
 corpus: str | None = None  # directory name in $NANOCHAT_BASE_DIR/data (None = the only one there)
 packing: Literal["bos", "flat"] = "bos"  # bos: every row starts with BOS, best fit; flat: one long stream cut into rows
 # Model
+arch: Literal["gpt"] = "gpt"  # architecture, by its file in nanochat/
 depth: Positive = 20  # number of Transformer layers; width and heads follow from it
 aspect_ratio: Positive = 64  # width / depth
 head_dim: Several | None = None  # channels per attention head (None = 128, or 64 for models narrower than 512)
 kv_heads: Positive | None = None  # key/value heads (None = as many as query heads; fewer = grouped-query attention)
 max_seq_len: Positive = 2048  # context in tokens
-window_pattern = "L"  # tiled over the layers: L sees the full context, S half of it; the last layer is always L
+window_pattern: str | None = None  # tiled over the layers: L full context, S half of it; the last is L (None = L)
 # Horizon: at most one of these four; none = 20 tokens per parameter (Chinchilla)
 num_iterations: Positive | None = None  # optimizer steps (the only one that changes the plan of a resumed run)
 target_flops: Amount | None = None  # training FLOPs, for scaling laws
@@ -74,9 +75,8 @@ from nanochat.compute import Compute, compute_init
 from nanochat.core_eval import CoreTask, GPTScorer, find_bundle, load_tasks, mean_centred, score_task
 from nanochat.corpus import Corpus, iter_text, load_corpus
 from nanochat.dataloader import Position, training_stream
-from nanochat.gpt import GPT, config_from_depth
 from nanochat.loss_eval import BitsPerByte, evaluate_bpb, validation_windows
-from nanochat.model import build_model
+from nanochat.model import LanguageModel, build_model, choose_config
 from nanochat.run import Run, open_run
 from nanochat.schedule import BatchPlan, plan_batches, plan_horizon
 from nanochat.sharding import is_sharded, placement
@@ -107,7 +107,8 @@ def main() -> None:
 
     # The model
     V = tokenizer.get_vocab_size()
-    config = config_from_depth(depth, V, max_seq_len, aspect_ratio, head_dim, kv_heads, window_pattern)
+    shape = {"aspect_ratio": aspect_ratio, "head_dim": head_dim, "kv_heads": kv_heads, "window_pattern": window_pattern}
+    config = choose_config(arch, depth, V, max_seq_len, **shape)
     model = build_model(config, compute.device, seed, placement(compute, shard, offload))
     model.recompute = recompute
     flops = model.estimate_flops()
@@ -169,7 +170,9 @@ def open_stream(text: Corpus, tokenizer: Tokenizer, batch: BatchPlan, compute: C
     return training_stream(text.train, tokenizer, batch, compute, packing, seed, start)
 
 
-def plan_steps(model: GPT, text: Corpus, tokenizer: Tokenizer, batch: BatchPlan, compute: Compute) -> tuple[int, str]:
+def plan_steps(
+    model: LanguageModel, text: Corpus, tokenizer: Tokenizer, batch: BatchPlan, compute: Compute
+) -> tuple[int, str]:
     """The number of steps and where it comes from. For --minutes real steps are timed that change nothing."""
     if minutes is None:
         counted = batch.tokens, model.estimate_flops(), model.ratio_params(ratio_counts)
@@ -181,7 +184,7 @@ def plan_steps(model: GPT, text: Corpus, tokenizer: Tokenizer, batch: BatchPlan,
 
 
 def validate(
-    model: GPT,
+    model: LanguageModel,
     text: Corpus,
     tokenizer: Tokenizer,
     batch: BatchPlan,
@@ -194,7 +197,9 @@ def validate(
     return evaluate_bpb(model, windows, tokenizer, compute, batch.device_batch_size, poll)
 
 
-def evaluate_core(model: GPT, tokenizer: Tokenizer, tasks: Sequence[CoreTask], compute: Compute, run: Run) -> None:
+def evaluate_core(
+    model: LanguageModel, tokenizer: Tokenizer, tasks: Sequence[CoreTask], compute: Compute, run: Run
+) -> None:
     """CORE on some items of every task that the bundle has; called partial where it has not all."""
     scorer = GPTScorer(model, tokenizer, compute)
     here = [task for task in tasks if task.path.is_file()]
@@ -208,7 +213,7 @@ def evaluate_core(model: GPT, tokenizer: Tokenizer, tasks: Sequence[CoreTask], c
     print0(f"step {run.done:,}: {'partial ' if partial else ''}CORE {value:.4f} +- {error:.4f} on {len(here)} tasks")
 
 
-def show_samples(model: GPT, tokenizer: Tokenizer, compute: Compute, run: Run) -> None:
+def show_samples(model: LanguageModel, tokenizer: Tokenizer, compute: Compute, run: Run) -> None:
     """The likeliest text after a few fixed beginnings; from rank 0, with a copy of the weights, called by all."""
     copy = model.inference_copy(compute.dtype) if compute.is_master or is_sharded(model) else None
     if not copy or not compute.is_master:

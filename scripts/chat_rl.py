@@ -70,7 +70,7 @@ from nanochat.common import UserError, print0, run_main
 from nanochat.compute import Compute, compute_init
 from nanochat.conversation import decode_parts, fingerprint, parts_text, render_for_completion
 from nanochat.engine import Engine, Sampling
-from nanochat.gpt import GPT
+from nanochat.model import LanguageModel
 from nanochat.run import Run, open_run
 from nanochat.schedule import cosine_to_zero
 from nanochat.task_eval import pass_at_k
@@ -129,7 +129,7 @@ def main() -> None:
         run.finish()
 
 
-def plan_steps(model: GPT, tokenizer: Tokenizer, problems: Task, run: Run) -> tuple[int, str]:
+def plan_steps(model: LanguageModel, tokenizer: Tokenizer, problems: Task, run: Run) -> tuple[int, str]:
     """The number of steps and where it comes from."""
     if minutes is None:
         once = max(1, len(problems) // examples_per_step)
@@ -165,13 +165,13 @@ class Rollout:
     advantage: float = 0.0  # reward minus the mean of the group; 0 in a group without signal
 
 
-def fitting(numbers: list[int], problems: Task, model: GPT, tokenizer: Tokenizer) -> list[int]:
+def fitting(numbers: list[int], problems: Task, model: LanguageModel, tokenizer: Tokenizer) -> list[int]:
     """Those of the problems with these numbers whose prompts leave room for an answer. The same on every rank."""
     return [i for i in numbers if fits(render_for_completion(problems[i]["messages"], tokenizer), model)]
 
 
 def roll_out(
-    model: GPT,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     problems: Task,
     numbers: list[int],
@@ -210,7 +210,7 @@ def roll_out(
     return groups
 
 
-def policy_gradient(model: GPT, groups: list[list[Rollout]], compute: Compute) -> Sums:
+def policy_gradient(model: LanguageModel, groups: list[list[Rollout]], compute: Compute) -> Sums:
     """Gradients of -sum(advantage * log p) over the sampled tokens of the groups with signal, left on the parameters.
     Returns that sum and the number of those tokens, on this rank, for agree() and update() to divide by.
     """
@@ -296,7 +296,7 @@ def diagnose(vitals: dict[str, float], dead_steps: int) -> str:
     return f"{nothing}; {why}"
 
 
-def evaluate(model: GPT, tokenizer: Tokenizer, held_out: Task, run: Run) -> None:
+def evaluate(model: LanguageModel, tokenizer: Tokenizer, held_out: Task, run: Run) -> None:
     """Record pass@k and its standard error on the first eval_examples problems. The same on every rank."""
     numbers = fitting(list(range(min(eval_examples, len(held_out)))), held_out, model, tokenizer)
     if not numbers:

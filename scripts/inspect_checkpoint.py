@@ -43,7 +43,7 @@ from nanochat.checkpoint_manager import (
     step_dir,
 )
 from nanochat.common import UserError, get_base_dir, print0, run_main
-from nanochat.record import read_record
+from nanochat.report import read_record
 
 SHOWN = ("format", "step", "model_config", "files", "provenance", "settings")  # in sections of their own
 

@@ -23,13 +23,14 @@ compile = True  # torch.compile, as base_train does it; eager training keeps mor
 mfu: Fraction | None = None  # assumed share of the cards' peak that training reaches (None = show 0.4 and 0.1)
 dollars_per_hour: Rate | None = None  # of one GPU, or of a machine without (None = known for H100, A100 and V100)
 # Model
+arch: Literal["gpt"] = "gpt"  # architecture, by its file in nanochat/
 depth: Positive = 20  # number of Transformer layers; width and heads follow from it
 aspect_ratio: Positive = 64  # width / depth
 head_dim: Several | None = None  # channels per attention head (None = 128, or 64 for models narrower than 512)
 kv_heads: Positive | None = None  # key/value heads (None = as many as query heads; fewer = grouped-query attention)
 vocab_size: Positive = 65536  # tokens in the vocabulary
 max_seq_len: Positive = 2048  # context in tokens
-window_pattern = "L"  # tiled over the layers: L sees the full context, S half of it; the last layer is always L
+window_pattern: str | None = None  # tiled over the layers: L full context, S half of it; the last is L (None = L)
 # Horizon: at most one of these three; none = 20 tokens per parameter (Chinchilla)
 num_iterations: Positive | None = None  # optimizer steps
 target_flops: Amount | None = None  # training FLOPs
@@ -57,7 +58,7 @@ import torch
 
 from nanochat import sizing
 from nanochat.common import UserError, print0, run_main
-from nanochat.gpt import GPT, config_from_depth
+from nanochat.model import LanguageModel, choose_config
 from nanochat.schedule import BatchPlan, plan_batches, plan_horizon
 from nanochat.sizing import CARDS, MARGIN, Card, Setup
 
@@ -70,7 +71,7 @@ CHARS_PER_TOKEN, SHARD_CHARS, SHARD_BYTES, RESERVE, MOST_SHARDS = 4.8, 250e6, 10
 class Plan(NamedTuple):
     """One run."""
 
-    model: GPT  # on "meta": shapes without numbers
+    model: LanguageModel  # on "meta": shapes without numbers
     setup: Setup
     most: int | None  # rows per micro-batch that fit; None where the memory is not known
     batch: BatchPlan
@@ -110,9 +111,10 @@ def find_machine() -> Card:
 
 def make_plan(layers: int, machine: Card) -> Plan:
     """Raises UserError where not a single row fits."""
-    config = config_from_depth(layers, vocab_size, max_seq_len, aspect_ratio, head_dim, kv_heads, window_pattern)
+    shape = {"aspect_ratio": aspect_ratio, "head_dim": head_dim, "kv_heads": kv_heads, "window_pattern": window_pattern}
+    config = choose_config(arch, layers, vocab_size, max_seq_len, **shape)
     with torch.device("meta"):
-        model = GPT(config)
+        model = config.build()
     sharded = shard and gpus > 1
     setup = Setup(
         world_size=gpus,

@@ -16,7 +16,7 @@ from nanochat.conversation import render_for_completion
 from nanochat.core_eval import mean_centred
 from nanochat.engine import Sampling
 from nanochat.gpt import GPTConfig
-from nanochat.record import read_record
+from nanochat.report import read_record
 from nanochat.task_eval import evaluate_task
 from scripts import chat_eval
 from tasks.arc import ARC

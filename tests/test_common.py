@@ -14,6 +14,7 @@ import pytest
 from nanochat import common, files
 from nanochat import record as record_of
 from nanochat.common import Stopped, UserError
+from nanochat.report import read_record
 from tests import tiny
 
 
@@ -145,7 +146,7 @@ def test_records_are_whole_lines_and_say_where_they_come_from(tmp_path, monkeypa
     assert first.path != second.path  # two runs within one second
     first.close()
     second.close()
-    start, step = record_of.read_record(first.path)
+    start, step = read_record(first.path)
     assert (start["event"], start["stage"], start["settings"]) == ("start", "base", {"depth": 4})
     assert {"argv", "git", "python", "versions"} <= start.keys() and step["loss"] == 2.5
 
@@ -153,10 +154,10 @@ def test_records_are_whole_lines_and_say_where_they_come_from(tmp_path, monkeypa
 def test_a_record_cut_short_by_a_crash_is_read_up_to_there(tmp_path):
     path = tmp_path / "base-d4-1.jsonl"
     path.write_text(json.dumps({"event": "start"}) + "\n" + '{"event": "st')
-    assert record_of.read_record(path) == [{"event": "start"}]
+    assert read_record(path) == [{"event": "start"}]
     path.write_text('{"event": "st\n' + json.dumps({"event": "end"}) + "\n")
     with pytest.raises(ValueError, match=r"d4-1\.jsonl:1"):
-        record_of.read_record(path)
+        read_record(path)
 
 
 def test_other_ranks_are_silent(tmp_path, monkeypatch, capsys):

@@ -16,7 +16,7 @@ from nanochat.common import UserError
 from nanochat.compute import Compute
 from nanochat.core_eval import CoreTask, GPTScorer, load_tasks, mean_centred, read_items, render_prompts, score_task
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.hf_model import context_of, load_hf, start_token
+from nanochat.hf_model import load_hf, start_token
 from nanochat.tokenizer import Tokenizer
 from tests.reference import core as slow
 from tests.test_conversation import BYTES
@@ -382,7 +382,6 @@ def test_a_folder_that_is_no_model_is_one_line(transformers, tmp_path):
 
 
 def test_a_model_says_how_much_it_takes_and_how_texts_begin():
-    assert context_of(SimpleNamespace()) == 2048
     assert start_token(SimpleNamespace(bos_token_id=None, eos_token_id=5)) == 5
     with pytest.raises(UserError, match="neither a BOS nor an EOS"):
         start_token(SimpleNamespace(bos_token_id=None, eos_token_id=None))

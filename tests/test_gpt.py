@@ -6,9 +6,11 @@ import torch
 from nanochat import attention
 from nanochat.attention import causal_attention, causal_mask
 from nanochat.common import UserError
+from nanochat.configurator import read_block
 from nanochat.gpt import GPT, GPTConfig, config_from_depth
-from nanochat.model import SOFTCAP, HeadLoss, build_model, head_loss_slice
+from nanochat.model import ARCHITECTURES, SOFTCAP, HeadLoss, build_model, choose_config, head_loss_slice
 from tests.reference import attention as slow
+from tests.tiny import ROOT
 
 CPU = torch.device("cpu")
 SMALL = GPTConfig(sequence_len=32, vocab_size=300, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SSL")
@@ -53,6 +55,19 @@ def test_impossible_shapes_are_refused_in_one_line(changes):
     with pytest.raises(UserError) as error:
         GPTConfig(**{**SMALL.__dict__, **changes})
     assert "\n" not in str(error.value)
+
+
+def test_a_setting_that_an_architecture_does_not_have_is_refused():
+    assert choose_config("gpt", 2, 300, 32, kv_heads=1, window_pattern=None) == config_from_depth(
+        2, 300, 32, kv_heads=1
+    )
+    with pytest.raises(UserError, match="--no-such=3: --arch=gpt has no such setting"):
+        choose_config("gpt", 2, 300, 32, no_such=3)
+
+
+@pytest.mark.parametrize("script", ["base_train", "plan"])
+def test_every_architecture_can_be_asked_for(script):
+    assert read_block(ROOT / "scripts" / f"{script}.py").settings["arch"].words == tuple(ARCHITECTURES)
 
 
 def test_init_leaves_nothing_uninitialised():
