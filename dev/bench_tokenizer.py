@@ -284,9 +284,9 @@ def prepare_encoding(task: Task) -> Callable[[], Iterable[Any]]:
 def prepare_hf_encoding(texts: list[str], tokens: list[bytes], merges: list[list[int]]) -> Callable[[], Iterable[Any]]:
     import tokenizers
 
-    from scripts.tok_eval import gpt2_bytes_by_character
+    from nanochat.hf_tokenizer import bytes_by_character
 
-    character = {byte: character for character, byte in gpt2_bytes_by_character().items()}
+    character = {byte: character for character, byte in bytes_by_character().items()}
     names = ["".join(character[byte] for byte in token) for token in tokens]
     hugging_face = hf_byte_level(PATTERN)
     pairs = [(names[left], names[right]) for left, right in merges]

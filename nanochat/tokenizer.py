@@ -1,4 +1,5 @@
-"""The tokenizer: text <-> token ids, trained and run by `rustbpe`, kept in one sealed JSON file.
+"""The tokenizer: text <-> token ids, trained and run by `rustbpe`, kept in one sealed JSON file. Other kinds, such as
+characters, are subclasses in files of their own (OTHER_KINDS), which load() finds by what the file says.
 
 Promises: decode(encode(text)) == text; ordinary text never becomes a special token, whatever it says; equal tokenizers
 make equal files; a file in which a bit has changed is refused. Does not: normalise text, or read pickles.
@@ -32,11 +33,12 @@ SPECIAL_TOKENS = (
     "<|output_end|>",
 )
 MAX_VOCAB_SIZE = 1 << 24  # a hundred times the largest that anybody uses
+OTHER_KINDS = {"char": "char_byte", "hf": "hf_tokenizer"}  # the files that know them, loaded where a tokenizer is one
 
 
-def late(name: str) -> Any:
-    """A function of names.py, which is loaded when it is called: training does without, and without chats."""
-    return lambda *values, **named: getattr(importlib.import_module("nanochat.names"), name)(*values, **named)
+def late(name: str, module: str = "names") -> Any:
+    """A function of a file that is loaded when it is called: most trainings do without."""
+    return lambda *values, **named: getattr(importlib.import_module(f"nanochat.{module}"), name)(*values, **named)
 
 
 class Tokenizer:
@@ -49,7 +51,11 @@ class Tokenizer:
         self.pattern = pattern
         self.merges = np.ascontiguousarray(merges, dtype=np.uint32)
         tokens = expand_merges(self.merges)
-        self._encoder = rustbpe.Encoder(tokens, pattern, len(tokens) + len(special_tokens))
+        self._set(tokens, special_tokens, rustbpe.Encoder(tokens, pattern, len(tokens) + len(special_tokens)))
+
+    def _set(self, tokens: list[bytes], special_tokens: Sequence[str], encoder: Any) -> None:
+        """The bytes of each token, what comes after them, and an encoder with the methods of rustbpe.Encoder."""
+        self._encoder = encoder
         self._special_ids = {name: len(tokens) + i for i, name in enumerate(special_tokens)}
         self._bytes = tokens + [name.encode() for name in special_tokens]
         self.token_bytes = np.array([len(token) for token in tokens] + [0] * len(special_tokens), dtype=np.int32)
@@ -77,15 +83,14 @@ class Tokenizer:
             raise UserError(f"vocab_size {vocab_size}: {gives}, so at most --vocab-size={most}")
         return Tokenizer(merges, pattern=pattern)
 
+    def content(self) -> dict[str, Any]:
+        """What its file says beside the version."""
+        content = {"pattern": self.pattern, "merges": self.merges.tolist(), "special_tokens": list(self._special_ids)}
+        return content | {"token_bytes": self.token_bytes.tolist()}
+
     def to_json(self) -> str:
         """The file's content: one line per key, the same for equal tokenizers."""
-        content = {
-            "version": VERSION,
-            "pattern": self.pattern,
-            "merges": self.merges.tolist(),
-            "special_tokens": list(self._special_ids),
-            "token_bytes": self.token_bytes.tolist(),
-        }
+        content = {"version": VERSION, **self.content()}
         lines = [f'"{key}":{json.dumps(value, separators=(",", ":"))}' for key, value in content.items()]
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
@@ -112,6 +117,8 @@ class Tokenizer:
             raise UserError(f"no tokenizer at {path} ({error.strerror}); {train}") from None
         except ValueError as error:
             raise UserError(f"{path}: {error}; make it again with: python -m scripts.tok_train") from None
+        if kind := content.get("kind"):
+            return late("from_content", OTHER_KINDS[kind])(content)  # type: ignore[no-any-return]
         merges = np.array(content["merges"], dtype=np.uint32).reshape(-1, 2)
         return Tokenizer(merges, content["special_tokens"], content["pattern"])
 
@@ -181,9 +188,10 @@ class Tokenizer:
 RustBPETokenizer, get_token_bytes = Tokenizer, late("get_token_bytes")
 
 
-def get_tokenizer() -> Tokenizer:
-    """The tokenizer that tok_train saved in the base directory."""
-    return Tokenizer.load(get_base_dir() / "tokenizer" / FILE_NAME)
+def get_tokenizer(corpus: Path | None = None) -> Tokenizer:
+    """The tokenizer that tok_train saved in the base directory, unless the folder of a corpus has one of its own."""
+    own = corpus if corpus and (corpus / FILE_NAME).exists() else None
+    return Tokenizer.load((own or get_base_dir() / "tokenizer") / FILE_NAME)
 
 
 def expand_merges(merges: np.ndarray) -> list[bytes]:

@@ -70,7 +70,7 @@ settings = configure(__name__)
 
 from collections.abc import Callable, Sequence
 
-from nanochat.common import print0, run_main
+from nanochat.common import UserError, print0, run_main
 from nanochat.compute import Compute, compute_init
 from nanochat.core_eval import CoreTask, GPTScorer, find_bundle, load_tasks, mean_centred, score_task
 from nanochat.corpus import Corpus, iter_text, load_corpus
@@ -101,7 +101,8 @@ STARTS = ("The", "If the file does not exist,", "The capital of France is", "Onc
 
 def main() -> None:
     compute = compute_init(device_type, dtype, seed)
-    text, tokenizer = load_corpus(corpus), get_tokenizer()
+    text = load_corpus(corpus)
+    tokenizer = get_tokenizer(text.path)
     core_tasks = load_tasks(find_bundle()) if core_metric_every > 0 else []  # missing ones are found here
     tag = model_tag or f"d{depth}"
 
@@ -219,7 +220,11 @@ def show_samples(model: LanguageModel, tokenizer: Tokenizer, compute: Compute, r
     if not copy or not compute.is_master:
         return
     for prompt in STARTS:
-        ids = tokenizer.encode(prompt, prepend="<|bos|>")
+        try:
+            ids = tokenizer.encode(prompt, prepend="<|bos|>")
+        except UserError as error:  # a character that the text has not
+            print0(f"  {prompt!r}: skipped, {error}")
+            continue
         if not fits(ids, model, prompt):
             continue
         text = tokenizer.decode(complete(copy, ids, 48, compute.dtype))

@@ -25,6 +25,7 @@ import pyarrow as pa
 import rustbpe
 from nanochat.common import UserError, get_base_dir, print0, run_main
 from nanochat.corpus import iter_text, load_corpus
+from nanochat.hf_tokenizer import bytes_by_character
 from nanochat.record import open_record
 from nanochat.tokenizer import get_tokenizer
 
@@ -74,8 +75,8 @@ roughly a quarter of that.
 
 
 def main() -> None:
-    tokenizer = get_tokenizer()
     text = load_corpus(corpus)
+    tokenizer = get_tokenizer(text.path)
     samples = {"news": NEWS, "Korean": KOREAN, "code": CODE, "LaTeX": LATEX, "science": SCIENCE}
     samples |= {"train": first_documents(iter_text(text.train)), "val": first_documents(iter_text(text.val))}
     encoders: dict[str, Any] = {"ours": tokenizer} | published()
@@ -115,7 +116,7 @@ def load_reference_encoder(folder: Path | str, name: str) -> rustbpe.Encoder:
     path = Path(folder) / {"gpt2": "encoder.json", "gpt4": "cl100k_base.tiktoken"}[name]
     try:
         if name == "gpt2":
-            byte_of = gpt2_bytes_by_character()
+            byte_of = bytes_by_character()
             names = json.loads(path.read_text(encoding="utf-8"))
             del names["<|endoftext|>"]
             ranks = {rank: bytes(byte_of[character] for character in token) for token, rank in names.items()}
@@ -125,13 +126,6 @@ def load_reference_encoder(folder: Path | str, name: str) -> rustbpe.Encoder:
         return rustbpe.Encoder([ranks[rank] for rank in range(len(ranks))], name)
     except (ValueError, KeyError) as error:
         raise UserError(f"{path}: not the published vocabulary ({error!r}); get the file again") from None
-
-
-def gpt2_bytes_by_character() -> dict[str, int]:
-    """GPT-2's file writes each byte as a visible character: itself where Latin-1 has one, else the next from U+0100."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
 
 
 def first_documents(texts: Iterator[pa.Array], chars: int = 1_000_000) -> str:

@@ -15,8 +15,8 @@ import rustbpe
 from dev import import_nanochat
 from nanochat.checkpoint_manager import find_checkpoint, load_model
 from nanochat.common import UserError
+from nanochat.hf_tokenizer import bytes_by_character
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer, expand_merges
-from scripts.tok_eval import gpt2_bytes_by_character
 from tests.reference import nanochat_model
 from tests.tiny import ROOT
 
@@ -224,7 +224,7 @@ def test_the_merges_are_recovered_from_the_ranks(foreign, trained):
 def test_the_published_merges_of_gpt2_are_recovered_from_its_ranks(shared_data):
     """Both are published, so here the right answer is known."""
     folder = shared_data / "gpt2_bpe"
-    byte_of = gpt2_bytes_by_character()
+    byte_of = bytes_by_character()
     names = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
     ranks = {bytes(byte_of[char] for char in name): rank for name, rank in names.items() if name != "<|endoftext|>"}
     lines = (folder / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
