@@ -10,7 +10,7 @@ in memory; a damaged file is one line, and of one that is not what its manifest 
 import hashlib
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ class Shards:
 
     paths: tuple[Path, ...]
     hashes: tuple[str, ...] | None = None
+    tokens: dict[str, Any] = field(default_factory=dict)  # of files with token ids and no text: see token_files.py
 
     def __iter__(self) -> Iterator[Path]:
         return iter(self.paths)
@@ -75,9 +76,10 @@ def load_corpus(name: str | None = None) -> Corpus:
         if size != entry["file_bytes"]:
             state = "missing" if size is None else f"{size:,} bytes, not the {entry['file_bytes']:,} of its manifest"
             raise UserError(f"{file}: {state}; mend it with: {command_for(name)}")
+    tokens = manifest.get("tokens", {})
     train, val = (
-        Shards(tuple(path / entry["file"] for entry in entries), tuple(entry["sha256"] for entry in entries))
-        for entries in (manifest["train"], manifest["validation"])
+        Shards(tuple(path / entry["file"] for entry in found), tuple(entry["sha256"] for entry in found), tokens)
+        for found in (manifest["train"], manifest["validation"])
     )
     return Corpus(name, path, train, val, manifest, fingerprint_of(manifest))
 
@@ -102,9 +104,10 @@ def command_for(corpus: str) -> str:
     source = corpus if corpus in SOURCES else f"folder --path=DIR --name={corpus}"
     with suppress(OSError, ValueError):  # a damaged manifest cannot say that it was a data set of the hub
         manifest = read_sealed(get_base_dir() / "data" / corpus / MANIFEST)
-        if manifest["source"] == "hf":
-            flags = [f"--{name}={value}" for name, value in manifest["arguments"].items() if value is not None]
-            source = f"hf {' '.join(flags)} --name={corpus}"
+        flags = " ".join(f"--{name}={value}" for name, value in manifest["arguments"].items() if value is not None)
+        if manifest["source"].startswith("dev."):
+            return f"python -m {manifest['source']} {flags} --name={corpus}"
+        source = f"hf {flags} --name={corpus}" if manifest["source"] == "hf" else source
     return f"python -m nanochat.dataset --source={source}"
 
 
@@ -153,6 +156,8 @@ def read_blocks(
 
 def text_arrays(shards: Shards, start: DocumentIndex) -> Iterator[tuple[pa.Array, DocumentIndex]]:
     """Yield (string array, index of its first row) from `start` on, which is an existing place; never an empty one."""
+    if shards.tokens:
+        raise UserError(f"{shards.paths[0]} holds token ids, and this needs text; give another --corpus")
     first_group, skip = start.row_group, start.row
     for shard in range(start.shard, len(shards)):
         path = shards.paths[shard]

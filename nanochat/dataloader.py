@@ -32,7 +32,7 @@ from nanochat.common import UserError
 from nanochat.compute import Compute
 from nanochat.corpus import DocumentIndex, Shards, read_blocks
 from nanochat.schedule import BatchPlan
-from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer import Tokenizer, late
 
 Item = TypeVar("Item")
 AnyPosition = TypeVar("AnyPosition", bound="StreamPosition")
@@ -232,6 +232,8 @@ def training_stream(
     """Yield (inputs (B, T), targets (B, T), position after them) forever, int64 on compute.device, from `start` or the
     beginning. `packing` is bos or flat.
     """
+    if shards.tokens:  # there is no text to pack
+        yield from late("token_stream", "token_files")(shards, tokenizer, batch, compute, packing, seed, start)
     blocks = partial(text_blocks, shards, tokenizer, batch.sequence_len, packing)
     too_little = (
         f"too little text in {shards.paths[0].parent}: not one row of {batch.sequence_len} tokens; "

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from nanochat.common import UserError
 from nanochat.compute import Compute, collective
+from nanochat.corpus import Shards, iter_text
 from nanochat.dataloader import to_device
 from nanochat.model import LanguageModel
-from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer import Tokenizer, late
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,14 @@ class Window(NamedTuple):
 
 
 def validation_windows(
-    texts: Iterable[pa.Array], tokenizer: Tokenizer, sequence_len: int, stride: int, max_tokens: int | None = None
+    shards: Shards, tokenizer: Tokenizer, sequence_len: int, stride: int, max_tokens: int | None = None
 ) -> Iterator[Window]:
     """The windows of all documents, up to the one whose counted targets make max_tokens in all; None = all of them."""
+    if shards.tokens:
+        yield from late("token_windows", "token_files")(shards, tokenizer, sequence_len, stride, max_tokens)
+        return
     documents = tokens = 0
-    for text in texts:
+    for text in iter_text(shards):
         ids, offsets = tokenizer.encode_arrow(text)
         for window in document_windows(ids, offsets, tokenizer.get_bos_token_id(), sequence_len, stride):
             yield window._replace(document=documents + window.document)

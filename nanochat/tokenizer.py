@@ -1,5 +1,4 @@
-"""The tokenizer: text <-> token ids, trained and run by `rustbpe`, kept in one sealed JSON file. Other kinds, such as
-characters, are subclasses in files of their own (OTHER_KINDS), which load() finds by what the file says.
+"""The tokenizer: text <-> token ids, trained and run by `rustbpe`, in one sealed JSON file; other kinds are subclasses.
 
 Promises: decode(encode(text)) == text; ordinary text never becomes a special token, whatever it says; equal tokenizers
 make equal files; a file in which a bit has changed is refused. Does not: normalise text, or read pickles.
@@ -118,7 +117,7 @@ class Tokenizer:
         except ValueError as error:
             raise UserError(f"{path}: {error}; make it again with: python -m scripts.tok_train") from None
         if kind := content.get("kind"):
-            return late("from_content", OTHER_KINDS[kind])(content)  # type: ignore[no-any-return]
+            return late("from_content", OTHER_KINDS[kind])(content)
         merges = np.array(content["merges"], dtype=np.uint32).reshape(-1, 2)
         return Tokenizer(merges, content["special_tokens"], content["pattern"])
 
@@ -190,8 +189,8 @@ RustBPETokenizer, get_token_bytes = Tokenizer, late("get_token_bytes")
 
 def get_tokenizer(corpus: Path | None = None) -> Tokenizer:
     """The tokenizer that tok_train saved in the base directory, unless the folder of a corpus has one of its own."""
-    own = corpus if corpus and (corpus / FILE_NAME).exists() else None
-    return Tokenizer.load((own or get_base_dir() / "tokenizer") / FILE_NAME)
+    own = corpus if corpus and (corpus / FILE_NAME).exists() else get_base_dir() / "tokenizer"
+    return Tokenizer.load(own / FILE_NAME)
 
 
 def expand_merges(merges: np.ndarray) -> list[bytes]:

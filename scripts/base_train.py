@@ -73,7 +73,7 @@ from collections.abc import Callable, Sequence
 from nanochat.common import UserError, print0, run_main
 from nanochat.compute import Compute, compute_init
 from nanochat.core_eval import CoreTask, GPTScorer, find_bundle, load_tasks, mean_centred, score_task
-from nanochat.corpus import Corpus, iter_text, load_corpus
+from nanochat.corpus import Corpus, load_corpus
 from nanochat.dataloader import Position, training_stream
 from nanochat.loss_eval import BitsPerByte, evaluate_bpb, validation_windows
 from nanochat.model import LanguageModel, build_model, choose_config
@@ -194,7 +194,7 @@ def validate(
     poll: Callable[[], None] | None = None,
 ) -> BitsPerByte:
     """Bits per byte of the first eval_tokens of validation: stride max_seq_len is quick, half of it the honest one."""
-    windows = validation_windows(iter_text(text.val), tokenizer, max_seq_len, stride, eval_tokens)
+    windows = validation_windows(text.val, tokenizer, max_seq_len, stride, eval_tokens)
     return evaluate_bpb(model, windows, tokenizer, compute, batch.device_batch_size, poll)
 
 

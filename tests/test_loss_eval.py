@@ -1,9 +1,12 @@
 """Bits per byte: each byte exactly once, whatever windows, batches and ranks."""
 
 import math
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 
 from nanochat.common import UserError
 from nanochat.compute import Compute
+from nanochat.corpus import Shards
 from nanochat.gpt import GPTConfig
 from nanochat.loss_eval import BitsPerByte, document_windows, evaluate_bpb, ratio_over_documents, validation_windows
 from nanochat.model import build_model
@@ -32,7 +36,11 @@ def model(vocab_size=257):
 
 
 def score(net, tokenizer, texts, rows, stride=16, max_tokens=None) -> BitsPerByte:
-    return evaluate_bpb(net, validation_windows(texts, tokenizer, 16, stride, max_tokens), tokenizer, CPU, rows)
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "text.parquet")
+        pq.write_table(pa.table({"text": pa.chunked_array(texts, pa.string())}), file)
+        windows = validation_windows(Shards((file,)), tokenizer, 16, stride, max_tokens)
+        return evaluate_bpb(net, windows, tokenizer, CPU, rows)
 
 
 @given(lengths=st.lists(st.integers(0, 60), max_size=6), length=st.integers(2, 16), stride=st.data())
