@@ -55,8 +55,11 @@ def write_gguf(path: Path, files: Mapping[str, Any], tensors: Mapping[str, Tenso
             data = data.T
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             data = interleave(data, config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"])
-        if not (name == "lm_head.weight" and config.get("tie_word_embeddings")):
-            writer.add_tensor(names.get_name(name, (".weight", ".bias")), np.ascontiguousarray(data))
+        if name == "lm_head.weight" and config.get("tie_word_embeddings"):
+            continue  # it is the embedding
+        if not (stored := names.get_name(name, (".weight", ".bias"))):
+            raise UserError(f"--to=gguf: llama.cpp has no place for {name}; export with --to=hf")
+        writer.add_tensor(stored, np.ascontiguousarray(data))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -176,9 +176,10 @@ def same_tokens(model: GPT, theirs: Any, texts: Sequence[str], tokenizer: Tokeni
     prompt = tokenizer.encode(texts[0], prepend="<|bos|>")[: min(32, model.config.sequence_len // 2)]
     n = min(GREEDY, model.config.sequence_len - len(prompt))
     (ours,), _ = Engine(model).generate_batch([prompt], Sampling(max_tokens=n, temperature=0))
-    config = type(theirs.generation_config)(max_new_tokens=n, do_sample=False, pad_token_id=prompt[0])
     idx = torch.tensor([prompt])
-    generated = theirs.generate(idx, attention_mask=torch.ones_like(idx), generation_config=config)
+    # The model's own settings would fill what is left open here, and end at an end.
+    theirs.generation_config = type(theirs.generation_config)(do_sample=False, pad_token_id=prompt[0])
+    generated = theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=n)
     if (said := generated[0, len(prompt) :].tolist()) != ours:
         raise refuse(f"greedy tokens differ: {tokenizer.decode(said)!r} there, {tokenizer.decode(ours)!r} here")
     return f"greedy tokens by generate() and by our engine: {n} of {n} the same"
