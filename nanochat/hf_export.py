@@ -17,11 +17,14 @@ import numpy as np
 import rustbpe
 from nanochat.common import UserError
 from nanochat.files import one_line
+from nanochat.hf_tokenizer import HFTokenizer, bytes_by_character, load_hf_tokenizer
 from nanochat.tokenizer import Tokenizer
 
 # In the regexes of `tokenizers` (Oniguruma) a + behind braces repeats once more instead of not giving back, which after
 # \p{N}{1,3} is never asked for.
 REGEXES = {name: regex.replace("{1,3}+", "{1,3}") for name, regex in rustbpe.PATTERNS.items()}
+
+AS_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 # conversation.segments() in Jinja. Contents may be lists of parts, as OpenAI's clients send them.
 TEMPLATE = """\
@@ -63,13 +66,6 @@ TEMPLATE = """\
 """
 
 
-def bytes_by_character() -> dict[str, int]:
-    """GPT-2's file writes each byte as a visible character: itself where Latin-1 has one, else the next from U+0100."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
-
-
 # -----------------------------------------------------------------------------
 # Out
 
@@ -77,42 +73,58 @@ def bytes_by_character() -> dict[str, int]:
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """The content of a tokenizer.json for `tokenizers`. A text begins with BOS, unless it is told add_special_tokens=
     False. Merges by pair, as there, and by rank, as in tiktoken and here, give the same ids: what is inside a token's
-    bytes has been joined in one order only when its own merge comes up.
+    bytes has been joined in one order only when its own merge comes up. Raises UserError for symbols of one's own.
     """
-    character = {byte: character for character, byte in bytes_by_character().items()}
-    specials, first = tokenizer.get_special_tokens(), 256 + len(tokenizer.merges)
-    names = ["".join(map(character.__getitem__, tokenizer.decode_bytes([token]))) for token in range(first)]
+    names, bos = tokenizer.get_special_tokens(), bos_of(tokenizer)
+    if isinstance(tokenizer, HFTokenizer):
+        found, added = tokenizer.spec, tokenizer.added
+        model, split, known = found["model"], found["pre_tokenizer"], found["added_tokens"]
+    elif type(tokenizer) is Tokenizer:
+        model, split, known, added = byte_pairs(tokenizer), pre_tokenizer(tokenizer.pattern), [], names
+    else:
+        raise UserError("a tokenizer of characters cannot leave; take bytes: python -m scripts.tok_train --kind=byte")
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
-    bos = {"SpecialToken": {"id": specials[0], "type_id": 0}}
+    first = {"SpecialToken": {"id": bos, "type_id": 0}}
     text, second = ({"Sequence": {"id": sequence, "type_id": 0}} for sequence in "AB")
-    split = {"type": "Split", "pattern": {"Regex": REGEXES[tokenizer.pattern]}, "behavior": "Isolated", "invert": False}
-    as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": first + i, "content": name, **flags} for i, name in enumerate(specials)],
+        "added_tokens": [*known, *({"id": tokenizer.encode_special(n), "content": n, **flags} for n in added)],
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, as_bytes]},
+        "pre_tokenizer": split,
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [bos, text],
-            "pair": [bos, text, bos, second],
-            "special_tokens": {specials[0]: {"id": specials[0], "ids": [first], "tokens": [specials[0]]}},
+            "single": [first, text],
+            "pair": [first, text, first, second],
+            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.encode_special(bos)], "tokens": [bos]}},
         },
-        "decoder": as_bytes,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {name: token for token, name in enumerate(names)},
-            "merges": [[names[left], names[right]] for left, right in tokenizer.merges.tolist()],
-        },
+        "decoder": AS_BYTES,
+        "model": model,
+    }
+
+
+def bos_of(tokenizer: Tokenizer) -> str:
+    """What BOS is called, in a vocabulary of others too."""
+    return tokenizer.bos if isinstance(tokenizer, HFTokenizer) else "<|bos|>"
+
+
+def pre_tokenizer(pattern: str) -> dict[str, Any]:
+    split = {"type": "Split", "pattern": {"Regex": REGEXES[pattern]}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, AS_BYTES]}
+
+
+def byte_pairs(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Vocabulary and merges, each byte written as GPT-2 does."""
+    character = {byte: character for character, byte in bytes_by_character().items()}
+    ordinary = range(256 + len(tokenizer.merges))
+    names = ["".join(map(character.__getitem__, tokenizer.decode_bytes([token]))) for token in ordinary]
+    return {
+        "type": "BPE",
+        **dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")),
+        **dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False),
+        "vocab": {name: token for token, name in enumerate(names)},
+        "merges": [[names[left], names[right]] for left, right in tokenizer.merges.tolist()],
     }
 
 
@@ -120,7 +132,7 @@ def settings_files(tokenizer: Tokenizer, sequence_len: int, chats: bool) -> dict
     """{file name: content} of tokenizer_config.json, with the chat template for a model that `chats`, and of
     generation_config.json. BOS pads, since a model learns to end its answers with what ends them and never says BOS.
     """
-    bos = "<|bos|>"
+    bos = bos_of(tokenizer)
     ends = ["<|assistant_end|>", bos] if chats else [bos]  # as in Engine; base: the next document
     tokens = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -164,3 +176,11 @@ def read_tokenizer(path: Path) -> Tokenizer:
     if tokenizer_json(tokenizer) != found:
         raise UserError(f"{path} is no tokenizer that export_hf wrote: ours of its merges would have another file")
     return tokenizer
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a model folder, or of a tokenizer.json: our own where export_hf wrote it, else HFTokenizer."""
+    try:
+        return read_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
+    except UserError:
+        return load_hf_tokenizer(path)

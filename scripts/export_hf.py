@@ -27,6 +27,7 @@ settings = configure(__name__)
 import json
 import random
 from collections.abc import Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,9 +44,8 @@ from nanochat.corpus import iter_text, load_corpus
 from nanochat.engine import Engine, Sampling
 from nanochat.files import whole
 from nanochat.gguf_export import find_pattern, write_gguf
-from nanochat.gpt import GPT
-from nanochat.gpt_hf import to_hf
 from nanochat.hf_export import settings_files, tokenizer_json
+from nanochat.model import LanguageModel
 from nanochat.tokenizer import Tokenizer
 
 FRONT = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- nanochat\n---\n\n"
@@ -64,6 +64,7 @@ print(pipeline("text-generation", {folder})("The capital of France is", max_new_
 NOTES = """Between `<|python_start|>` and `<|python_end|>` the model asks a calculator, which transformers has none of;
 nanochat's own programs put the result behind it. transformers takes the name of a special token in what a user writes
 for that token: take such names out of what strangers write."""
+TRANSLATORS = {"nanochat.gpt": "nanochat.gpt_hf"}  # the other architectures' files know their names there themselves
 TOLERANCE = 1e-4  # between logits in fp32; they differ by the order of sums
 ROWS, ROW_TOKENS, GREEDY, TEXT_BYTES, CHATS = 4, 1024, 64, 10_000_000, 500
 
@@ -74,7 +75,8 @@ def main() -> None:
     transformers = import_transformers()
     checkpoint = find_checkpoint(source, model_tag, step)
     model, tokenizer = open_model(checkpoint, torch.device("cpu"))
-    config, tensors = to_hf(model)
+    own = type(model).__module__
+    config, tensors = import_module(TRANSLATORS.get(own, own)).to_hf(model)
     files = settings_files(tokenizer, model.config.sequence_len, chats=source != "base")
     ends = {name: files["generation_config.json"][name] for name in ("bos_token_id", "eos_token_id")}
     config |= {**ends, "pad_token_id": None, "dtype": "float32"}  # a row that pads would never learn in transformers
@@ -118,7 +120,7 @@ def import_transformers() -> Any:
 # The gate
 
 
-def gate(folder: Path, model: GPT, tokenizer: Tokenizer, transformers: Any) -> list[str]:
+def gate(folder: Path, model: LanguageModel, tokenizer: Tokenizer, transformers: Any) -> list[str]:
     """What was compared and found equal, a line each. Raises UserError for the first difference."""
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True
@@ -158,7 +160,7 @@ def refuse(what: str) -> UserError:
 
 
 @torch.inference_mode()
-def same_logits(model: GPT, theirs: Any, texts: Sequence[str], tokenizer: Tokenizer) -> str:
+def same_logits(model: LanguageModel, theirs: Any, texts: Sequence[str], tokenizer: Tokenizer) -> str:
     """Of ROWS rows of text, as long as the context."""
     T, worst = min(ROW_TOKENS, model.config.sequence_len), 0.0
     ids = [token for row in tokenizer.encode(texts[:1000], prepend="<|bos|>") for token in row]
@@ -171,7 +173,7 @@ def same_logits(model: GPT, theirs: Any, texts: Sequence[str], tokenizer: Tokeni
     return f"logits in fp32 over {sum(map(len, rows)):,} tokens of text: at most {worst:.1e} apart"
 
 
-def same_tokens(model: GPT, theirs: Any, texts: Sequence[str], tokenizer: Tokenizer) -> str:
+def same_tokens(model: LanguageModel, theirs: Any, texts: Sequence[str], tokenizer: Tokenizer) -> str:
     """GREEDY tokens by transformers' generate and by our engine, without an end."""
     prompt = tokenizer.encode(texts[0], prepend="<|bos|>")[: min(32, model.config.sequence_len // 2)]
     n = min(GREEDY, model.config.sequence_len - len(prompt))

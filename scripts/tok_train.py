@@ -37,7 +37,7 @@ from tqdm import tqdm
 from nanochat.char_byte import SymbolTokenizer, byte_tokenizer
 from nanochat.common import UserError, get_base_dir, print0, run_main
 from nanochat.corpus import Corpus, iter_text, load_corpus
-from nanochat.hf_tokenizer import load_hf_tokenizer
+from nanochat.hf_export import open_tokenizer
 from nanochat.record import open_record
 from nanochat.tokenizer import Tokenizer
 
@@ -72,7 +72,7 @@ def main() -> None:
 def take(text: Corpus) -> Tokenizer:
     """A tokenizer in which nothing is learnt."""
     if path is not None:
-        return load_hf_tokenizer(Path(path).expanduser())
+        return open_tokenizer(Path(path).expanduser())
     if kind == "byte":
         return byte_tokenizer()
     return SymbolTokenizer.of_text(chain(iter_text(text.train), iter_text(text.val)))

@@ -12,6 +12,7 @@ import torch
 
 import rustbpe
 from nanochat import gpt_hf, hf_export
+from nanochat.char_byte import SymbolTokenizer, byte_tokenizer
 from nanochat.checkpoint_manager import checkpoint_path, save_checkpoint
 from nanochat.common import UserError
 from nanochat.compute import Compute
@@ -101,8 +102,8 @@ def without_last_merge(found: Any) -> Any:
 @pytest.mark.parametrize(
     ("module", "name", "change", "words"),
     [
-        (export_hf, "to_hf", scaled_head, "logits differ by"),
-        (export_hf, "to_hf", lambda found: (found[0] | {"rms_norm_eps": 0.1}, found[1]), "logits differ by"),
+        (gpt_hf, "to_hf", scaled_head, "logits differ by"),
+        (gpt_hf, "to_hf", lambda found: (found[0] | {"rms_norm_eps": 0.1}, found[1]), "logits differ by"),
         (export_hf, "tokenizer_json", without_last_merge, "a text becomes other tokens"),
         (hf_export, "TEMPLATE", lambda text: text.replace("\\n\\n", "\\n"), "the chat template"),
         (hf_export, "TEMPLATE", lambda text: text.replace("<|output_end|>", "<|python_end|>"), "the chat template"),
@@ -192,6 +193,35 @@ def test_a_tokenizer_comes_back_with_its_fingerprint(tmp_path, pattern, tokenize
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(hf_export.tokenizer_json(there)), encoding="utf-8")
     assert hf_export.read_tokenizer(path).fingerprint == there.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["bytes", "merges"])
+def test_the_folder_gives_tok_train_our_own_tokenizer_back(tmp_path, tokenizer, kind):
+    ours = byte_tokenizer() if kind == "bytes" else tokenizer
+    (tmp_path / "tokenizer.json").write_text(json.dumps(hf_export.tokenizer_json(ours)), encoding="utf-8")
+    back = hf_export.open_tokenizer(tmp_path)
+    assert type(back) is Tokenizer and back.fingerprint == ours.fingerprint
+
+
+def test_anothers_tokenizer_leaves_as_it_came_with_our_special_tokens(tmp_path, tokenizer):
+    """GPT-2's kind: its own end of a document is BOS, and the tokens of chats stand behind its vocabulary."""
+    spec = hf_export.tokenizer_json(tokenizer)
+    spec["added_tokens"] = [spec["added_tokens"][0] | {"content": "<|endoftext|>"}]
+    spec["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    ours = hf_export.open_tokenizer(tmp_path)
+    files = {"tokenizer.json": hf_export.tokenizer_json(ours), **hf_export.settings_files(ours, 96, chats=True)}
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+    back = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert back.bos_token == "<|endoftext|>" and back("the cat").input_ids == ours.encode("the cat", prepend="<|bos|>")
+    chat = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]
+    assert back.apply_chat_template(chat, return_dict=False) == render_conversation(chat, ours).ids.tolist()
+
+
+def test_characters_stay():
+    with pytest.raises(UserError, match="a tokenizer of characters cannot leave"):
+        hf_export.tokenizer_json(SymbolTokenizer(["a", "b"]))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"model": {"vocab": {}, "merges": [["a", "b"]]}}', seal('{"a": 1}')])

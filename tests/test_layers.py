@@ -20,7 +20,9 @@ calculator engine decode_step conversation names chat_train task_eval hf_model d
 gpt_hf hf_export gguf_export jail_stub execution report_page report runs serving api access markdown server
 """.split()
 # The places to talk to a model, the other architectures, the faster recipe: what comes on top of the library.
-ADDED = "char_byte hf_tokenizer token_files hf_model gpt_hf hf_export gguf_export runs api access markdown serving server".split()
+ADDED = """
+char_byte hf_tokenizer token_files hf_model gpt_hf hf_export gguf_export runs api access markdown serving server
+""".split()
 # What one reads to understand and change the training of a model.
 STORY = ["speedrun.sh", "scripts/base_train.py"] + [
     f"nanochat/{name}.py"
@@ -31,7 +33,7 @@ BUDGETS = {
     "lines of the trunk": 5100,
     "lines of the story": 2500,
     "lines of the library": 8500,  # to become 7,500
-    "lines of the library and the server": 10960,  # to become 9,000, with relatives and recipe
+    "lines of the library and the server": 10970,  # to become 9,000, with relatives and recipe
     "parameters of a library function": 7,
 }
 
