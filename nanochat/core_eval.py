@@ -311,13 +311,10 @@ class GPTScorer:
         batch_tokens: int | None = None,
         compile: bool = False,
     ):
-        self.model = model.inference_copy(compute.dtype)
-        self.compiled = compile
-        if compile:
-            for block in self.model.blocks:
-                block.compile(dynamic=True)
-        self.device, self.dtype = compute.device, compute.dtype
-        self.context = model.config.sequence_len
+        self.model, self.compiled = model.inference_copy(compute.dtype), compile
+        for block in self.model.blocks if compile else ():
+            block.compile(dynamic=True)
+        self.device, self.dtype, self.context = compute.device, compute.dtype, model.config.sequence_len
         self.batch_tokens = batch_tokens or default_batch_tokens(compute.device)
         self.bos, self.encode = tokenizer.get_bos_token_id(), tokenizer.encode
 

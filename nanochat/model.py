@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib import import_module
-from inspect import signature
 from typing import Any, Literal, Self
 
 import torch
@@ -237,7 +236,7 @@ class LanguageModel(nn.Module):
 # -----------------------------------------------------------------------------
 # Building one
 
-ARCHITECTURES = {"gpt": "GPTConfig"}  # a file in nanochat/: its dataclass
+ARCHITECTURES = {"gpt": "GPTConfig", "gpt2": "GPT2Config", "llama": "LlamaConfig"}  # a file in nanochat/: its dataclass
 
 
 def choose_config(arch: str, depth: int, vocab_size: int, sequence_len: int, **options: Any) -> Any:
@@ -245,7 +244,7 @@ def choose_config(arch: str, depth: int, vocab_size: int, sequence_len: int, **o
     module = import_module(f"nanochat.{arch}")
     fields = getattr(module, ARCHITECTURES[arch]).__dataclass_fields__
     given = {name: value for name, value in options.items() if value is not None}
-    for name in given.keys() - fields - signature(module.config_from_depth).parameters.keys():
+    for name in given.keys() - fields - module.config_from_depth.__annotations__.keys():
         raise UserError(f"--{name.replace('_', '-')}={given[name]}: --arch={arch} has no such setting; leave it out")
     return module.config_from_depth(depth, vocab_size, sequence_len, **given)
 

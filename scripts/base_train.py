@@ -22,13 +22,18 @@ seed: Seed = 42  # of the weights and of the order of the rows
 corpus: str | None = None  # directory name in $NANOCHAT_BASE_DIR/data (None = the only one there)
 packing: Literal["bos", "flat"] = "bos"  # bos: every row starts with BOS, best fit; flat: one long stream cut into rows
 # Model
-arch: Literal["gpt"] = "gpt"  # architecture, by its file in nanochat/
+arch: Literal["gpt", "gpt2", "llama"] = "gpt"  # architecture, by its file in nanochat/
 depth: Positive = 20  # number of Transformer layers; width and heads follow from it
 aspect_ratio: Positive = 64  # width / depth
 head_dim: Several | None = None  # channels per attention head (None = 128, or 64 for models narrower than 512)
 kv_heads: Positive | None = None  # key/value heads (None = as many as query heads; fewer = grouped-query attention)
 max_seq_len: Positive = 2048  # context in tokens
 window_pattern: str | None = None  # tiled over the layers: L full context, S half of it; the last is L (None = L)
+positions: Literal["learned", "alibi"] | None = None  # of a gpt2: a table, or ALiBi (None = learned)
+bias: bool | None = None  # of a gpt2: biases in linear layers and norms (None = true)
+dropout: Share | None = None  # of a gpt2: of embeddings, and of what attention and MLP add (None = 0)
+init_from: str | None = None  # weights to start from: a Hugging Face folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl
+eval_only = False  # score the first weights on the validation text, and end
 # Horizon: at most one of these four; none = 20 tokens per parameter (Chinchilla)
 num_iterations: Positive | None = None  # optimizer steps (the only one that changes the plan of a resumed run)
 target_flops: Amount | None = None  # training FLOPs, for scaling laws
@@ -68,10 +73,12 @@ resume_from_step: Natural | None = None  # continue from this step
 fresh = False  # start over although this tag has checkpoints; they are kept under another name
 settings = configure(__name__)
 
+import math
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
 from nanochat.common import UserError, print0, run_main
-from nanochat.compute import Compute, compute_init
+from nanochat.compute import Compute, compute_cleanup, compute_init
 from nanochat.core_eval import CoreTask, GPTScorer, find_bundle, load_tasks, mean_centred, score_task
 from nanochat.corpus import Corpus, load_corpus
 from nanochat.dataloader import Position, training_stream
@@ -104,17 +111,24 @@ def main() -> None:
     text = load_corpus(corpus)
     tokenizer = get_tokenizer(text.path)
     core_tasks = load_tasks(find_bundle()) if core_metric_every > 0 else []  # missing ones are found here
-    tag = model_tag or f"d{depth}"
 
     # The model
     V = tokenizer.get_vocab_size()
-    shape = {"aspect_ratio": aspect_ratio, "head_dim": head_dim, "kv_heads": kv_heads, "window_pattern": window_pattern}
-    config = choose_config(arch, depth, V, max_seq_len, **shape)
-    model = build_model(config, compute.device, seed, placement(compute, shard, offload))
+    shape = {"head_dim": head_dim, "kv_heads": kv_heads, "window_pattern": window_pattern}
+    shape |= {"positions": positions, "bias": bias, "dropout": dropout}
+    if init_from:
+        weights = import_module("nanochat.hf_import").open_weights(init_from, V, max_seq_len, **shape)
+        model = build_model(weights.config, compute.device, place=placement(compute, shard, offload))
+        weights.load_into(model)
+    else:
+        config = choose_config(arch, depth, V, max_seq_len, aspect_ratio=aspect_ratio, **shape)
+        model = build_model(config, compute.device, seed, placement(compute, shard, offload))
+    config, tag = model.config, model_tag or f"d{model.config.n_layer}"
     model.recompute = recompute
     flops = model.estimate_flops()
-    heads = f"{config.n_head} heads of {config.head_dim}"
-    print0(f"model {tag}: {depth} layers x {aspect_ratio} = width {config.n_embd}, {heads}, vocabulary {V:,}")
+    heads = f"{config.n_head} heads of {config.n_embd // config.n_head}"
+    width = f"x {aspect_ratio} = width" if not init_from else f"of {init_from}, width"
+    print0(f"model {tag}: {config.n_layer} layers {width} {config.n_embd}, {heads}, vocabulary {config.vocab_size:,}")
     in_matmuls = model.num_matmul_params()
     print0(f"parameters: {model.num_params():,}, of them {in_matmuls:,} in matmuls; {flops:,} FLOPs/token")
     if compile:
@@ -124,6 +138,12 @@ def main() -> None:
     device_rows = choose_device_batch(device_batch_size, model, total_batch_size, max_seq_len, compute, compile)
     batch = plan_batches(total_batch_size, device_rows, max_seq_len, compute.world_size)
     print0(f"batch: {batch} (asked for {total_batch_size:,})")
+    if eval_only:
+        val = validate(model, text, tokenizer, batch, compute, stride=max(1, max_seq_len // 2))
+        nats = val.bpb * math.log(2) * val.bytes / val.tokens
+        print0(f"val bpb {val.bpb:.4f}, {nats:.4f} nats per token, {val.tokens:,} tokens, {val.documents:,} documents")
+        compute_cleanup()
+        return
     identity = {"model_config": model.config_dict(), "rows_per_step": batch.rows, "packing": packing, "seed": seed}
     identity |= {"corpus": text.fingerprint, "tokenizer": tokenizer.fingerprint}
 

@@ -23,7 +23,7 @@ compile = True  # torch.compile, as base_train does it; eager training keeps mor
 mfu: Fraction | None = None  # assumed share of the cards' peak that training reaches (None = show 0.4 and 0.1)
 dollars_per_hour: Rate | None = None  # of one GPU, or of a machine without (None = known for H100, A100 and V100)
 # Model
-arch: Literal["gpt"] = "gpt"  # architecture, by its file in nanochat/
+arch: Literal["gpt", "gpt2", "llama"] = "gpt"  # architecture, by its file in nanochat/
 depth: Positive = 20  # number of Transformer layers; width and heads follow from it
 aspect_ratio: Positive = 64  # width / depth
 head_dim: Several | None = None  # channels per attention head (None = 128, or 64 for models narrower than 512)
@@ -142,7 +142,10 @@ def show_plan(plan: Plan, machine: Card) -> None:
     memory = f" with {machine.gb:g} GB" if machine.gb else ""
     peak = f", {machine.tflops:g} TFLOP/s in bf16 by data sheet" if machine.tflops else ""
     print0(f"machine: {gpus} x {machine.name}{memory}{peak}")
-    heads = f"{config.n_head} heads of {config.head_dim}" + f", {config.n_kv_head} for keys and values" * bool(kv_heads)
+    heads = (
+        f"{config.n_head} heads of {config.n_embd // config.n_head}"
+        + f", {config.n_kv_head} for keys and values" * bool(kv_heads)
+    )
     sizes = f"vocabulary {vocab_size:,}, context {max_seq_len}"
     print0(f"model: d{config.n_layer}, width {config.n_embd}, {heads}, {sizes}")
     parts: Counter[str] = Counter()  # wte, each kind of part that the blocks have, lm_head

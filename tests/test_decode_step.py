@@ -1,5 +1,6 @@
 """The compiled decoding step against the eager one, and everything that may keep it from being made."""
 
+import dataclasses
 import os
 import sys
 
@@ -11,9 +12,11 @@ from nanochat.compute import can_compile
 from nanochat.decode_step import DecodingStep, artefact, check, compile_decoding, dot_products
 from nanochat.engine import Engine, KVCache, Sampling
 from nanochat.gpt import GPTConfig
+from tests import test_gpt2, test_llama
 from tests.test_gpt import SMALL, small_model
 
 WINDOWS = GPTConfig(**{**SMALL.__dict__, "n_layer": 2, "window_pattern": "SL"})
+LLAMA = dataclasses.replace(test_llama.SMALL, sequence_len=32)
 
 
 def eager(engine: Engine, rows: int, path=None):
@@ -40,16 +43,19 @@ def made(path) -> None:
 
 @pytest.mark.soak
 @pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="no C++ compiler")
-def test_the_compiled_step_equals_the_eager_one(base_dir, monkeypatch):
+@pytest.mark.parametrize(
+    "config", [WINDOWS, test_gpt2.SMALL, test_gpt2.ALIBI, LLAMA], ids=lambda config: type(config).__name__
+)
+def test_the_compiled_step_equals_the_eager_one(base_dir, monkeypatch, config):
     """A real compilation, a minute on a busy machine. Rows of different lengths, grouped heads, a ring that goes round
     (16 tokens and a chunk of 4, in a context of 32); and a second start compiles nothing.
     """
     monkeypatch.setattr("nanochat.engine.CHUNK", 4)
-    model, words = small_model(WINDOWS), []
+    model, words = small_model(config), []
     engine = Engine(model)
     compile_decoding(engine, (2,), wait=True, say=words.append)
     assert engine.compiled.keys() == {2}, words
-    caches = [KVCache(WINDOWS, 2, 32, engine.model.device, engine.dtype) for _ in range(2)]
+    caches = [KVCache(config, 2, 32, engine.model.device, engine.dtype) for _ in range(2)]
     steps = (engine.compiled[2], engine.eager_step)
     for p in range(30):  # rows of p + 1 and p // 2 + 1 tokens
         fed = torch.tensor([[p + 3, 2 * p], [p, p // 2]])
@@ -59,7 +65,7 @@ def test_the_compiled_step_equals_the_eager_one(base_dir, monkeypatch):
     prompts, greedily = [[7, 3, 250, 9, 11], [5]], Sampling(temperature=0)
     assert engine.generate_batch(prompts, greedily) == Engine(model).generate_batch(prompts, greedily)
     monkeypatch.setattr(decode_step, "run_compiler", lambda *asked: pytest.fail("it was compiled again"))
-    again = Engine(small_model(WINDOWS))
+    again = Engine(small_model(config))
     compile_decoding(again, (2,), wait=True, say=words.append)
     assert again.compiled.keys() == {2} and not words
 

@@ -16,12 +16,14 @@ tokenizer corpus dataloader loss_eval core_eval checkpoint_manager signals run t
 """.split()
 LEAVES = """
 char_byte hf_tokenizer corpus_writer token_files
-calculator engine decode_step conversation names chat_train task_eval hf_model download task_data dataset
-gpt_hf hf_export gguf_export jail_stub execution report_page report runs serving api access markdown server
+calculator engine decode_step gpt2 llama conversation names chat_train task_eval hf_model download hf_import
+task_data dataset gpt_hf hf_export gguf_export jail_stub execution report_page report runs serving api access markdown
+server
 """.split()
 # The places to talk to a model, the other architectures, the faster recipe: what comes on top of the library.
 ADDED = """
-char_byte hf_tokenizer token_files hf_model gpt_hf hf_export gguf_export runs api access markdown serving server
+char_byte hf_tokenizer token_files hf_model gpt2 llama hf_import gpt_hf hf_export gguf_export runs api access markdown
+serving server
 """.split()
 # What one reads to understand and change the training of a model.
 STORY = ["speedrun.sh", "scripts/base_train.py"] + [
@@ -33,7 +35,7 @@ BUDGETS = {
     "lines of the trunk": 5100,
     "lines of the story": 2500,
     "lines of the library": 8500,  # to become 7,500
-    "lines of the library and the server": 10970,  # to become 9,000, with relatives and recipe
+    "lines of the library and the server": 11620,  # to become 9,000, with relatives and recipe
     "parameters of a library function": 7,
 }
 
