@@ -6,12 +6,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from nanochat import attention
 from nanochat.common import UserError
 from nanochat.conversation import decode_parts
-from nanochat.engine import Batch, Engine, Request, Sampling, penalise, sample
+from nanochat.engine import Batch, Engine, LayerSlots, Request, Sampling, penalise, sample
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.model import build_model
 from nanochat.tokenizer import Tokenizer
@@ -211,16 +210,16 @@ def test_a_pool_of_any_size_says_the_same(slots):
 
 def test_decoding_on_hopper_waited_for_a_plan_at_each_step(monkeypatch):
     """Attention sees few shapes: keys by the multiple, and batches of few sizes while sequences end one by one."""
-    model, seen, kernel = small_model(), set(), F.scaled_dot_product_attention
+    model, seen, attend = small_model(), set(), LayerSlots.attend
     prompts = [list(range(n, 2 * n)) for n in (1, 2, 3, 5, 7, 8, 10, 12)]
     expected = [greedy(model, prompt, 32 - len(prompt)) for prompt in prompts]
 
-    def record(q, k, *rest, **options):
-        seen.add((q.size(0), q.size(2), k.size(2)))
-        return kernel(q, k, *rest, **options)
+    def record(self, q, k, v):
+        seen.add((q.size(0), q.size(2), self.mask.size(3)))
+        return attend(self, q, k, v)
 
     monkeypatch.setitem(attention.LENGTHS, "cpu", 16)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    monkeypatch.setattr(LayerSlots, "attend", record)
     assert Engine(model).generate_batch(prompts, greedily(None))[0] == expected
     assert {batch for batch, _, _ in seen} <= {1, 2, 3, 4, 6, 8}
     assert {(T, S) for _, T, S in seen} == {(16, 16), (1, 16), (1, 32)}
