@@ -219,8 +219,8 @@ def test_a_small_file_system_says_what_is_needed(home, faults):
     size = sum(file.stat().st_size for file in (lab.folder("t") / "step_000004").iterdir())
     for tag, keep_last, room in (("smallfs1", -1, 1.9 * size), ("smallfs2", 1, 2.1 * size)):
         lab.folder(tag).mkdir(parents=True)
-        options = f"size={int(room) + 2**20}"  # a save asks for a megabyte more than it needs
-        mount = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", lab.folder(tag)], capture_output=True)
+        options = ["-o", f"size={int(room)}"]
+        mount = subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", lab.folder(tag)], capture_output=True)
         if mount.returncode:
             pytest.skip(f"mounting is not allowed here: {mount.stderr.decode().strip()}")
         try:
