@@ -178,9 +178,11 @@ def read_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def open_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a model folder, or of a tokenizer.json: our own where export_hf wrote it, else HFTokenizer."""
+def open_tokenizer(path: Path, chat: bool = True) -> Tokenizer:
+    """The tokenizer of a model folder, or of a tokenizer.json: our own where export_hf wrote it, else HFTokenizer, with
+    `chat` as load_hf_tokenizer() takes it.
+    """
     try:
         return read_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
     except UserError:
-        return load_hf_tokenizer(path)
+        return load_hf_tokenizer(path, chat)

@@ -1,6 +1,7 @@
 """Tokenizers that others trained, from the files of a Hugging Face model or of GPT-2, with the interface of Tokenizer.
 
-    python -m scripts.tok_train --kind=hf --path=FOLDER    # tokenizer.json, or GPT-2's vocabulary and merges
+    python -m scripts.tok_train --kind=hf --path=FOLDER    # with tokenizer.json, or GPT-2's vocabulary and merges
+    python -m scripts.tok_train --kind=hf --path=gpt2      # from the hub; others as OWNER/NAME
 
 Byte-level BPE alone (GPT-2, Llama 3, Qwen, OLMo, SmolLM and most since), because its ids give every text back. GPT-2's
 own pattern runs in rustbpe, the others in the package `tokenizers`. Promises: the ids of the original, but that text
@@ -8,14 +9,18 @@ never becomes a special token and is never normalised; what ends a document ther
 """
 
 import json
+import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 
 import rustbpe
 from nanochat.common import UserError, print0
+from nanochat.download import persist
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))  # the hub's names, and OpenAI's
@@ -78,6 +83,19 @@ def load_hf_tokenizer(path: Path, chat: bool = True) -> HFTokenizer:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: cannot be read as a tokenizer ({type(error).__name__}: {error})") from None
+
+
+def find_hf_folder(name: str) -> Path:
+    """A folder or file on this machine, or what the hub's client fetches once of a model there; gpt2 to gpt2-xl are
+    those of OpenAI. Raises UserError where it is neither.
+    """
+    if Path(name).expanduser().exists():
+        return Path(name).expanduser()
+    repository = f"openai-community/{name}" if name.startswith("gpt2") else name
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise UserError(f"{name}: no such file or folder; expected one, or OWNER/NAME on the Hugging Face hub")
+    fetch = partial(huggingface_hub.snapshot_download, allow_patterns=["tokenizer.json", "tokenizer_config.json"])
+    return Path(persist(lambda: fetch(repository), repository))
 
 
 def read_spec(path: Path) -> dict[str, Any]:

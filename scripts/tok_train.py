@@ -13,7 +13,10 @@ from nanochat.configurator import Natural, Positive, configure
 
 # Kind
 kind: Literal["bpe", "char", "byte", "hf"] = "bpe"  # learn merges; characters of the whole corpus; bytes; take a file
-path: str | None = None  # hf: a model's folder or tokenizer.json, or a folder with vocab.bpe and encoder.json
+path: str | None = None  # hf: a model's folder or tokenizer.json, GPT-2's two files, or OWNER/NAME on the hub
+chat_tokens = (
+    True  # hf: our special tokens come after its own; false for --init-from, whose weights have no rows for them
+)
 corpus_own = False  # save it in the folder of the corpus, which base_train then takes it from, and leave the other one
 # Text
 corpus: str | None = None  # directory name in $NANOCHAT_BASE_DIR/data (None = the only one there)
@@ -27,7 +30,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -38,6 +40,7 @@ from nanochat.char_byte import SymbolTokenizer, byte_tokenizer
 from nanochat.common import UserError, get_base_dir, print0, run_main
 from nanochat.corpus import Corpus, iter_text, load_corpus
 from nanochat.hf_export import open_tokenizer
+from nanochat.hf_tokenizer import find_hf_folder
 from nanochat.record import open_record
 from nanochat.tokenizer import Tokenizer
 
@@ -72,7 +75,7 @@ def main() -> None:
 def take(text: Corpus) -> Tokenizer:
     """A tokenizer in which nothing is learnt."""
     if path is not None:
-        return open_tokenizer(Path(path).expanduser())
+        return open_tokenizer(find_hf_folder(path), chat_tokens)
     if kind == "byte":
         return byte_tokenizer()
     return SymbolTokenizer.of_text(chain(iter_text(text.train), iter_text(text.val)))

@@ -15,8 +15,8 @@ common configurator files record schedule compute sharding muon adamw model atte
 tokenizer corpus dataloader loss_eval core_eval checkpoint_manager signals run train
 """.split()
 LEAVES = """
-char_byte hf_tokenizer corpus_writer token_files
-calculator engine decode_step gpt2 llama conversation names chat_train task_eval hf_model download hf_import
+char_byte download hf_tokenizer corpus_writer token_files
+calculator engine decode_step gpt2 llama conversation names chat_train task_eval hf_model hf_import
 task_data dataset gpt_hf hf_export gguf_export jail_stub execution report_page report runs serving api access markdown
 server
 """.split()
@@ -35,7 +35,7 @@ BUDGETS = {
     "lines of the trunk": 5100,
     "lines of the story": 2500,
     "lines of the library": 8500,  # to become 7,500
-    "lines of the library and the server": 11620,  # to become 9,000, with relatives and recipe
+    "lines of the library and the server": 11645,  # to become 9,000, with relatives and recipe
     "parameters of a library function": 7,
 }
 
