@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanochat.attention import LayerCache
 from nanochat.common import get_base_dir, print0
 from nanochat.compute import can_compile
 from nanochat.engine import Engine, KVCache, LayerSlots, Step
@@ -43,26 +42,14 @@ DOT_ROWS = 8  # matmuls of at most so many rows are written out as dot products
 
 
 class DecodingStep(nn.Module):
-    """Engine.eager_step, but with a tensor 0..S-1 for each distinct window, shortest first, in place of the number S:
-    lengths of tensors stay open in a compiled step, numbers would be constants.
-    """
+    """Engine.eager_step."""
 
     def __init__(self, model: Any, dtype: torch.dtype):
         super().__init__()
         self.model, self.dtype = model, dtype
 
-    def forward(
-        self, idx: Tensor, positions: Tensor, keys: list[Tensor], values: list[Tensor], cells: list[Tensor]
-    ) -> Tensor:
-        windows, places = self.model.config.windows(), positions[:, None]
-        kinds = sorted(set(windows))
-        caches: list[LayerCache] = []
-        for window, k, v in zip(windows, keys, values, strict=True):
-            ahead = (places - cells[kinds.index(window)]).remainder(k.size(2))  # as in engine.look()
-            mask = (ahead < (places + 1).clamp(max=window))[:, None, None]
-            caches.append(LayerSlots(k, v, slice(0, len(idx)), places.remainder(k.size(2)), mask))
-        logits: Tensor = self.model.logits(self.model.hidden(idx[:, None], self.dtype, places, caches)[:, 0])
-        return logits
+    def forward(self, idx: Tensor, positions: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+        return Engine.eager_step(self, idx, positions, keys, values)  # type: ignore[arg-type]
 
 
 def dot_products(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -85,17 +72,16 @@ def build(config: Any, dtype: torch.dtype, rows: int, threads: int, path: Path) 
         model = config.build().to(dtype)
     model.to_empty(device="cpu").eval().requires_grad_(False)
     cache = KVCache(config, rows, config.sequence_len, torch.device("cpu"), dtype)
-    kinds = sorted(set(config.windows()))
-    S, R = ([torch.export.Dim(f"{name}{i}", min=2) for i in range(len(kinds))] for name in "SR")
-    layers = [{2: R[kinds.index(window)]} for window in config.windows()]
+    cache.reserve(config.sequence_len)
+    lengths = {window: torch.export.Dim(f"R{window}", min=2) for window in config.windows()}
+    layers = [{2: lengths[window]} for window in config.windows()]
     program = torch.export.export(
         DecodingStep(model, dtype),
-        (*torch.zeros(2, rows, dtype=torch.long), cache.keys, cache.values, [torch.arange(2) for _ in kinds]),
-        dynamic_shapes=(None, None, layers, layers, [{0: dim} for dim in S]),
+        (*torch.zeros(2, rows, dtype=torch.long), cache.keys, cache.values),
+        dynamic_shapes=(None, None, layers, layers),
         prefer_deferred_runtime_asserts_over_guards=True,
     ).run_decompositions({torch.ops.aten.linear.default: dot_products})
-    # Tracing took S < R for granted, and would assert it at each step, though nothing depends on it: see check().
-    options = {"aot_inductor.package_constants_in_so": False, "scalar_asserts": False}
+    options = {"aot_inductor.package_constants_in_so": False}
     with tempfile.TemporaryDirectory() as scratch, whole(path) as building:
         made = f"{scratch}/step.pt2"  # a name that ends otherwise is refused
         torch._inductor.aoti_compile_and_package(program, package_path=made, inductor_configs=options)
@@ -152,13 +138,9 @@ def load(engine: Engine, rows: int, path: Path) -> Step:
     weights = {f"model.{name}": weight for name, weight in engine.model.state_dict().items()}
     constants = {name: weights[name] for name in loaded.get_constant_fqns()}
     loaded.load_constants(constants, check_full_update=True, user_managed=True)
-    windows, cells = engine.model.config.windows(), torch.arange(engine.model.config.sequence_len)
-    kinds = [windows.index(window) for window in sorted(set(windows))]  # a layer of each
 
-    def step(idx: Tensor, positions: Tensor, keys: list[Tensor], values: list[Tensor], S: int) -> Tensor:
-        lengths = [min(max(S, 2), keys[layer].size(2)) for layer in kinds]  # 1 would not be an open length
-        stored = [tensor[:rows] for tensor in (*keys, *values)]
-        logits: Tensor = loaded.loader.boxed_run([idx, positions, *stored, *(cells[:length] for length in lengths)])[0]
+    def step(idx: Tensor, positions: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+        logits: Tensor = loaded.loader.boxed_run([idx, positions, *(tensor[:rows] for tensor in (*keys, *values))])[0]
         return logits
 
     return step
@@ -168,14 +150,15 @@ def load(engine: Engine, rows: int, path: Path) -> Step:
 def check(engine: Engine, rows: int, step: Step) -> None:
     """Raises RuntimeError where a step and the eager one differ in logits, or in what they leave in the cache."""
     config, generator = engine.model.config, torch.Generator().manual_seed(rows)
-    capacity, steps = min(64, config.sequence_len), (step, engine.eager_step)
-    caches = [KVCache(config, rows, capacity, engine.model.device, engine.dtype) for _ in steps]
-    for one, other in zip(*([*cache.keys, *cache.values] for cache in caches), strict=True):
-        other.copy_(one.normal_(generator=generator))
-    idx = torch.randint(config.vocab_size, (rows,), generator=generator)
-    for S in sorted({1, capacity // 2, capacity}):
+    steps, idx = (step, engine.eager_step), torch.randint(config.vocab_size, (rows,), generator=generator)
+    for S in sorted({2, min(33, config.sequence_len), min(64, config.sequence_len)}):
+        caches = [KVCache(config, rows, S, engine.model.device, engine.dtype) for _ in steps]
+        for cache in caches:
+            cache.reserve(S)
+        for one, other in zip(*([*cache.keys, *cache.values] for cache in caches), strict=True):
+            other.copy_(one.normal_(generator=generator))
         positions = torch.randint(S, (rows,), generator=generator)
-        logits = [f(idx, positions, cache.keys, cache.values, S) for f, cache in zip(steps, caches, strict=True)]
+        logits = [f(idx, positions, cache.keys, cache.values) for f, cache in zip(steps, caches, strict=True)]
         pairs = zip(*([x, *cache.keys, *cache.values] for x, cache in zip(logits, caches, strict=True)), strict=True)
         apart = max(float((a.float() - b.float()).abs().max()) for a, b in pairs)
         if not apart <= (1e-3 if engine.dtype == torch.float32 else 0.5):

@@ -46,15 +46,14 @@ class LayerSlots:
     values: Tensor
     rows: slice | Tensor  # the slots that are fed, B of them
     cells: Tensor  # (B, T): where the fed tokens go
-    mask: Tensor  # (B, 1, T, S): which of the first S cells each of them sees
+    mask: Tensor  # (B, 1, T, R): which of the cells each of them sees
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store k, v (B, G, T, D); attention (B, H, T, D) of q over what is stored."""
         slots = torch.arange(k.size(0), device=k.device) if isinstance(self.rows, slice) else self.rows
         self.keys[slots[:, None], :, self.cells] = k.transpose(1, 2)
         self.values[slots[:, None], :, self.cells] = v.transpose(1, 2)
-        S = self.mask.size(3)
-        keys, values = self.keys[self.rows, :, :S], self.values[self.rows, :, :S]
+        keys, values = self.keys[self.rows], self.values[self.rows]
         if q.size(2) == 1 and q.device.type == "cpu":
             return attend_one(q, keys, values, self.mask)
         return F.scaled_dot_product_attention(q, keys, values, self.mask, enable_gqa=q.size(1) != k.size(1))
@@ -71,38 +70,43 @@ def attend_one(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
 
 
 def look(
-    windows: Sequence[int],
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    rows: slice | Tensor,
-    positions: Tensor,
-    S: int,
+    windows: Sequence[int], keys: Sequence[Tensor], values: Sequence[Tensor], rows: slice | Tensor, positions: Tensor
 ) -> list[LayerCache]:
     """What each layer's queries at `positions` (B, T) of the slots `rows` see: themselves and what came before, as far
-    back as the window goes; no position is beyond the first S cells, where a layer has that many.
+    back as the window goes.
     """
-    masks: dict[tuple[int, int], Tensor] = {}
+    masks: dict[int, Tensor] = {}
     found: list[LayerCache] = []
     for window, k, v in zip(windows, keys, values, strict=True):
         R = k.size(2)
-        if (window, R) not in masks:
-            cells = torch.arange(min(S, R), device=k.device)
-            ahead = (positions[:, :, None] - cells).remainder(R)  # (B, T, S) how far back what a cell holds lies
-            masks[window, R] = (ahead < (positions[:, :, None] + 1).clamp(max=window))[:, None]
-        found.append(LayerSlots(k, v, rows, positions.remainder(R), masks[window, R]))
+        if window not in masks:
+            cells = torch.arange(R, device=k.device)
+            ahead = (positions[:, :, None] - cells).remainder(R)  # (B, T, R) how far back what a cell holds lies
+            masks[window] = (ahead < (positions[:, :, None] + 1).clamp(max=window))[:, None]
+        found.append(LayerSlots(k, v, rows, positions.remainder(R), masks[window]))
     return found
 
 
 class KVCache:
-    """Keys and values of `slots` sequences, up to `capacity` tokens each."""
+    """Keys and values of `slots` sequences, up to `capacity` tokens each. Room is made for little more than the longest
+    of them so far, and attention looks at all of it: of a part of a tensor a bf16 matmul makes a copy first, and that
+    takes ten times as long.
+    """
 
     def __init__(self, config: Any, slots: int, capacity: int, device: torch.device, dtype: torch.dtype):
         self.windows, self.capacity = config.windows(), round_length(capacity, device)
         self.tokens: list[list[int]] = [[] for _ in range(slots)]  # what each slot holds
         # A chunk is written before its first token looks back: a ring has room for both.
-        cells = [min(self.capacity, round_length(window + CHUNK, device)) for window in self.windows]
-        shapes = [(slots, config.n_kv_head, R, config.head_dim) for R in cells]
-        self.keys, self.values = ([torch.zeros(s, device=device, dtype=dtype) for s in shapes] for _ in range(2))
+        self.cells = [min(self.capacity, round_length(window + CHUNK, device)) for window in self.windows]
+        shape = (slots, config.n_kv_head, 0, config.head_dim)
+        self.keys, self.values = ([torch.zeros(shape, device=device, dtype=dtype) for _ in self.cells] for _ in "kv")
+
+    def reserve(self, S: int) -> None:
+        """Make room for sequences of S tokens, an eighth more and in multiples of 64: so it is rarely done."""
+        for tensors in (self.keys, self.values):
+            for i, most in enumerate(self.cells):
+                if (R := tensors[i].size(2)) < min(S, most):
+                    tensors[i] = F.pad(tensors[i], (0, 0, 0, min(-(-(S + S // 8) // 64) * 64, most) - R))
 
     def shared(self, slot: int, prompt: Sequence[int]) -> int:
         """How many of a prompt's tokens can be taken from a slot: all but the last at most, 0 where few are the same,
@@ -339,8 +343,8 @@ class Batch:
         ends = starts + torch.tensor([[len(chunk)] for chunk in chunks.values()])
         positions = torch.minimum(starts + torch.arange(T), ends).to(device)  # (B, T)
         idx = torch.tensor([chunk + [0] * (T - len(chunk)) for chunk in chunks.values()]).to(device)
-        rows, S = torch.tensor(list(chunks)).to(device), round_length(int(ends.max()) + 1, device)
-        caches = look(cache.windows, cache.keys, cache.values, rows, positions, S)
+        cache.reserve(int(ends.max()) + 1)
+        caches = look(cache.windows, cache.keys, cache.values, torch.tensor(list(chunks)).to(device), positions)
         self.engine.model.hidden(idx, self.engine.dtype, positions, caches)
         for slot, chunk in chunks.items():
             cache.tokens[slot] += chunk
@@ -363,7 +367,8 @@ class Batch:
             request = self.running[slot]
             fed[slot] = (request.tokens or request.prompt)[-1]  # type: ignore[union-attr]
             held[slot].append(fed[slot])
-        logits = self.engine.decode(fed, positions, self.cache, S)
+        self.cache.reserve(S)
+        logits = self.engine.decode(fed, positions, self.cache)
         return self.choose(ready, logits if len(ready) == len(fed) else logits[ready])
 
     def choose(self, slots: list[int], logits: Tensor) -> list[Said]:
@@ -396,7 +401,7 @@ def scores_of(shares: Tensor, token: int, top: int) -> tuple[float, list[tuple[i
 # -----------------------------------------------------------------------------
 # The engine
 
-Step = Callable[[Tensor, Tensor, list[Tensor], list[Tensor], int], Tensor]
+Step = Callable[[Tensor, Tensor, list[Tensor], list[Tensor]], Tensor]
 
 
 class Engine:
@@ -473,16 +478,16 @@ class Engine:
         """How many rows a step has in which n are needed and there is room for `slots`."""
         return min((rows for rows in self.compiled if n <= rows <= slots), default=round_batch(n))
 
-    def decode(self, fed: list[int], positions: list[int], cache: KVCache, S: int) -> Tensor:
-        """Logits (B, V) after one token of each of the first B slots, at their positions, all below S."""
+    def decode(self, fed: list[int], positions: list[int], cache: KVCache) -> Tensor:
+        """Logits (B, V) after one token of each of the first B slots, at their positions."""
         idx, places = (torch.tensor(values).to(self.model.device) for values in (fed, positions))
         step = self.compiled.get(len(fed), self.eager_step)
-        return step(idx, places, cache.keys, cache.values, round_length(S, self.model.device))
+        return step(idx, places, cache.keys, cache.values)
 
-    def eager_step(self, idx: Tensor, positions: Tensor, keys: list[Tensor], values: list[Tensor], S: int) -> Tensor:
+    def eager_step(self, idx: Tensor, positions: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
         """What is compiled too: logits (B, V) after tokens idx (B,) at positions (B,) of the first B slots."""
         places = positions[:, None]
-        caches = look(self.model.config.windows(), keys, values, slice(0, len(idx)), places, S)
+        caches = look(self.model.config.windows(), keys, values, slice(0, len(idx)), places)
         return self.model.logits(self.model.hidden(idx[:, None], self.dtype, places, caches)[:, 0])
 
     @torch.inference_mode()

@@ -9,7 +9,7 @@ import torch
 
 from nanochat import decode_step
 from nanochat.compute import can_compile
-from nanochat.decode_step import DecodingStep, artefact, check, compile_decoding, dot_products
+from nanochat.decode_step import artefact, check, compile_decoding, dot_products
 from nanochat.engine import Engine, KVCache, Sampling
 from nanochat.gpt import GPTConfig
 from tests import test_gpt2, test_llama
@@ -25,7 +25,7 @@ def eager(engine: Engine, rows: int, path=None):
 
 def off_by_one(engine: Engine, rows: int, path=None):
     """A step that feeds the right tokens in the wrong places."""
-    return lambda idx, positions, keys, values, S: engine.eager_step(idx, (positions + 1) % S, keys, values, S)
+    return lambda idx, positions, keys, values: engine.eager_step(idx, positions ^ 1, keys, values)
 
 
 @pytest.fixture
@@ -59,8 +59,10 @@ def test_the_compiled_step_equals_the_eager_one(base_dir, monkeypatch, config):
     steps = (engine.compiled[2], engine.eager_step)
     for p in range(30):  # rows of p + 1 and p // 2 + 1 tokens
         fed = torch.tensor([[p + 3, 2 * p], [p, p // 2]])
+        for cache in caches:
+            cache.reserve(p + 1)
         with torch.inference_mode():
-            logits = [f(*fed, cache.keys, cache.values, p + 1) for f, cache in zip(steps, caches, strict=True)]
+            logits = [f(*fed, cache.keys, cache.values) for f, cache in zip(steps, caches, strict=True)]
         torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
     prompts, greedily = [[7, 3, 250, 9, 11], [5]], Sampling(temperature=0)
     assert engine.generate_batch(prompts, greedily) == Engine(model).generate_batch(prompts, greedily)
@@ -68,20 +70,6 @@ def test_the_compiled_step_equals_the_eager_one(base_dir, monkeypatch, config):
     again = Engine(small_model(config))
     compile_decoding(again, (2,), wait=True, say=words.append)
     assert again.compiled.keys() == {2} and not words
-
-
-@pytest.mark.parametrize("length", [3, 17, 31])
-def test_what_is_traced_is_what_the_engine_does(monkeypatch, length):
-    """Lengths of tensors in place of numbers: the same logits and the same cache, also when a ring goes round."""
-    monkeypatch.setattr("nanochat.engine.CHUNK", 4)
-    engine = Engine(small_model(WINDOWS))
-    caches = [KVCache(WINDOWS, 3, 32, engine.model.device, engine.dtype) for _ in range(2)]
-    idx, positions = torch.tensor([5, 6, 7]), torch.tensor([0, length // 2, length - 1])
-    cells = [torch.arange(min(length, R)) for R in (20, 32)]
-    assert [k.size(2) for k in caches[0].keys] == [20, 32]
-    traced = DecodingStep(engine.model, engine.dtype)(idx, positions, caches[0].keys, caches[0].values, cells)
-    torch.testing.assert_close(traced, engine.eager_step(idx, positions, caches[1].keys, caches[1].values, length))
-    torch.testing.assert_close(caches[0].keys + caches[0].values, caches[1].keys + caches[1].values)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 9])
@@ -114,8 +102,8 @@ def test_a_wrong_step_is_refused_and_made_anew(compiler, monkeypatch):
 def test_a_step_that_leaves_other_keys_is_refused():
     engine = Engine(small_model())
 
-    def forgetful(idx, positions, keys, values, S):
-        return engine.eager_step(idx, positions, [k.clone() for k in keys], values, S)
+    def forgetful(idx, positions, keys, values):
+        return engine.eager_step(idx, positions, [k.clone() for k in keys], values)
 
     with pytest.raises(RuntimeError, match="differ by"):
         check(engine, 2, forgetful)

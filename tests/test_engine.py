@@ -1,5 +1,6 @@
 """Cached decoding against the full forward pass, and sampling against its definition."""
 
+import dataclasses
 import re
 from itertools import pairwise
 
@@ -10,7 +11,7 @@ import torch
 from nanochat import attention
 from nanochat.common import UserError
 from nanochat.conversation import decode_parts
-from nanochat.engine import Batch, Engine, LayerSlots, Request, Sampling, penalise, sample
+from nanochat.engine import Batch, Engine, KVCache, LayerSlots, Request, Sampling, penalise, sample
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.model import build_model
 from nanochat.tokenizer import Tokenizer
@@ -222,7 +223,25 @@ def test_decoding_on_hopper_waited_for_a_plan_at_each_step(monkeypatch):
     monkeypatch.setattr(LayerSlots, "attend", record)
     assert Engine(model).generate_batch(prompts, greedily(None))[0] == expected
     assert {batch for batch, _, _ in seen} <= {1, 2, 3, 4, 6, 8}
-    assert {(T, S) for _, T, S in seen} == {(16, 16), (1, 16), (1, 32)}
+    assert {(T, S) for _, T, S in seen} == {(16, 32), (1, 32)}
+
+
+@pytest.mark.parametrize("pattern", ["L", "SL"])
+def test_room_for_keys_grows_with_the_sequences(monkeypatch, pattern):
+    """In few steps, also that of a ring before it goes round; what was there stays."""
+    monkeypatch.setattr("nanochat.engine.CHUNK", 40)
+    model = small_model(dataclasses.replace(SMALL, sequence_len=256, n_layer=2, window_pattern=pattern))
+    prompts, sizes, reserve = [list(range(50)), [5, 6, 7]], set(), KVCache.reserve
+
+    def record(self, S):
+        reserve(self, S)
+        sizes.add(tuple(keys.size(2) for keys in self.keys))
+
+    monkeypatch.setattr(KVCache, "reserve", record)
+    said, _ = Engine(model).generate_batch(prompts, greedily(150))
+    assert said == [greedy(model, prompt, 150) for prompt in prompts]
+    rings = [64, 128, 168, 168] if pattern == "SL" else [64, 128, 192, 200]
+    assert sizes == {*zip(rings, [64, 128, 192, 200], strict=True)}
 
 
 def test_no_prompts_and_no_room_say_nothing():
