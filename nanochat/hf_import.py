@@ -48,10 +48,10 @@ class Weights:
             local(p).copy_(self.tensors[name][own_rows(p)])
 
 
-def open_weights(name: str, vocab_size: int, sequence_len: int, **options: Any) -> Weights:
-    """The weights of a folder, or of a published GPT-2 by its name, for contexts of `sequence_len` tokens; options that
-    are not None replace what its config says. Raises UserError where they cannot be had or are of another kind, for a
-    longer context than theirs, for a tokenizer of another size, and for an option that changes shapes.
+def open_weights(name: str, vocab_size: int, sequence_len: int | None = None, **options: Any) -> Weights:
+    """The weights of a folder, or of a published GPT-2 by its name, for contexts of `sequence_len` tokens (None = its
+    own); options that are not None replace what its config says. Raises UserError where they cannot be had or are of
+    another kind, for a longer context, for a tokenizer of another size, and for an option that changes shapes.
     """
     folder = find_folder(name)
     try:
@@ -75,6 +75,7 @@ def open_weights(name: str, vocab_size: int, sequence_len: int, **options: Any) 
     if not vocab_size <= config.vocab_size < vocab_size + PADDING:
         needs = f"the tokenizer has {vocab_size:,} and must be the model's own"
         raise UserError(f"--init-from={name}: its vocabulary has {config.vocab_size:,} tokens, {needs}")
+    sequence_len = sequence_len or config.sequence_len
     if sequence_len > config.sequence_len:
         most = f"--max-seq-len={config.sequence_len} or less fits"
         raise UserError(f"--max-seq-len={sequence_len}: {name} has {config.sequence_len} positions; {most}")
