@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -19,7 +20,8 @@ from nanochat.compute import Compute
 from nanochat.conversation import check_messages, render_conversation, render_for_completion
 from nanochat.files import seal
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.model import build_model
+from nanochat.hf_import import open_weights
+from nanochat.model import LanguageModel, build_model, choose_config
 from nanochat.tokenizer import Tokenizer
 from scripts import export_hf
 from tests.tiny import ROOT, run_here
@@ -36,7 +38,10 @@ def tokenizer() -> Tokenizer:
 
 def random_model(config: GPTConfig = CONFIG) -> GPT:
     """With weights that are nowhere zero, and logits that the softcap bends."""
-    model = build_model(config, CPU.device, seed=0)
+    return randomized(build_model(config, CPU.device, seed=0))
+
+
+def randomized(model: Any) -> Any:
     generator = torch.Generator().manual_seed(1)
     for p in model.parameters():
         p.data.normal_(0, 0.5, generator=generator)
@@ -132,6 +137,39 @@ def test_a_model_with_windows_is_refused_before_anything_is_written(base_dir, to
     meta = {"step": 7, "model_config": model.config_dict()}
     save_checkpoint(checkpoint_path("sft", "d3", 7), model, [], tokenizer, meta, CPU)
     assert refusal(monkeypatch, tmp_path / "d3-hf").startswith("window_pattern=SL: this model cannot leave")
+
+
+def save_relative(tokenizer: Tokenizer, arch: str, **options: Any) -> LanguageModel:
+    config = choose_config(arch, 2, 400, 96, aspect_ratio=32, head_dim=16, **options)
+    model: LanguageModel = randomized(build_model(config, CPU.device, seed=0))
+    meta = {"step": 7, "model_config": model.config_dict()}
+    save_checkpoint(checkpoint_path("sft", "d3", 7), model, [], tokenizer, meta, CPU)
+    return model
+
+
+@pytest.mark.parametrize("arch", ["gpt", "gpt2", "llama"])
+def test_every_architecture_leaves_and_comes_back_bit_for_bit(base_dir, tokenizer, tmp_path, monkeypatch, arch):
+    ours = Tokenizer(tokenizer.merges, pattern="gpt2")
+    model = save_relative(ours, arch)
+    export(monkeypatch, tmp_path / "out")
+    weights = open_weights(str(tmp_path / "out"), 400, 96)
+    there, here = weights.config.build(), dict(model.named_parameters())
+    weights.load_into(there)
+    assert weights.config == model.config and weights.tensors.keys() == here.keys()
+    assert all(torch.equal(p, here[name]) for name, p in there.named_parameters())
+    if arch == "gpt":
+        assert "llama.cpp has no nanochat" in refusal(monkeypatch, tmp_path / "m.gguf", to="gguf")
+    else:
+        export(monkeypatch, tmp_path / "m.gguf", to="gguf")
+        assert (tmp_path / "m.gguf").read_bytes()[:4] == b"GGUF"
+
+
+def test_a_gpt2_without_biases_leaves_and_one_with_alibi_stays(base_dir, tokenizer, tmp_path, monkeypatch):
+    save_relative(tokenizer, "gpt2", positions="alibi")
+    assert "alibi cannot leave" in refusal(monkeypatch, tmp_path / "out")
+    shutil.rmtree(checkpoint_path("sft", "d3", 7))
+    save_relative(tokenizer, "gpt2", bias=False)
+    export(monkeypatch, tmp_path / "out")  # the gate compares
 
 
 def test_mistakes_are_one_line(saved, tmp_path, monkeypatch):
