@@ -23,6 +23,7 @@ corpus: str | None = None  # directory name in $NANOCHAT_BASE_DIR/data (None = t
 max_chars: Positive = 2_000_000_000  # bpe: stop after this many characters (the document that reaches it still counts)
 doc_cap: Natural = 10_000  # bpe: characters taken of each document, so that no long one dominates (0 = all)
 # Vocabulary
+pattern: Literal["nanochat", "gpt2", "rustbpe"] = "nanochat"  # bpe: where text is split; llama.cpp has the last two
 vocab_size: Positive = 65_536  # bpe: tokens in all: 256 bytes, merges, 9 special tokens
 settings = configure(__name__)
 
@@ -93,7 +94,7 @@ def train(text: Corpus) -> tuple[Tokenizer, dict[str, Any]]:
             bar.refresh()
 
         documents = counted(capped(iter_text(text.train)), taken, show)
-        tokenizer = Tokenizer.train(documents, vocab_size, progress=partial(show, "merges"))
+        tokenizer = Tokenizer.train(documents, vocab_size, pattern, progress=partial(show, "merges"))
     seconds = time.perf_counter() - start
     megabytes = taken["text_bytes"] / 1e6
     print0(
