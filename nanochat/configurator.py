@@ -13,11 +13,13 @@ comment above is its section; of a section that says "at most one of these" only
 
     --depth=4   --model-tag=x   --model_tag x   -g x   --dry-run   --no-dry-run   --model-tag=None   tiny.py
 
-A bare word, one without dashes, is a settings file, written like the block (`depth = 4  # why`). What comes later on
-the command line wins; several bare words for one text are joined as a shell quotes them.
+A bare word, one without dashes, is a settings file, written like the block (`depth = 4  # why`). Its first line may
+name another one beside it, whose settings it changes (`base = "laptop.py"`). What comes later on the command line wins;
+several bare words for one text are joined as a shell quotes them. A program that runs a script takes the script's
+settings before its own: `ALSO = "scripts/base_train.py"` begins its block.
 
 Promises: scripts and settings files are parsed, never executed; every value is checked before the first is assigned; a
-mistake is one line and exit code 2. Does not: abbreviate names, read the environment, include files in files.
+mistake is one line and exit code 2. Does not: abbreviate names, read the environment, follow a base's own base.
 """
 
 import ast
@@ -218,6 +220,8 @@ def read_block(path: Path) -> Block:
         where = f"{path}:{start}: setting {name}"
         if name == "SHORT" and value:
             short = ast.literal_eval(value)
+        if name == "ALSO" and value:
+            settings |= read_block(path.resolve().parents[1] / ast.literal_eval(value)).settings
         if not name or name.startswith("_") or name != name.lower():
             continue
         help = " ".join(comments[line] for line in range(start, end + 1) if line in comments)
@@ -242,27 +246,35 @@ def read_block(path: Path) -> Block:
 # Reading what the user gave
 
 
-def read_settings_file(block: Block, word: str) -> Iterator[tuple[str, object, str]]:
-    """(name, value, file:line) of a file of `name = value` lines; UserError with the line of the first mistake."""
+def read_settings_file(block: Block, word: str, derived: str = "") -> Iterator[tuple[str, object, str]]:
+    """(name, value, file:line) of a file of `name = value` lines, after those of its base, if it is none itself that
+    another one is `derived` from. UserError with the line of the first mistake.
+    """
     try:
         tree = ast.parse(Path(word).read_text(encoding="utf-8-sig"))
     except OSError as error:
         is_setting = "=" in word and word.partition("=")[0].replace("-", "_") in block.settings
-        hint = f"did you mean --{word}?" if is_setting else "settings are given as --name=value"
+        hint = f"it is the base of {derived}" if derived else "settings are given as --name=value"
+        hint = f"did you mean --{word}?" if is_setting else hint
         raise UserError(f"cannot read settings file {word!r} ({error.strerror}); {hint}") from None
     except SyntaxError as error:
         raise UserError(f"{word}:{error.lineno or 1}: {error.msg}; expected name = value") from None
     except ValueError as error:
         raise UserError(f"{word}: not a settings file ({error})") from None
-    for node in tree.body:
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            continue  # a docstring
+    lines = tree.body[ast.get_docstring(tree) is not None :]
+    for node in lines:
         name, _, value = assignment(node)
         where, line = f"{word}:{node.lineno}", ast.unparse(node).splitlines()[0]
         try:
             given = literal(value)
         except ValueError:
             raise UserError(f"{where}: `{line}`: expected name = literal value; nothing is executed") from None
+        if name == "base":
+            if derived or node is not lines[0] or not isinstance(given, str):
+                of = f"; this one is the base of {derived}" if derived else ""
+                raise UserError(f"{where}: {line}: expected a file's name, in the first line, and one level deep{of}")
+            yield from read_settings_file(block, str(Path(word).parent / given), word)
+            continue
         yield name, block.find(name, where).check(given, f"{where}: {line}"), where
 
 
@@ -370,4 +382,4 @@ def configure(module_name: str, status: TextIO | None = None) -> dict[str, objec
     for name, (value, origin) in given.items():
         setattr(module, name, value)
         print0(f"{name} = {value!r} (from {origin}, default {block.settings[name].default!r})", file=status)
-    return {name: getattr(module, name) for name in block.settings}
+    return {name: getattr(module, name, setting.default) for name, setting in block.settings.items()}

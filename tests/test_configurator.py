@@ -232,6 +232,57 @@ def test_a_horizon_on_the_command_line_replaces_that_of_a_settings_file(script, 
     assert f"{two}:1 and {two}:2: give at most one" in refusal(script, str(two))
 
 
+def test_a_settings_file_changes_its_base(script, tmp_path):
+    """One level: the base first, whatever folder one stands in; then the file, then what comes later."""
+    (tmp_path / "base.py").write_text('"""A base."""\ndepth = 4\nminutes = 3.0\nprompt = "of the base"\n')
+    small = tmp_path / "small.py"
+    small.write_text('# Smaller\nbase = "base.py"  # beside it\ndepth = 2\nsteps = 5\n')
+    given = {"depth": 2, "prompt": "of the base", "steps": 5, "minutes": None}  # the two horizons are rivals
+    assert values(script, str(small)) == given
+    assert values(script, str(small), "--depth=7") == given | {"depth": 7}
+    where = parse_args(read_block(script), [str(small)])["prompt"][1]
+    assert where == f"{tmp_path / 'base.py'}:4"
+
+
+@pytest.mark.parametrize(
+    ("small", "base", "message"),
+    [
+        ('base = "base.py"', "dept = 4", "base.py:1). Did you mean depth?"),
+        ('base = "base.py"', "depth = 0", "base.py:1: depth = 0: expected int >= 1"),
+        ('base = "base.py"', 'base = "third.py"', "small.py"),
+        (
+            'depth = 2\nbase = "base.py"',
+            "depth = 4",
+            "small.py:2: base = 'base.py': expected a file's name, in the first",
+        ),
+        ("base = 4", "", "small.py:1: base = 4: expected a file's name"),
+        ('base = "none.py"', "", "none.py' (No such file or directory); it is the base of"),
+        ('base = "small.py"', "", "one level deep; this one is the base of"),
+    ],
+)
+def test_mistakes_in_a_base_are_told_in_one_line(script, tmp_path, small, base, message):
+    (tmp_path / "small.py").write_text(small)
+    (tmp_path / "base.py").write_text(base)
+    assert message in refusal(script, str(tmp_path / "small.py"))
+
+
+def test_a_program_takes_the_settings_of_the_script_it_runs(script, tmp_path):
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "scripts").mkdir()
+    script.rename(tmp_path / "scripts" / "stage.py")
+    tool = tmp_path / "dev" / "tool.py"
+    tool.write_text("""ALSO = "scripts/stage.py"\nrepeats: Positive = 3  # times\nsettings = configure(__name__)\n""")
+    given = parse_args(read_block(tool), ["--repeats=2", "--depth=4"])
+    assert {name: value for name, (value, _) in given.items()} == {"repeats": 2, "depth": 4}
+    assert list(read_block(tool).settings)[-1] == "repeats"
+    tool.write_text("from nanochat.configurator import Positive, configure\n" + tool.read_text() + "print(settings)\n")
+    result = run(tool, "--rows=3", "--depth=4")
+    assert result.returncode == 0 and "'depth': 4" in result.stdout and "'matrix_lr': 0.02" in result.stdout
+    tool.write_text(tool.read_text().replace("repeats", "depth"))
+    with pytest.raises(UserError, match="declared twice"):
+        read_block(tool)
+
+
 def test_a_settings_file_with_a_byte_order_mark_is_read(script, tmp_path):
     (tmp_path / "my.py").write_text("\ufeffdepth = 3\n", encoding="utf-8")
     assert values(script, str(tmp_path / "my.py")) == {"depth": 3}
