@@ -178,7 +178,7 @@ def plan_chats(
     """
     if minutes is not None:
         gradients = partial(accumulate, model, stream, batch.grad_accum_steps, compute)
-        return steps_for_minutes(minutes, model, gradients, compute)
+        return steps_for_minutes(minutes, model.setup_optimizers(dtype=compute.dtype), gradients, compute)
     if num_iterations is not None:
         return num_iterations, "as given"
     steps = max(1, round(rows_in_epoch / batch.rows))

@@ -420,7 +420,8 @@ def restore_optimizers(optimizers: Sequence[AdamW | Muon], checkpoint: Checkpoin
 
         def read(name: str) -> Tensor:
             if name not in names:
-                raise UserError(f"{path} has no tensor {name}; mid_train and chat_sft do without: --warm-start=false")
+                mend = "base_train: the same --optimizer as before; mid_train and chat_sft: --warm-start=false"
+                raise UserError(f"{path} has no tensor {name}; {mend}")
             return file.get_tensor(name)
 
         for optimizer in optimizers:

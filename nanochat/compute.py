@@ -188,7 +188,7 @@ def compute_cleanup() -> None:
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """With "auto" bfloat16 where the hardware multiplies it, on CPUs twice to five times as fast as float32."""
     if dtype != "auto":
-        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[dtype]
     native, cpuinfo = False, Path("/proc/cpuinfo")
     if device.type == "cuda":  # sm_80 is Ampere; RDNA3 and CDNA report 9 and above
         native = torch.cuda.get_device_capability(device)[0] >= 8

@@ -88,13 +88,15 @@ def config_from_depth(
 
 def plain_loss_slice(
     hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, with_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """model.head_loss_slice without the cap: losses (n,) in nats, and d(sum of token_weights * loss)/d(logits)."""
+) -> tuple[Tensor, Tensor]:
+    """model.head_loss_slice without the cap: losses (n,) in nats, and d(sum of token_weights * loss)/d(logits), or
+    without gradient whether the target is the likeliest token.
+    """
     logits = F.linear(hidden, weight).float()  # (n, V)
     total = logits.logsumexp(dim=-1, keepdim=True)
     losses = total - logits.gather(-1, targets[:, None])  # (n, 1)
     if not with_grad:
-        return losses.squeeze(-1), None
+        return losses.squeeze(-1), logits.argmax(dim=-1) == targets
     w = token_weights[:, None]
     grad = (torch.exp(logits - total) * w).to(hidden.dtype)
     target_grad = w * torch.expm1(-losses)  # p - 1, in fp32: rounded before the subtraction it would often be 0

@@ -36,6 +36,13 @@ class BitsPerByte:
     bytes: int
     tokens: int
     documents: int  # that have a byte
+    right: int = 0  # tokens that the model thought the likeliest
+
+    def figures(self, train_loss: float) -> dict[str, float]:
+        """In other words: nats per token, their exponential, the share of tokens right, nats above the train_loss."""
+        nats = self.bpb * math.log(2) * self.bytes / self.tokens
+        gap = {"accuracy": self.right / self.tokens, "gap": nats - train_loss}
+        return {"val_nats": nats, "perplexity": math.exp(min(nats, 700.0)), **gap}
 
 
 class Window(NamedTuple):
@@ -95,7 +102,7 @@ def evaluate_bpb(
     between batches, ends it.
     """
     T, B = model.config.sequence_len, device_batch_size
-    sums = torch.zeros(0, 3, dtype=torch.float64)  # nats, bytes, tokens of each document on this rank
+    sums = torch.zeros(0, 4, dtype=torch.float64)  # nats, bytes, tokens, right ones of each document on this rank
     windows = iter(windows)
     while batch := list(itertools.islice(windows, B * compute.world_size)):
         if poll:
@@ -103,11 +110,11 @@ def evaluate_bpb(
         mine = batch[compute.rank * B :][:B]
         rows = to_device(window_rows(mine, B, T), compute)
         with collective():
-            losses = model(rows[:, 0, :-1], rows[:, 1, 1:], loss_reduction="none", dtype=compute.dtype)
-        sums = torch.cat([sums, sums.new_zeros(max(0, batch[-1].document + 1 - len(sums)), 3)])
-        for window, nats in zip(mine, losses.sum(1).tolist(), strict=False):
+            scores = model(rows[:, 0, :-1], rows[:, 1, 1:], loss_reduction="scores", dtype=compute.dtype)
+        sums = torch.cat([sums, sums.new_zeros(max(0, batch[-1].document + 1 - len(sums)), 4)])
+        for window, (nats, right) in zip(mine, scores.sum(2).t().tolist(), strict=False):
             scored = window.tokens[window.first + 1 :]
-            sums[window.document] += sums.new_tensor([nats, tokenizer.token_bytes[scored].sum(), len(scored)])
+            sums[window.document] += sums.new_tensor([nats, tokenizer.token_bytes[scored].sum(), len(scored), right])
     return ratio_over_documents(compute.sum(sums).numpy())
 
 
@@ -121,9 +128,9 @@ def window_rows(windows: Sequence[Window], rows: int, sequence_len: int) -> np.n
 
 
 def ratio_over_documents(sums: np.ndarray) -> BitsPerByte:
-    """Bits per byte from nats, bytes and tokens of each document (n, 3). The standard error is that of a ratio
-    estimator R = sum(b) / sum(y) for n clusters: sqrt(n / (n - 1) sum((b - R y)^2)) / sum(y) (Cochran, Sampling
-    Techniques, 1977, section 6.4, without its correction for finite populations). Raises UserError of no bytes.
+    """Bits per byte from nats, bytes, tokens and perhaps right ones of each document (n, 4). The standard error is that
+    of a ratio estimator R = sum(b) / sum(y) for n clusters: sqrt(n / (n - 1) sum((b - R y)^2)) / sum(y) (Cochran,
+    Sampling Techniques, 1977, section 6.4, without its correction for finite populations). UserError of no bytes.
     """
     sums = sums[sums[:, 2] > 0]
     bits, lengths, n = sums[:, 0] / math.log(2), sums[:, 1], len(sums)
@@ -132,4 +139,4 @@ def ratio_over_documents(sums: np.ndarray) -> BitsPerByte:
         raise UserError("there is no bits per byte of nothing: the text to score has no bytes", everywhere=True)
     bpb = bits.sum() / total
     stderr = math.sqrt(n / (n - 1) * ((bits - bpb * lengths) ** 2).sum()) / total if n > 1 else None
-    return BitsPerByte(float(bpb), stderr, int(lengths.sum()), int(sums[:, 2].sum()), n)
+    return BitsPerByte(float(bpb), stderr, int(lengths.sum()), int(sums[:, 2].sum()), n, int(sums[:, 3:].sum()))

@@ -136,7 +136,7 @@ class Muon(torch.optim.Optimizer):
         defaults = {"lr": lr, "momentum": momentum, "beta2": beta2, "weight_decay": weight_decay}
         super().__init__([p for _, p in named], defaults)
         shapes = dict.fromkeys(p.shape for _, p in named)
-        self.dtype = dtype
+        self.dtype = torch.float32 if dtype == torch.float16 else dtype  # most gradients are too small for fp16
         self.stacks = [Stack({name: p for name, p in named if p.shape == shape}) for shape in shapes]
 
     @torch.no_grad()

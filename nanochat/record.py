@@ -1,6 +1,7 @@
 """What is known of a run: where it came from, its events (the only source of reports), its running figures."""
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -53,7 +54,10 @@ class Record:
         self.path = Path(file.name) if file else None
 
     def write(self, event: str, **values: Any) -> None:
-        """Append one event. Does nothing on ranks other than 0, which have no file. Raises UserError on a full disk."""
+        """Append one event. Does nothing on ranks other than 0, which have no file. JSON has no infinity: a number that
+        is not finite is null. Raises UserError on a full disk.
+        """
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         try:
             if self.file:
                 self.file.write(json.dumps({"event": event, "time": round(time.time(), 3), **values}) + "\n")

@@ -27,7 +27,7 @@ import textwrap
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, linear_regression
 from typing import Any
 
 from nanochat import report_page as page
@@ -42,6 +42,13 @@ Grades = dict[str, dict[str, Event]]  # task, or mean over tasks; then stage
 TITLES = [stage.title for stage in STAGES.values()]
 MEANS = {"core": "CORE", "chatcore": "ChatCORE", "chatcore_cat": "ChatCORE-cat"}  # events with a mean over tasks
 GRADED = 2  # answers shown of each task
+# What a validation of base says beside bits per byte: name, key, form.
+VALIDATED = [
+    ("nats per token, validation", "val_nats", ".4f"),
+    ("perplexity, validation", "perplexity", ",.2f"),
+    ("next token right, validation", "accuracy", ".1%"),
+    ("nats above the training loss, validation", "gap", "+.4f"),
+]
 
 
 def main() -> None:
@@ -121,6 +128,9 @@ def results(runs: Sequence[Events], found: dict[str, Events], graded: Grades) ->
 
     documents = f"{bpb['documents']:,} documents" if "documents" in bpb else "-"
     add("bits per byte, validation", {"base": score(bpb)}, n=documents)
+    for name, key, form in VALIDATED:
+        if (value := last(found["base"], "eval", key)) is not None:
+            add(name, {"base": format(value, form)})
     held_out = {stage: number(last(events, "eval", "val_loss"), ".4f") for stage, events in found.items()}
     add("nats per token trained on, held-out chats", held_out)
     for name, events in graded.items():
@@ -249,6 +259,7 @@ def training(found: dict[str, Events]) -> list[str]:
         row(stages, "peak memory, GB", "end", "peak_memory_bytes", ",.2f", 1e-9),
         ["training time", *(duration(last(events, "end", "train_seconds")) for events in stages)],
         [*row(stages[:3], "loss at the end, smoothed", "step", "smooth_loss", ".4f"), "-"],  # RL's is no likelihood
+        ["loss at the end, forecast", *map(forecast, stages[:3]), "-"],
         ["spikes", *map(spikes, stages)],
         ["resumed at step", *(", ".join(f"{at:,}" for at in resumes(events)) or "-" for events in stages)],
     ]
@@ -482,6 +493,18 @@ def score(event: Event, scale: int = 1) -> str:
     value, error, form = event.get("accuracy", event.get("value")), event.get("stderr"), ".1f" if scale > 1 else ".4f"
     told = "-" if value is None else f"{scale * value:{form}}"
     return told if error is None else f"{told} ± {scale * error:{form}}"
+
+
+def forecast(events: Events) -> str:
+    """What the loss of an unfinished run comes to at its end: a power law of the steps (arXiv 2001.08361) through the
+    second half of those done, without what a falling learning rate will add.
+    """
+    done, num_steps = points(events, "step", "smooth_loss"), last(events, "plan", "num_steps", 0)
+    if len(done) < 20 or done[-1][0] >= num_steps:
+        return "-"
+    logs = [(math.log(step), math.log(max(loss, 1e-9))) for step, loss in done[len(done) // 2 :]]
+    slope, intercept = linear_regression(*zip(*logs, strict=True))
+    return f"{math.exp(intercept + slope * math.log(num_steps)):.4f}"
 
 
 def spikes(events: Events) -> str:

@@ -64,14 +64,25 @@ def plan_horizon(
     return max(1, round(steps)), formula
 
 
-def trapezoid(step: int, num_steps: int, warmup_ratio: float, warmdown_ratio: float, final_fraction: float) -> float:
-    """Learning rate multiplier: up to 1 over the first warmup_ratio of the run, flat, then linearly down to
-    final_fraction over the last warmdown_ratio. Never 0 at the first step, never negative.
+def learning_rate(step: int, num_steps: int, warmup: float, warmdown: float, final: float, schedule: str) -> float:
+    """Learning rate multiplier: up to 1 over a share `warmup` of the run, then down to `final`. Never 0 at the first
+    step, never negative.
+
+        trapezoid        flat, then a line over the last share `warmdown`
+        wsd              the same with 1 - sqrt in place of the line (arXiv 2405.18392)
+        linear, cosine   a line, or half a cosine, over all that follows the warm-up (cosine: nanoGPT)
+        constant         flat to the end
+        range            none of these: from e^-2.5 to e^2.5, exponentially (the range test of arXiv 1506.01186)
     """
-    warmup_steps, warmdown_steps = warmup_ratio * num_steps, warmdown_ratio * num_steps
+    if schedule == "range":
+        return math.exp(5 * step / max(1, num_steps - 1) - 2.5)
+    shares = {"trapezoid": warmdown, "wsd": warmdown, "constant": 0.0}
+    warmup_steps, fall_steps = warmup * num_steps, shares.get(schedule, 1 - warmup) * num_steps
     up = min(1.0, (step + 1) / warmup_steps) if warmup_steps >= 1 else 1.0
-    left = min(1.0, max(0, num_steps - step) / warmdown_steps) if warmdown_steps >= 1 else 1.0
-    return up * (left + (1 - left) * final_fraction)
+    left = min(1.0, max(0, num_steps - step) / fall_steps) if fall_steps >= 1 else 1.0
+    bent = {"wsd": 1 - math.sqrt(1 - left), "cosine": 0.5 * (1 - math.cos(math.pi * left))}
+    left = bent.get(schedule, left)
+    return up * (left + (1 - left) * final)
 
 
 def muon_momentum(step: int, num_steps: int, low: float = 0.85, high: float = 0.95) -> float:

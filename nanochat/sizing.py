@@ -62,15 +62,16 @@ class Setup:
     itemsize: int = 2  # of a number in the matmuls' dtype: 2 for bfloat16, 4 for float32
     compiled: bool = True
     cpu: bool = False
+    adamw: bool = False  # --optimizer=adamw
     shard: bool = False  # --shard on several ranks
     offload: bool = False  # its parts in the host's memory, of which this counts nothing
     recompute: bool = False
 
 
-def optimizer_bytes(model: "LanguageModel", world_size: int) -> float:
+def optimizer_bytes(model: "LanguageModel", world_size: int, adamw: bool = False) -> float:
     """Muon's momentum and AdamW's two moments, fp32: one rank's share."""
     matrices = model.num_matmul_params() - model.lm_head.weight.numel()
-    return (8 * model.num_params() - 4 * matrices) / world_size
+    return (8 * model.num_params() - (0 if adamw else 4) * matrices) / world_size
 
 
 def estimate_memory(model: "LanguageModel", rows: int, sequence_len: int, setup: Setup) -> dict[str, float]:
@@ -101,7 +102,7 @@ def estimate_memory(model: "LanguageModel", rows: int, sequence_len: int, setup:
     return {
         "weights": weights,
         "gradients": weights,
-        "optimizer": 0 if setup.offload else optimizer_bytes(model, setup.world_size),
+        "optimizer": 0 if setup.offload else optimizer_bytes(model, setup.world_size, setup.adamw),
         "copies": copies,
         "activations": max(activations, update - copies - loss),  # they are gone when the update comes
         "loss": loss,
@@ -148,6 +149,7 @@ def choose_device_batch(
     sequence_len: int,
     compute: "Compute",
     compiled: bool,
+    adamw: bool = False,
 ) -> int:
     """Rows per rank and micro-batch, the same on every rank: as asked, or for auto what the estimate has room for, and
     near total_batch_size a step. On a GPU a step is tried, and half the rows while it does not fit, but not of a
@@ -160,6 +162,7 @@ def choose_device_batch(
         itemsize=compute.dtype.itemsize,
         compiled=compiled,
         cpu=compute.device.type == "cpu",
+        adamw=adamw,
         shard=hasattr(model, "reshard"),
         offload=model.wte.weight.device != model.device,
         recompute=model.recompute,
@@ -167,7 +170,7 @@ def choose_device_batch(
     budget = memory_budget(compute)
     most = most_rows(model, sequence_len, setup, budget)
     tried = compute.device.type == "cuda" and not setup.shard
-    while tried and most > 1 and not step_fits(model, most, sequence_len, compute):
+    while tried and most > 1 and not step_fits(model, most, sequence_len, compute, adamw):
         print0(f"device batch: {most} rows do not fit, trying {most // 2}")
         most //= 2
     rows = choose_batch(total_batch_size, most, sequence_len, compute.world_size).device_batch_size
@@ -197,7 +200,7 @@ def available_memory() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def step_fits(model: "LanguageModel", rows: int, sequence_len: int, compute: "Compute") -> bool:
+def step_fits(model: "LanguageModel", rows: int, sequence_len: int, compute: "Compute", adamw: bool) -> bool:
     """Whether a step of two micro-batches fits, on every rank. Its tokens have a generator of their own, its optimizers
     rates of 0: the weights keep their bits. Not guarded: a rank that runs out of memory in the optimizer step alone,
     while the others wait for it.
@@ -210,7 +213,8 @@ def step_fits(model: "LanguageModel", rows: int, sequence_len: int, compute: "Co
 
     def gradients() -> None:
         x = tokens.to(model.device)
-        optimizers.extend(model.setup_optimizers(0.0, 0.0, 0.0, dtype=compute.dtype))
+        rates_of_0 = model.setup_adamw(0.0) if adamw else model.setup_optimizers(0.0, 0.0, 0.0, dtype=compute.dtype)
+        optimizers.extend(rates_of_0)
         for _ in range(2):
             model(x[:, :-1], x[:, 1:], loss_reduction="sum", dtype=compute.dtype).backward()
 

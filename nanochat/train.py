@@ -23,10 +23,11 @@ from nanochat.compute import Compute, can_compile, collective, synchronize
 from nanochat.model import LanguageModel
 from nanochat.muon import Muon
 from nanochat.record import StepResult
-from nanochat.schedule import cosine_to_zero, muon_momentum, trapezoid
+from nanochat.schedule import cosine_to_zero, learning_rate, muon_momentum
 from nanochat.sharding import is_sharded
 from nanochat.signals import stop_votes, stopped_by
 
+Optimizers = Sequence[AdamW | Muon]
 Stream = Iterator[tuple[Tensor, Tensor, Any]]  # inputs (B, T), targets (B, T), the position after them
 
 
@@ -39,10 +40,12 @@ class Rates:
     weight_decay: float  # multiplies Muon's initial weight decay
 
 
-def rates_at(step: int, num_steps: int, warmup_ratio: float, warmdown_ratio: float, final_lr_frac: float) -> Rates:
+def rates_at(
+    step: int, num_steps: int, warmup: float, warmdown: float, final: float, schedule: str = "trapezoid"
+) -> Rates:
     """The schedules of base, mid and SFT, at a step."""
     return Rates(
-        lr=trapezoid(step, num_steps, warmup_ratio, warmdown_ratio, final_lr_frac),
+        lr=learning_rate(step, num_steps, warmup, warmdown, final, schedule),
         momentum=muon_momentum(step, num_steps),
         weight_decay=cosine_to_zero(step, num_steps),
     )
@@ -54,6 +57,7 @@ class Sums:
 
     totals: Tensor  # (2,) loss sum and counted tokens, on the device
     position: Any = None  # of the stream after them
+    scale: float = 1.0  # of the gradients that the micro-batches left
     batches: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # inputs and targets (B, T), for a diagnosis
     error: UserError | None = None  # why the step could not be finished; agree() tells the other ranks
 
@@ -64,12 +68,15 @@ def zero_sums(compute: Compute) -> Sums:
     return Sums(torch.zeros(2, dtype=dtype, device=compute.device))
 
 
-def accumulate(model: LanguageModel, stream: Stream, grad_accum_steps: int, compute: Compute) -> Sums:
-    """Forward and backward over the micro-batches of one step: gradients of the *sum* of the losses stay on the
-    parameters, and update() divides them once. A UserError of the stream, such as a damaged shard, is kept in the
-    result; a sharded model, whose other ranks need this one's weights, goes on with tokens that count nothing.
+def accumulate(
+    model: LanguageModel, stream: Stream, grad_accum_steps: int, compute: Compute, scale: float = 1.0
+) -> Sums:
+    """Forward and backward over the micro-batches of one step: gradients of the *sum* of the losses, times the scale,
+    stay on the parameters, and update() divides them once. A UserError of the stream, such as a damaged shard, is kept
+    in the result; a sharded model, whose other ranks need this one's weights, goes on with tokens that count nothing.
     """
     sums = zero_sums(compute)
+    sums.scale = scale
     for _ in range(grad_accum_steps):
         if not sums.error:
             try:
@@ -82,10 +89,11 @@ def accumulate(model: LanguageModel, stream: Stream, grad_accum_steps: int, comp
                 return sums
             inputs = torch.zeros((1, 2), dtype=torch.long, device=compute.device)
             targets = torch.full_like(inputs, -1)
+        weights = None if scale == 1 else torch.full(targets.shape, scale, device=compute.device)
         with collective():
-            loss = model(inputs, targets, loss_reduction="sum", dtype=compute.dtype)
+            loss = model(inputs, targets, weights, loss_reduction="sum", dtype=compute.dtype)
             loss.backward()
-        sums.totals += torch.stack([loss.detach(), (targets >= 0).sum()])
+        sums.totals += torch.stack([loss.detach() / scale, (targets >= 0).sum()])
     return sums
 
 
@@ -99,7 +107,7 @@ class Agreed:
     sums: Sums  # this rank's part
 
 
-def agree(sums: Sums, received: int, optimizers: Sequence[AdamW | Muon], compute: Compute) -> Agreed:
+def agree(sums: Sums, received: int, optimizers: Optimizers, compute: Compute) -> Agreed:
     """One small all-reduce that carries loss, tokens, failures and the wish to stop (`received`, a signal). Raises
     StepFailed, on every rank and with all gradients dropped, when any rank could not finish its micro-batches.
     """
@@ -114,19 +122,24 @@ def agree(sums: Sums, received: int, optimizers: Sequence[AdamW | Muon], compute
 
 
 def update(
-    optimizers: Sequence[AdamW | Muon],
+    optimizers: Optimizers,
     agreed: Agreed,
     rates: Rates,
     compute: Compute,
     spikes: "Spikes | None" = None,
     skip_spikes: bool = False,
+    clip: tuple[str, float | None] = ("global", None),
 ) -> StepResult:
-    """Average the gradients over the counted tokens of all ranks, and step. A step without a counted token changes
-    nothing, nor does with skip_spikes one that is a spike. Raises NotFinite, on every rank and before the update, when
-    loss or gradient is not finite on any.
+    """Average the gradients over the counted tokens of all ranks, clip them as clip_gradients() says where `clip` has a
+    norm, and step. A step without a counted token changes nothing, nor does with skip_spikes one that is a spike, nor
+    one whose gradient is more than fp16 holds. Raises NotFinite, on every rank and before the update, when loss or
+    gradient is not finite on any.
     """
-    squares = [optimizer.reduce_gradients(max(agreed.tokens, 1)) for optimizer in optimizers]
+    squares = [optimizer.reduce_gradients(max(agreed.tokens, 1) * agreed.sums.scale) for optimizer in optimizers]
     grad_norm = compute.sum(torch.stack(squares).sum()).sqrt().item()
+    if math.isfinite(agreed.loss) and spikes and spikes.overflow(grad_norm):
+        print0(f"gradient norm {grad_norm} in fp16: update skipped, loss scale now {spikes.scale:g}")
+        return StepResult(agreed.loss, agreed.tokens, grad_norm, agreed.stop_signal)
     if not (math.isfinite(agreed.loss) and math.isfinite(grad_norm)):
         figures = f"loss {agreed.loss}, gradient norm {grad_norm}"
         failed = NotFinite(f"{figures}: not finite, nothing was updated; resume with lower learning rates", True)
@@ -137,6 +150,8 @@ def update(
         figures = f"loss {agreed.loss:.4f}, gradient norm {grad_norm:.3f}"
         print0(f"spike: {figures}" + (", update skipped" if skip_spikes else ""))
     if agreed.tokens and not (spike and skip_spikes):
+        if clip[1]:
+            clip_gradients(optimizers, clip[0], clip[1], grad_norm, compute)
         for optimizer in optimizers:
             set_rates(optimizer, rates)
             optimizer.step()
@@ -148,22 +163,44 @@ def set_rates(optimizer: AdamW | Muon, rates: Rates) -> None:
         group.setdefault("initial_lr", group["lr"])
         group.setdefault("initial_weight_decay", group["weight_decay"])
         group["lr"] = group["initial_lr"] * rates.lr
-        group["weight_decay"] = group["initial_weight_decay"] * rates.weight_decay
         if "momentum" in group:
             group["momentum"] = rates.momentum
+            group["weight_decay"] = group["initial_weight_decay"] * rates.weight_decay
+
+
+def clip_gradients(optimizers: Optimizers, how: str, limit: float, grad_norm: float, compute: Compute) -> None:
+    """Scale the averaged gradients to a norm of at most `limit`: "global" all of them alike (arXiv 1211.5063),
+    "parameter" each by its own norm; "normalize" gives each the norm `limit`, be it more or less than before (nanuGPT's
+    Keller scaler). Each rank scales what it owns; collective but for "global".
+    """
+    own = {name: grad for optimizer in optimizers for name, grad in optimizer.own_gradients()}
+    squares = dict.fromkeys(own, grad_norm**2 if how == "global" else 0.0)
+    if how != "global":
+        for part in compute.gather({name: grad.square().sum().item() for name, grad in own.items()}):
+            squares |= {name: squares[name] + square for name, square in part.items() if name in own}
+    for name, grad in own.items():
+        factor = limit / max(math.sqrt(squares[name]), 1e-12)
+        grad.mul_(factor if how == "normalize" else min(1.0, factor))
 
 
 class Spikes:
     """Finds and counts losses and gradient norms more than 6 standard deviations over the mean of the last 128 (the
-    figures of OLMo-core's SkipStepOptimizer). `state()` is what must survive a resume.
+    figures of OLMo-core's SkipStepOptimizer), and gradients that fp16 cannot hold. `state()` is what must survive a
+    resume.
+
+    fp16 ends at 65,504 and at 6e-8. So its losses are multiplied by `scale` before the backward pass (arXiv
+    1710.03740): an overflow halves it, and 2,000 steps in a row without one double it (as torch's GradScaler).
     """
 
     WINDOW, ENOUGH, SIGMAS = 128, 64, 6.0
+    FIRST_SCALE, GROW_AFTER = 64.0, 2000
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.losses: deque[float] = deque(maxlen=self.WINDOW)
         self.norms: deque[float] = deque(maxlen=self.WINDOW)
-        self.count = self.skipped = 0
+        self.count = self.skipped = self.overflows = self.steady = 0
+        self.is_scaled = dtype == torch.float16
+        self.scale = self.FIRST_SCALE if self.is_scaled else 1.0
 
     def see(self, loss: float, norm: float, skip: bool = False) -> bool:
         """Take notice of a step's figures; True when either is a spike, which counts as skipped with `skip`. Spikes
@@ -176,6 +213,16 @@ class Spikes:
         self.norms.append(norm)
         return spike
 
+    def overflow(self, norm: float) -> bool:
+        """Whether a gradient's norm is not finite in fp16, where a smaller scale may help; adapts the scale."""
+        if not self.is_scaled or self.scale < 2**-10:
+            return False
+        too_large = not math.isfinite(norm)
+        self.overflows += too_large
+        self.steady = 0 if too_large else (self.steady + 1) % self.GROW_AFTER
+        self.scale *= 0.5 if too_large else 1.0 if self.steady else 2.0
+        return too_large
+
     def is_far(self, value: float, before: deque[float]) -> bool:
         if len(before) < self.ENOUGH:
             return False
@@ -184,15 +231,18 @@ class Spikes:
         return value > mean + self.SIGMAS * deviation
 
     def summary(self) -> dict[str, int]:
-        return {"spikes": self.count, "spikes_skipped": self.skipped}
+        return {"spikes": self.count, "spikes_skipped": self.skipped, "overflows_skipped": self.overflows}
 
     def state(self) -> dict[str, Any]:
-        return {"losses": [*self.losses], "norms": [*self.norms], "count": self.count, "skipped": self.skipped}
+        both = {"losses": [*self.losses], "norms": [*self.norms], "count": self.count, "skipped": self.skipped}
+        return {**both, "scaling": [self.scale, self.steady, self.overflows]}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.losses.extend(state["losses"])
         self.norms.extend(state["norms"])
         self.count, self.skipped = state["count"], state["skipped"]
+        if self.is_scaled and "scaling" in state:
+            self.scale, self.steady, self.overflows = state["scaling"]
 
 
 # -----------------------------------------------------------------------------
@@ -205,15 +255,16 @@ def every(interval: int, step: int, num_steps: int) -> bool:
 
 
 def steps_for_minutes(
-    minutes: float, model: LanguageModel, gradients: Callable[[], Sums], compute: Compute, fewest: int = 8
+    minutes: float, optimizers: Optimizers, gradients: Callable[[], Sums], compute: Compute, fewest: int = 8
 ) -> tuple[int, str]:
     """Steps of `gradients`, such as accumulate(), that fit into `minutes` with their update, and why so many. Trial
-    steps with a learning rate of 0 tell the pace, so the run is bit for bit that of --num-iterations with the number.
+    steps of `optimizers` of their own, with a learning rate of 0, tell the pace: the run is bit for bit that of
+    --num-iterations with the number.
     """
-    optimizers = model.setup_optimizers(dtype=compute.dtype)
+    spikes = Spikes(compute.dtype)
 
     def trial_step() -> None:
-        update(optimizers, agree(gradients(), 0, optimizers, compute), Rates(0.0, 0.9, 0.0), compute)
+        update(optimizers, agree(gradients(), 0, optimizers, compute), Rates(0.0, 0.9, 0.0), compute, spikes)
 
     num_steps, trials = steps_in(minutes, trial_step, compute, fewest)
     return num_steps, f"{minutes:g} minutes at the pace of {trials} trial steps, which change nothing"

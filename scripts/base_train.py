@@ -10,12 +10,12 @@ tokenizer, and a run that was stopped continues with --resume as if it had not b
 
 from typing import Literal
 
-from nanochat.configurator import Amount, Interval, Minutes, Natural, Positive, Rate, Seed, Several, Share, configure
+from nanochat.configurator import Amount, Fraction, Interval, Minutes, Natural, Positive, Rate, Seed, Share, configure
 
 # Run
 run = "dummy"  # wandb run name; dummy = no wandb
 device_type: Literal["auto", "cuda", "mps", "xpu", "cpu"] = "auto"  # cuda also stands for AMD's ROCm
-dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # what matmuls compute in; master weights are always fp32
+dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of matmuls; master weights are always fp32
 compile = True  # torch.compile the blocks and the loss; without a C++ compiler the run is eager and says so
 seed: Seed = 42  # of the weights and of the order of the rows
 # Text
@@ -25,7 +25,7 @@ packing: Literal["bos", "flat"] = "bos"  # bos: every row starts with BOS, best 
 arch: Literal["gpt", "gpt2", "llama"] = "gpt"  # architecture, by its file in nanochat/
 depth: Positive = 20  # number of Transformer layers; width and heads follow from it
 aspect_ratio: Positive = 64  # width / depth
-head_dim: Several | None = None  # channels per attention head (None = 128, or 64 for models narrower than 512)
+head_dim: Positive | None = None  # channels per attention head (None = 128, or 64 for models narrower than 512)
 kv_heads: Positive | None = None  # key/value heads (None = as many as query heads; fewer = grouped-query attention)
 max_seq_len: Positive = 2048  # context in tokens
 window_pattern: str | None = None  # tiled over the layers: L full context, S half of it; the last is L (None = L)
@@ -44,13 +44,20 @@ minutes: Amount | None = None  # training time, turned into steps once; evaluati
 device_batch_size: Positive | Literal["auto"] = 32  # rows per rank and micro-batch (auto = the most that fit)
 total_batch_size: Positive = 524288  # tokens per step over all ranks, rounded to whole micro-batches
 # Optimizers
+optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon and AdamW at three rates; adamw: for everything, at one, lr
+lr: Rate = 6e-4  # with --optimizer=adamw alone, and so are beta1 and beta2 (GPT-2's, for 124 M parameters)
+beta1: Fraction = 0.9  # of its first moment
+beta2: Fraction = 0.95  # of its second
 matrix_lr: Rate = 0.02  # Muon, for the matrices in the blocks
 embedding_lr: Rate = 0.2  # AdamW, for the embedding; scales with (width / 768)^-0.5
 unembedding_lr: Rate = 0.004  # AdamW, for the head; scales likewise
-weight_decay: Rate = 0.0  # Muon's cautious weight decay; falls to 0 along a cosine
+weight_decay: Rate = 0.0  # Muon's, cautious, falls to 0 along a cosine; adamw's stays, of all but vectors (GPT-2: 0.1)
+schedule: Literal["trapezoid", "cosine", "linear", "constant", "wsd", "range"] = "trapezoid"  # nanochat/schedule.py
 warmup_ratio: Share = 0.0  # share of the run in which learning rates rise from 0
-warmdown_ratio: Share = 0.4  # share of the run in which they fall to final_lr_frac
+warmdown_ratio: Share = 0.4  # share of the run in which they fall to final_lr_frac; cosine and linear: all the rest
 final_lr_frac: Share = 0.0  # where they end
+clip: Literal["global", "parameter", "normalize"] = "global"  # whose gradient's norm is at most, or becomes, clip_norm
+clip_norm: Amount | None = None  # None = gradients stay as they are (GPT-2: 1.0)
 skip_spikes = False  # no update by a step whose loss or gradient norm is 6 standard deviations too high
 # Memory (python -m scripts.plan says what fits without)
 shard = False  # FSDP2: weights, gradients and optimizer state in parts on all ranks; slower, same checkpoints
@@ -68,15 +75,17 @@ save_every: Interval = -1  # steps between checkpoints (-1 = only at the end)
 save_minutes: Minutes = -1.0  # minutes between checkpoints (-1 = by steps alone); both may be given
 save_best = False  # save after each quick validation that is the best so far, and never delete that one
 keep_last: Interval = -1  # checkpoints to keep, older ones are deleted (-1 = all)
+dry_run = False  # train, but write no checkpoint
 resume = False  # continue from the newest whole checkpoint of this tag
 resume_from_step: Natural | None = None  # continue from this step
 fresh = False  # start over although this tag has checkpoints; they are kept under another name
 settings = configure(__name__)
 
-import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 
+from nanochat.adamw import AdamW
 from nanochat.common import UserError, print0, run_main
 from nanochat.compute import Compute, compute_cleanup, compute_init
 from nanochat.core_eval import CoreTask, GPTScorer, find_bundle, load_tasks, mean_centred, score_task
@@ -84,6 +93,7 @@ from nanochat.corpus import Corpus, load_corpus
 from nanochat.dataloader import Position, training_stream
 from nanochat.loss_eval import BitsPerByte, evaluate_bpb, validation_windows
 from nanochat.model import LanguageModel, build_model, choose_config
+from nanochat.muon import Muon
 from nanochat.run import Run, open_run
 from nanochat.schedule import BatchPlan, plan_batches, plan_horizon
 from nanochat.sharding import is_sharded, placement
@@ -135,12 +145,13 @@ def main() -> None:
         compile_model(model, compute.device)
 
     # The batch, and what a checkpoint and the run that continues it must agree on
-    device_rows = choose_device_batch(device_batch_size, model, total_batch_size, max_seq_len, compute, compile)
+    of_batch = (device_batch_size, model, total_batch_size, max_seq_len)
+    device_rows = choose_device_batch(*of_batch, compute, compile, optimizer == "adamw")
     batch = plan_batches(total_batch_size, device_rows, max_seq_len, compute.world_size)
     print0(f"batch: {batch} (asked for {total_batch_size:,})")
     if eval_only:
         val = validate(model, text, tokenizer, batch, compute, stride=max(1, max_seq_len // 2))
-        nats = val.bpb * math.log(2) * val.bytes / val.tokens
+        nats = val.figures(0.0)["val_nats"]
         print0(f"val bpb {val.bpb:.4f}, {nats:.4f} nats per token, {val.tokens:,} tokens, {val.documents:,} documents")
         compute_cleanup()
         return
@@ -151,8 +162,7 @@ def main() -> None:
         num_steps, formula = run.horizon or plan_steps(model, text, tokenizer, batch, compute)
         tokens = num_steps * batch.tokens
         print0(f"horizon: {num_steps:,} steps, {tokens:,} tokens, {tokens * flops:.3g} FLOPs ({formula})")
-        optimizers = model.setup_optimizers(matrix_lr, embedding_lr, unembedding_lr, weight_decay, compute.dtype)
-        spikes = Spikes()
+        optimizers, spikes = make_optimizers(model, compute), Spikes(compute.dtype)
         run.begin(model, optimizers, tokenizer, num_steps, spikes, formula=formula, batch=str(batch))
         if run.is_finished:
             print0(f"its score: python -m scripts.base_loss --model-tag={tag}")
@@ -161,17 +171,17 @@ def main() -> None:
         stream = open_stream(text, tokenizer, batch, compute, Position.from_json(run.position))
 
         for step in run.steps():
-            sums = accumulate(model, stream, batch.grad_accum_steps, compute)
+            sums = accumulate(model, stream, batch.grad_accum_steps, compute, spikes.scale)
             agreed = agree(sums, run.watch.received, optimizers, compute)  # raises on every rank or on none
-            rates = rates_at(step, num_steps, warmup_ratio, warmdown_ratio, final_lr_frac)
-            result = update(optimizers, agreed, rates, compute, spikes, skip_spikes)
+            rates = rates_at(step, num_steps, warmup_ratio, warmdown_ratio, final_lr_frac, schedule)
+            result = update(optimizers, agreed, rates, compute, spikes, skip_spikes, (clip, clip_norm))
             run.end_step(result, sums.position, lr=round(rates.lr, 6))  # records it, saves when that is due
 
             done = step + 1
             if every(eval_every, done, num_steps):
-                quick = validate(model, text, tokenizer, batch, compute, stride=max_seq_len, poll=run.watch.poll).bpb
-                print0(f"step {done:,}: quick val bpb {quick:.4f}")
-                run.evaluated(quick, val_bpb_quick=quick)
+                quick = validate(model, text, tokenizer, batch, compute, stride=max_seq_len, poll=run.watch.poll)
+                print0(f"step {done:,}: quick val bpb {quick.bpb:.4f}")
+                run.evaluated(quick.bpb, val_bpb_quick=quick.bpb, **quick.figures(run.meter.smooth_loss))
             if every(sample_every, done, num_steps):
                 show_samples(model, tokenizer, compute, run)
             if every(core_metric_every, done, num_steps):
@@ -180,7 +190,7 @@ def main() -> None:
         # The end: the honest validation, and the figures
         val = validate(model, text, tokenizer, batch, compute, stride=max(1, max_seq_len // 2))
         about = {"val_bpb": val.bpb, "val_bpb_stderr": val.stderr, "documents": val.documents}
-        run.record.write("eval", step=num_steps, **about)
+        run.record.write("eval", step=num_steps, **about, **val.figures(run.meter.smooth_loss))
         run.finish(sums.position.describe(), val_bpb=val.bpb)
         error = "" if val.stderr is None else f" +- {val.stderr:.4f}"
         print0(f"val bpb {val.bpb:.4f}{error} after {num_steps:,} steps, {val.documents:,} documents")
@@ -199,9 +209,15 @@ def plan_steps(
         counted = batch.tokens, model.estimate_flops(), model.ratio_params(ratio_counts)
         return plan_horizon(*counted, num_iterations, target_flops, target_param_data_ratio)
     stream = open_stream(text, tokenizer, batch, compute, Position())
-    return steps_for_minutes(
-        minutes, model, lambda: accumulate(model, stream, batch.grad_accum_steps, compute), compute
-    )
+    gradients = partial(accumulate, model, stream, batch.grad_accum_steps, compute)
+    return steps_for_minutes(minutes, make_optimizers(model, compute), gradients, compute)
+
+
+def make_optimizers(model: LanguageModel, compute: Compute) -> list[AdamW | Muon]:
+    """As the settings say."""
+    if optimizer == "adamw":
+        return model.setup_adamw(lr, weight_decay, (beta1, beta2))
+    return model.setup_optimizers(matrix_lr, embedding_lr, unembedding_lr, weight_decay, compute.dtype)
 
 
 def validate(

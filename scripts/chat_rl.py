@@ -140,7 +140,8 @@ def plan_steps(model: LanguageModel, tokenizer: Tokenizer, problems: Task, run: 
         groups = roll_out(model, tokenizer, problems, numbers, num_samples, seed, run)
         return policy_gradient(model, groups, run.compute)
 
-    return steps_for_minutes(minutes, model, gradients, run.compute, fewest=4)  # of seconds each
+    trial = model.setup_optimizers(dtype=run.compute.dtype)
+    return steps_for_minutes(minutes, trial, gradients, run.compute, fewest=4)  # of seconds each
 
 
 def rates_of(number: int, num_steps: int) -> Rates:

@@ -16,7 +16,14 @@ from nanochat.common import UserError
 from nanochat.compute import Compute
 from nanochat.corpus import Shards
 from nanochat.gpt import GPTConfig
-from nanochat.loss_eval import BitsPerByte, document_windows, evaluate_bpb, ratio_over_documents, validation_windows
+from nanochat.loss_eval import (
+    BitsPerByte,
+    Window,
+    document_windows,
+    evaluate_bpb,
+    ratio_over_documents,
+    validation_windows,
+)
 from nanochat.model import build_model
 from nanochat.tokenizer import Tokenizer
 from scripts.base_loss import byte_unigram_bpb, xz_bpb
@@ -75,6 +82,18 @@ def test_every_byte_is_scored_once_and_the_number_equals_one_window_at_a_time(da
     assert [size for _, size in slow] == [len(text.encode()) for text in documents]
     assert result.bytes == sum(size for _, size in slow) and result.documents == sum(map(bool, documents))
     assert result.bpb == pytest.approx(sum(bits for bits, _ in slow) / result.bytes, rel=1e-5)
+
+
+def test_perplexity_accuracy_and_gap_are_those_of_all_logits_at_once():
+    net, ids = model(), [256]
+    for i in range(15):  # two tokens of three are what the model thinks likeliest
+        ids.append(int(net(torch.tensor([ids]))[0, -1].argmax()) if i % 3 else 7)
+    nats = torch.nn.functional.cross_entropy(net(torch.tensor([ids[:-1]]))[0], torch.tensor(ids[1:])).item()
+    windows = [Window(document, np.array(ids), 0) for document in (0, 1)]
+    result = evaluate_bpb(net, windows, ByteTokenizer(), CPU, 3)
+    assert (result.right, result.tokens) == (20, 30)
+    expected = {"val_nats": nats, "perplexity": math.exp(nats), "accuracy": 2 / 3, "gap": nats - 2.0}
+    assert result.figures(train_loss=2.0) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_standard_error_is_what_documents_scatter_by():

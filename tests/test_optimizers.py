@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nanochat.adamw import AdamW, adam_update
+from nanochat.adamw import EPS, AdamW, adam_update
+from nanochat.model import LanguageModel
 from nanochat.muon import Muon, muon_update, orthogonalize
 from tests.reference import optimizers as slow
 
@@ -65,6 +66,31 @@ def test_adamw_matches_the_paper_and_torch():
         rtol=1e-5,
         atol=1e-6,
     )
+
+
+def test_one_adamw_for_everything_is_torchs_step_for_step():
+    """Matrices and embedding decay, vectors do not; torch's is given the two groups and our epsilon."""
+
+    def make():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Embedding(9, 6), torch.nn.Linear(6, 4), torch.nn.LayerNorm(4))
+
+    ours, theirs = make(), make()
+    (optimizer,) = LanguageModel.setup_adamw(ours, lr=0.01, weight_decay=0.1, betas=(0.9, 0.99))
+    decayed, kept = ([p for p in theirs.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}]
+    reference = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.99), eps=EPS)
+    assert len(decayed) == 2 and len(kept) == 3
+    for step in range(20):
+        tokens = torch.arange(9).roll(step)[:5]
+        for model in (ours, theirs):
+            (model(tokens) - tokens[:, None].float().sin()).square().sum().backward()  # a norm alone has no gradient
+        optimizer.reduce_gradients(1.0)
+        optimizer.step()
+        reference.step()
+        reference.zero_grad()
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_adam_moments_do_not_stall_in_low_precision():

@@ -349,6 +349,23 @@ def test_bits_per_byte_pass_at_k_and_parts_of_tasks_have_their_errors():
     assert "\nSTEM: 25.0 ± 2.0 % of 400\nlaw: 50.0 ± 10.0 % of 25\n" in text
 
 
+def test_perplexity_accuracy_and_gap_of_the_last_validation_are_shown():
+    evals = [{"event": "eval", "step": n, "val_nats": 3.5 - n / 2, "accuracy": 0.256, "gap": 0.0625} for n in (0, 1)]
+    text = build([run("base", plan(num_steps=1), step(0, 3.0), *[{**e, "perplexity": 20.0855} for e in evals])])[0]
+    assert "| nats per token, validation | 3.0000 |" in text and "| perplexity, validation | 20.09 |" in text
+    assert "| next token right, validation | 25.6% |" in text
+    assert "| nats above the training loss, validation | +0.0625 |" in text
+
+
+def test_the_loss_of_an_unfinished_run_is_forecast_by_its_power_law():
+    """5 steps^-0.1 comes to 2.5059 after 1,000; the first steps, which follow no law, are not in it."""
+    steps = [step(i, 5 * (i + 1) ** -0.1 if i > 20 else 11.0) for i in range(50)]
+    rows = build([run("base", plan(num_steps=1000), *steps)])[0]
+    assert "| loss at the end, forecast | 2.5059 | - | - | - |" in rows
+    assert "| loss at the end, forecast | - | - | - | - |" in build([run("base", plan(num_steps=50), *steps)])[0]
+    assert "| loss at the end, forecast | - | - | - | - |" in build([run("base", plan(num_steps=99), *steps[:19])])[0]
+
+
 def test_stops_resumptions_and_spikes_can_be_seen():
     stop = {"event": "stopped", "step": 2, "reason": "stopped by SIGTERM"}
     first = run("base", plan(num_steps=4), step(0, 5.0), step(1, 4.0), stop)

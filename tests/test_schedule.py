@@ -1,13 +1,15 @@
 """The arithmetic that every stage shares."""
 
+import math
 from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.schedule import cosine_to_zero, muon_momentum, plan_batches, plan_horizon, trapezoid
+from nanochat.schedule import cosine_to_zero, learning_rate, muon_momentum, plan_batches, plan_horizon
 
+trapezoid = partial(learning_rate, schedule="trapezoid")
 ratios = st.floats(0, 1)
 
 
@@ -26,6 +28,35 @@ def test_trapezoid_rises_stays_and_falls():
     assert curve[80] == pytest.approx(0.5 + 0.5 * 0.2)
     assert curve[99] == pytest.approx(1 / 40 + 39 / 40 * 0.2)
     assert curve == sorted(curve[:60]) + sorted(curve[60:], reverse=True)
+
+
+def low(left: float) -> float:
+    """What is left of the fall, between 0.1 and 1."""
+    return 0.1 + 0.9 * left
+
+
+@pytest.mark.parametrize(
+    ("schedule", "values"),  # at the start, the end of the warm-up, the middle, four fifths, the last step
+    [
+        ("trapezoid", [0.1, 1.0, 1.0, low(2 / 3), low(1 / 30)]),
+        ("wsd", [0.1, 1.0, 1.0, low(1 - (1 / 3) ** 0.5), low(1 - (29 / 30) ** 0.5)]),
+        ("linear", [0.1, 1.0, low(5 / 9), low(2 / 9), low(1 / 90)]),
+        ("cosine", [0.1, 1.0, *(low(0.5 + 0.5 * math.cos(math.pi * share)) for share in (4 / 9, 7 / 9, 89 / 90))]),
+        ("constant", [0.1, 1.0, 1.0, 1.0, 1.0]),
+        ("range", [math.exp(5 * step / 99 - 2.5) for step in (0, 9, 50, 80, 99)]),
+    ],
+)
+def test_values_of_every_schedule(schedule, values):
+    at = [learning_rate(step, 100, 0.1, 0.3, 0.1, schedule) for step in (0, 9, 50, 80, 99)]
+    assert at == pytest.approx(values)
+
+
+@given(num_steps=st.integers(1, 3000), at=st.floats(0, 1), warmup=ratios, warmdown=ratios, final=ratios)
+@pytest.mark.parametrize("schedule", ["wsd", "linear", "cosine", "constant"])
+def test_no_schedule_leaves_zero_to_one_or_begins_at_zero(schedule, num_steps, at, warmup, warmdown, final):
+    step = min(num_steps - 1, int(at * num_steps))
+    assert 0 <= learning_rate(step, num_steps, warmup, warmdown, final, schedule) <= 1 + 1e-12
+    assert learning_rate(0, num_steps, warmup, warmdown, final, schedule) > 0
 
 
 def test_a_short_run_leaves_warmup():
