@@ -100,7 +100,7 @@ def test_the_plain_loss_is_cross_entropy(dtype):
     hidden, weight = (torch.randn(n, 16, generator=g) * 2 for n in (40, 50))
     targets, weights = torch.randint(-1, 50, (40,), generator=g), torch.rand(40, generator=g)
     hidden, weight = (x.to(dtype).requires_grad_() for x in (hidden, weight))
-    loss, losses = HeadLoss.apply(hidden, weight, targets, weights, plain_loss_slice)
+    loss, losses, _ = HeadLoss.apply(hidden, weight, targets, weights, plain_loss_slice)
     loss.backward()
     h64, w64 = (x.detach().double().requires_grad_() for x in (hidden, weight))
     each = torch.nn.functional.cross_entropy(h64 @ w64.T, targets, ignore_index=-1, reduction="none")
