@@ -28,6 +28,7 @@ import json
 import random
 from collections.abc import Iterable, Sequence
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -137,16 +138,18 @@ def gate(folder: Path, model: LanguageModel, tokenizer: Tokenizer, transformers:
 
 def real_text() -> tuple[list[str], str]:
     """About TEXT_BYTES of documents, and where they are from: a corpus, or where there is none this program."""
+    text = None
     try:
         text = load_corpus(corpus)
     except UserError:
         if corpus is not None:
             raise
+    if text is None or (corpus is None and text.train.tokens):  # no corpus, several, or one of ids alone
         files = sorted(Path(__file__).parents[1].glob("*/*.py"))
         return [file.read_text(encoding="utf-8") for file in files], "the source files of this program"
     taken: list[str] = []
     size = 0
-    for documents in iter_text([*text.val, *text.train]):
+    for documents in chain(iter_text(text.val), iter_text(text.train)):
         for document in documents.to_pylist():
             taken.append(document)
             size += len(document.encode())

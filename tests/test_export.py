@@ -24,6 +24,7 @@ from nanochat.hf_import import open_weights
 from nanochat.model import LanguageModel, build_model, choose_config
 from nanochat.tokenizer import Tokenizer
 from scripts import export_hf
+from tests import corpora
 from tests.tiny import ROOT, run_here
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -170,6 +171,16 @@ def test_a_gpt2_without_biases_leaves_and_one_with_alibi_stays(base_dir, tokeniz
     shutil.rmtree(checkpoint_path("sft", "d3", 7))
     save_relative(tokenizer, "gpt2", bias=False)
     export(monkeypatch, tmp_path / "out")  # the gate compares
+
+
+def test_text_of_a_corpus_is_compared_where_there_is_one(base_dir, tmp_path, monkeypatch):
+    corpora.write_parquet(tmp_path / "in" / "a.parquet", corpora.words("train", 5))
+    corpora.write_parquet(tmp_path / "in" / "val.parquet", corpora.words("val", 4))
+    corpus = corpora.run_dataset(monkeypatch, source="folder", path=str(tmp_path / "in"))
+    both = [*corpora.texts_of(corpus.val), *corpora.texts_of(corpus.train)]
+    assert export_hf.real_text() == (both, "the corpus in") and len(both) == 9
+    monkeypatch.setattr(export_hf, "TEXT_BYTES", 10)
+    assert export_hf.real_text()[0] == both[:1]
 
 
 def test_mistakes_are_one_line(saved, tmp_path, monkeypatch):
