@@ -77,7 +77,7 @@ FORMER_NAMES = dict(
     pair.split("=")
     for pair in """
     batch_size=device_batch_size block_size=max_seq_len context_length=max_seq_len device=device_type
-    eval_interval=eval_every eval_iters=eval_tokens gradient_accumulation_steps=total_batch_size init_from=source
+    eval_interval=eval_every eval_iters=eval_tokens gradient_accumulation_steps=total_batch_size
     learning_rate=matrix_lr max_iters=num_iterations max_new_tokens=max_tokens n_layer=depth start=prompt
     target_examples_per_step=total_batch_size wandb_run_name=run
     """.split()

@@ -14,9 +14,7 @@ from nanochat.configurator import Natural, Positive, configure
 # Kind
 kind: Literal["bpe", "char", "byte", "hf"] = "bpe"  # learn merges; characters of the whole corpus; bytes; take a file
 path: str | None = None  # hf: a model's folder or tokenizer.json, GPT-2's two files, or OWNER/NAME on the hub
-chat_tokens = (
-    True  # hf: our special tokens come after its own; false for --init-from, whose weights have no rows for them
-)
+chat_tokens = True  # hf: our special tokens come after its own; false for --init-from: weights have no rows for them
 corpus_own = False  # save it in the folder of the corpus, which base_train then takes it from, and leave the other one
 # Text
 corpus: str | None = None  # directory name in $NANOCHAT_BASE_DIR/data (None = the only one there)

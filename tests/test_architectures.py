@@ -1,5 +1,8 @@
 """Every architecture in the loop of all: it trains, resumes, runs on several ranks, shards, chats, and is looked at."""
 
+import io
+import sys
+
 import pytest
 
 from scripts import base_train, chat_cli
@@ -13,7 +16,12 @@ ARCHITECTURES = {
     "llama": {"arch": "llama", "kv_heads": 2},
 }
 COMMON = {"num_iterations": STEPS, "total_batch_size": 12 * 32, "eval_every": 10, "eval_tokens": 2_000}
-each = pytest.mark.parametrize("name", ARCHITECTURES)
+
+
+def each(*quick: str) -> pytest.MarkDecorator:
+    """Some architectures in the suite, the others in dev/soak.sh."""
+    marks = {name: [] if name in quick else [pytest.mark.soak] for name in ARCHITECTURES}
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=marks[name]) for name in ARCHITECTURES])
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +36,7 @@ def train(faults, name: str, ranks: int = 1, tag: str = "", **changes: object):
     return faults.train("base", {**settings, **changes}, ranks)
 
 
-@each
+@each("dropout", "llama")
 def test_it_learns_and_resumes_bit_for_bit(faults, name):
     whole = train(faults, name)["step"]
     assert whole[-1]["loss"] < 0.85 * whole[0]["loss"]
@@ -40,10 +48,11 @@ def test_it_learns_and_resumes_bit_for_bit(faults, name):
     assert tiny.weights(faults.base_dir, f"{name}-again", STEPS) == tiny.weights(faults.base_dir, f"{name}1", STEPS)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "alibi", "llama"])
-@pytest.mark.parametrize("shard", [False, True])
+@each("gpt2")
+@pytest.mark.parametrize("shard", [pytest.param(False, marks=pytest.mark.soak), True])
 def test_two_ranks_are_one(faults, name, shard):
-    """Not with dropout: each rank drops what it will."""
+    if name == "dropout":
+        pytest.skip("each rank drops what it will")
     one, two = train(faults, name), train(faults, name, 2, f"-{shard}", shard=shard, sample_every=STEPS)
     check_losses(one["step"], two["step"])
     for a, b in zip(one["eval"], two["eval"], strict=True):
@@ -52,16 +61,18 @@ def test_two_ranks_are_one(faults, name, shard):
     assert two["sample"]
 
 
-@each
+@each("alibi", "llama")
 def test_it_learns_to_chat_and_chats(faults, name, monkeypatch, capsys):
     train(faults, name, tag="-long", max_seq_len=128, num_iterations=2, sample_every=-1)
     settings = {"source_tag": f"{name}1-long", "mixture": str(faults.base_dir / "chats.jsonl"), "num_iterations": 2}
     code, output = faults.run("sft", {**settings, "model_tag": name, "max_seq_len": 128})
     assert code == 0, output
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(faults.base_dir))
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
     quiet = {"compile": False, "max_tokens": 8, "device_type": "cpu", "dtype": "float32"}
     tiny.run_here(monkeypatch, chat_cli, {"source": "sft", "model_tag": name, "prompt": "Hello", **quiet})
-    assert f"chatsft_checkpoints/{name}/step_000002" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert said.out and f"chatsft_checkpoints/{name}/step_000002" in said.err
 
 
 def test_a_checkpoint_says_what_it_is(faults):

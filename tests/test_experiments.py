@@ -40,7 +40,11 @@ def settings_of(kind, ranks=1, **changes):
 
 @pytest.mark.parametrize(
     ("kind", "ranks", "shard"),
-    [("adamw", 3, False), ("adamw", 3, True), ("keller", 2, False), ("keller", 3, True), ("clipped", 3, True)],
+    [("adamw", 3, True), ("keller", 2, False)]
+    + [
+        pytest.param(*case, marks=pytest.mark.soak)
+        for case in (("adamw", 3, False), ("keller", 3, True), ("clipped", 3, True))
+    ],
 )
 def test_the_run_is_the_same_on_any_number_of_ranks(faults, kind, ranks, shard):
     one = faults.train("base", settings_of(kind))
