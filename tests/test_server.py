@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from nanochat.server import Defaults, Server, create_app, listen, make_server
 from nanochat.serving import Serving
 from nanochat.tokenizer import Tokenizer
 from scripts import chat_web
-from tests import tiny
+from tests import test_gpt2, test_llama, tiny
 from tests.test_gpt import small_model
 
 TOKENIZER = Tokenizer(np.empty((0, 2)))  # one token per byte, so that characters are split over tokens
@@ -457,9 +458,14 @@ def test_a_failing_model_is_told_in_either_form() -> None:
             list(client.chat.completions.create(model="fake", messages=HELLO, stream=True))
 
 
-def test_a_small_real_model_answers_alike_alone_and_in_company() -> None:
+@pytest.mark.parametrize(
+    "config",
+    [SMALL, *(replace(kind.SMALL, sequence_len=64, vocab_size=SMALL.vocab_size) for kind in (test_gpt2, test_llama))],
+    ids=lambda config: type(config).__name__,
+)
+def test_a_small_real_model_answers_alike_alone_and_in_company(config: Any) -> None:
     """The same seed says the same whatever else is in the batch, streamed or not; a score is the engine's."""
-    engine = Engine(small_model(SMALL), TOKENIZER)
+    engine = Engine(small_model(config), TOKENIZER)
     with serving(engine, context=64, slots=4) as live, live.client() as client:
 
         def ask(seed: int) -> str:
