@@ -10,7 +10,6 @@ meta.json is sealed with its own sha256 and every other file is compared with it
 wrong bit is found in any of the four. Nothing damaged is deleted: it is moved aside. One run at a time writes a tag.
 """
 
-import base64
 import fcntl
 import json
 import math
@@ -300,7 +299,7 @@ def save_checkpoint(
             open_checkpoint(path).verify()  # then it is kept as it is
         except UserError:
             tensors = {"model.safetensors": weights, "optim.safetensors": state}
-            size = write_step(path, tensors, tokenizer, {**meta, "rng": rng_state()})
+            size = write_step(path, tensors, tokenizer, meta)
             print0(f"saved {path} ({size / 1e6:,.1f} MB in {time.perf_counter() - started:.2f} s)")
         if keep_last > 0:
             delete_old(path.parent, keep_last)
@@ -365,22 +364,6 @@ def read_best(directory: Path) -> tuple[int, float]:
     except (OSError, ValueError):
         return -1, math.inf
     return (best["step"], best["value"]) if best["step"] in saved_steps(directory) else (-1, math.inf)
-
-
-def rng_state() -> dict[str, str]:
-    """torch's default generators, alike on every rank. No stage draws from them, an experiment with dropout does."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return {device: base64.b64encode(state.numpy().tobytes()).decode() for device, state in states.items()}
-
-
-def restore_rng(states: dict[str, str]) -> None:
-    """Take over the generators of a checkpoint, as far as this machine has them."""
-    for device, text in states.items():
-        if device == "cpu" or torch.cuda.is_available():
-            state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-            (torch if device == "cpu" else torch.cuda).set_rng_state(state)
 
 
 # -----------------------------------------------------------------------------

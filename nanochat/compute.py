@@ -16,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -59,6 +60,12 @@ class Compute:
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on one rank or more; the same answer on every rank."""
         return bool(self.sum(torch.tensor(flag, dtype=torch.int32)).item())
+
+    def seed_step(self, seed: int, step: int) -> None:
+        """Seed torch's generators, which dropout draws from, anew: each rank and step has numbers of its own, whatever
+        came before, so there is no state to save. 32 bits of a hash, because the CPU's generator takes no more.
+        """
+        torch.manual_seed(int(np.random.SeedSequence([seed, step, self.rank]).generate_state(1)[0]))
 
     def gather(self, value: Any) -> list[Any]:
         """What each rank gives, any object that pickle takes, in rank order, on every rank."""

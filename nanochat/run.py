@@ -32,7 +32,6 @@ from nanochat.checkpoint_manager import (
     mark_best,
     restore_model,
     restore_optimizers,
-    restore_rng,
     save_checkpoint,
 )
 from nanochat.common import NotFinite, StepFailed, Stopped, UserError, get_base_dir, get_rank, print0
@@ -103,7 +102,6 @@ class Run:
             restore_optimizers(optimizers, self.checkpoint)
             self.meter.restore(self.checkpoint.meta["meter"])
             spikes.restore(self.checkpoint.meta["spikes"])
-            restore_rng(self.checkpoint.meta["rng"])
             print0(f"resumed from {self.checkpoint.path}")
         self.first_step = self.saved_at = self.meter.steps
         if self.is_finished:
@@ -135,6 +133,7 @@ class Run:
         with tqdm(total=num_steps, initial=first, unit="step", disable=hidden) as self.bar:
             for step in range(first, num_steps):
                 self.meter.start()
+                self.compute.seed_step(self.settings["seed"], step)
                 yield step
         self.watch.__exit__()
 

@@ -48,6 +48,22 @@ def test_it_learns_and_resumes_bit_for_bit(faults, name):
     assert tiny.weights(faults.base_dir, f"{name}-again", STEPS) == tiny.weights(faults.base_dir, f"{name}1", STEPS)
 
 
+def test_dropout_is_the_same_after_trial_steps_and_on_ranks_that_resume(faults):
+    """Trial steps of --minutes drew from the generator that the run went on with; ranks all dropped the same places."""
+    few = {"num_iterations": None, "minutes": 0.002, "eval_every": -1}
+    steps = train(faults, "dropout", tag="-minutes", **few)["plan"][0]["num_steps"]
+    train(faults, "dropout", tag="-counted", num_iterations=steps, eval_every=-1)
+    weights = [tiny.weights(faults.base_dir, f"dropout1-{tag}", steps) for tag in ("minutes", "counted")]
+    assert weights[0] == weights[1]
+    train(faults, "dropout", 2, num_iterations=6)
+    settings = {**COMMON, **ARCHITECTURES["dropout"], "device_batch_size": 3, "model_tag": "dropout2-again"}
+    faults.start("base", {**settings, "num_iterations": 6}, 2, leave_after=3)
+    assert faults.finish()[0] == [143, 143]
+    code, output = faults.run("base", {**settings, "num_iterations": 6, "resume": True}, 2)
+    assert code == 0, output
+    assert tiny.weights(faults.base_dir, "dropout2-again", 6) == tiny.weights(faults.base_dir, "dropout2", 6)
+
+
 @each("gpt2")
 @pytest.mark.parametrize("shard", [pytest.param(False, marks=pytest.mark.soak), True])
 def test_two_ranks_are_one(faults, name, shard):

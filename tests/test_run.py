@@ -1,8 +1,10 @@
 """Signals, the saving clock, running figures, and what a failed step leaves behind."""
 
+import itertools
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,6 +42,18 @@ def test_a_signal_in_the_middle_of_a_print_is_no_traceback(monkeypatch, capfd):
         os.kill(os.getpid(), signal.SIGTERM)
         assert watch.received == signal.SIGTERM
     assert "SIGTERM: finishing this step, then saving" in capfd.readouterr().out
+
+
+def test_every_rank_and_step_draws_numbers_of_its_own_whatever_came_before():
+    """All ranks began with one seed, and dropped the same places."""
+
+    def draw(seed: int, step: int, rank: int) -> tuple[float, ...]:
+        replace(CPU, rank=rank, world_size=2).seed_step(seed, step)
+        return tuple(torch.rand(4).tolist())
+
+    where = list(itertools.product((42, 43), (0, 1, 20_000), (0, 1)))
+    first = [draw(*place) for place in where]
+    assert len(set(first)) == len(where) and first[::-1] == [draw(*place) for place in where[::-1]]
 
 
 def test_a_second_ctrl_c_ends_at_once():
@@ -91,7 +105,7 @@ def test_a_bundle_tells_what_the_step_saw(base_dir):
     settings = {"save_every": -1, "save_minutes": -1}
     run = Run("base", "t", settings, {}, CPU)
     run.model, run.optimizers, run.meter = model, optimizers, Meter(flops_per_token=1, num_steps=20, steps=12)
-    folder = write_bundle(run, Sums(torch.zeros(2), {"row": 5}, [(inputs, inputs)]))
+    folder = write_bundle(run, Sums(torch.zeros(2), {"row": 5}, batches=[(inputs, inputs)]))
     content = json.loads((folder / "rank0.json").read_text())
     assert folder == base_dir / "failed" / "base-t-step_000012"
     assert content["not_finite"] == ["lm_head.weight"] and content["position_after"] == {"row": 5}
