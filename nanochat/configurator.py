@@ -70,6 +70,7 @@ KINDS |= {kind.__name__: Kind(kind, kind.__name__, lambda value: True) for kind 
 WORDS = Kind(str, "", lambda value: False)  # these words and nothing else
 TRUTH = {"true": True, "1": True, "false": False, "0": False}
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+GIVEN: set[str] = set()  # the settings that this process was given, a default too; configure() fills it
 OPTION = re.compile(r"--|--?[A-Za-z_][\w-]*(=.*)?", re.DOTALL)  # never a spaced value; "-1" and "- a list" can be one
 
 # What nanoGPT, nanuGPT and older nanochats call a setting, where the name is too far from ours for difflib.
@@ -381,5 +382,6 @@ def configure(module_name: str, status: TextIO | None = None) -> dict[str, objec
         sys.exit(2)
     for name, (value, origin) in given.items():
         setattr(module, name, value)
+        GIVEN.add(name)
         print0(f"{name} = {value!r} (from {origin}, default {block.settings[name].default!r})", file=status)
     return {name: getattr(module, name, setting.default) for name, setting in block.settings.items()}

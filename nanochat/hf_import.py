@@ -50,8 +50,9 @@ class Weights:
 
 def open_weights(name: str, vocab_size: int, sequence_len: int | None = None, **options: Any) -> Weights:
     """The weights of a folder, or of a published GPT-2 by its name, for contexts of `sequence_len` tokens (None = its
-    own); options that are not None replace what its config says. Raises UserError where they cannot be had or are of
-    another kind, for a longer context, for a tokenizer of another size, and for an option that changes shapes.
+    own); the options are base_train's, None = not given, of which dropout alone may be new. Raises UserError where they
+    cannot be had or are of another kind, for a longer context, for a tokenizer of another size, and for an option that
+    is not what the folder has.
     """
     folder = find_folder(name)
     try:
@@ -79,12 +80,16 @@ def open_weights(name: str, vocab_size: int, sequence_len: int | None = None, **
     if sequence_len > config.sequence_len:
         most = f"--max-seq-len={config.sequence_len} or less fits"
         raise UserError(f"--max-seq-len={sequence_len}: {name} has {config.sequence_len} positions; {most}")
-    given = {option: value for option, value in options.items() if value is not None}
-    for option, value in given.items():
-        if option != "dropout" or not hasattr(config, option):
-            flag = f"--{option.replace('_', '-')}={value}"
-            raise UserError(f"{flag}: the shape of {name} is what its weights are for; leave it out")
-    config = replace(config, sequence_len=sequence_len, **given)
+    config = replace(config, sequence_len=sequence_len)
+    if options.get("dropout") is not None and hasattr(config, "dropout"):
+        config = replace(config, dropout=options["dropout"])
+    C, L = config.n_embd, config.n_layer
+    has = {"arch": "gpt", **vars(config), "depth": L, "aspect_ratio": C / L if C % L else C // L}
+    has |= {"head_dim": C // config.n_head, "kv_heads": config.n_kv_head}
+    for option, value in options.items():
+        if value is not None and value != has.get(option):
+            flag, theirs = f"--{option.replace('_', '-')}={value}", has.get(option, "no such setting")
+            raise UserError(f"{flag}: {name} has {theirs}, which its weights are for; leave it out")
     if "wpe.weight" in weights:  # a shorter context needs fewer positions
         weights["wpe.weight"] = weights["wpe.weight"][:sequence_len]
     print0(f"weights: {folder}, {len(weights)} tensors")

@@ -88,6 +88,7 @@ from importlib import import_module
 from nanochat.adamw import AdamW
 from nanochat.common import UserError, print0, run_main
 from nanochat.compute import Compute, compute_cleanup, compute_init
+from nanochat.configurator import GIVEN
 from nanochat.core_eval import CoreTask, GPTScorer, find_bundle, load_tasks, mean_centred, score_task
 from nanochat.corpus import Corpus, load_corpus
 from nanochat.dataloader import Position, training_stream
@@ -127,6 +128,7 @@ def main() -> None:
     shape = {"head_dim": head_dim, "kv_heads": kv_heads, "window_pattern": window_pattern}
     shape |= {"positions": positions, "bias": bias, "dropout": dropout}
     if init_from:
+        shape |= {name: settings[name] for name in ("arch", "depth", "aspect_ratio") if name in GIVEN}
         weights = import_module("nanochat.hf_import").open_weights(init_from, V, max_seq_len, **shape)
         model = build_model(weights.config, compute.device, place=placement(compute, shard, offload))
         weights.load_into(model)
@@ -139,8 +141,7 @@ def main() -> None:
     heads = f"{config.n_head} heads of {config.n_embd // config.n_head}"
     width = f"x {aspect_ratio} = width" if not init_from else f"of {init_from}, width"
     print0(f"model {tag}: {config.n_layer} layers {width} {config.n_embd}, {heads}, vocabulary {config.vocab_size:,}")
-    in_matmuls = model.num_matmul_params()
-    print0(f"parameters: {model.num_params():,}, of them {in_matmuls:,} in matmuls; {flops:,} FLOPs/token")
+    print0(f"parameters: {model.num_params():,}, {model.num_matmul_params():,} in matmuls; {flops:,} FLOPs/token")
     if compile:
         compile_model(model, compute.device)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from nanochat.common import UserError
 from nanochat.hf_import import open_weights
 from nanochat.model import build_model
-from tests import test_gpt2, test_llama
+from tests import test_gpt2, test_llama, tiny
 from tests.test_gpt import CPU
 
 VOCAB = test_gpt2.SMALL.vocab_size
@@ -54,7 +54,13 @@ def test_what_does_not_fit_is_refused_in_one_line(folder, tmp_path):
     for options, line in (
         ({"sequence_len": 64}, "--max-seq-len=64: .* has 32 positions; --max-seq-len=32 or less fits"),
         ({"vocab_size": 65}, "its vocabulary has 320 tokens, the tokenizer has 65"),
-        ({"positions": "alibi"}, "--positions=alibi: the shape of .*; leave it out"),
+        ({"positions": "alibi"}, "--positions=alibi: .* has learned, which its weights are for; leave it out"),
+        ({"arch": "llama"}, "--arch=llama: .* has gpt2,"),
+        ({"depth": 20}, "--depth=20: .* has 2,"),
+        ({"aspect_ratio": 64}, "--aspect-ratio=64: .* has 32,"),
+        ({"head_dim": 64}, "--head-dim=64: .* has 16,"),
+        ({"kv_heads": 1}, "--kv-heads=1: .* has 4,"),
+        ({"window_pattern": "SL"}, "--window-pattern=SL: .* has no such setting,"),
     ):
         with pytest.raises(UserError, match=line):
             open_folder(folder, **options)
@@ -89,6 +95,20 @@ def test_without_a_network_a_published_model_is_one_line(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(UserError, match=r"cannot get openai-community/gpt2-medium \(nothing in the cache\)"):
         open_folder("gpt2-medium")
+
+
+def test_what_a_folder_has_may_be_said_again(folder):
+    same = {"arch": "gpt2", "depth": 2, "aspect_ratio": 32, "head_dim": 16, "positions": "learned", "bias": True}
+    assert open_folder(folder, **same).config == open_folder(folder).config
+
+
+def test_a_setting_that_was_given_is_not_ignored(faults, folder, tmp_path):
+    """--init-from=gpt2 --depth=20 trained 12 layers. 20 is the default, so it is not the value that says it."""
+    (tmp_path / "my.py").write_text("depth = 20\n")
+    start = ["--init-from", str(folder), "--max-seq-len=16", "--eval-only", "--device-type=cpu"]
+    result = tiny.run(faults.base_dir, "scripts.base_train", str(tmp_path / "my.py"), *start, check=False)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert f"--depth=20: {folder} has 2, which" in result.stderr
 
 
 def test_training_goes_on_from_a_folder(faults, folder):
