@@ -57,8 +57,8 @@ class Sums:
 
     totals: Tensor  # (2,) loss sum and counted tokens, on the device
     position: Any = None  # of the stream after them
-    scale: float = 1.0  # of the gradients that the micro-batches left
     batches: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # inputs and targets (B, T), for a diagnosis
+    scale: float = 1.0  # of the gradients that the micro-batches left
     error: UserError | None = None  # why the step could not be finished; agree() tells the other ranks
 
 
