@@ -1,7 +1,9 @@
 """Corpora in which a small model learns a rule or does not: grokking (arXiv 2201.02177) and multiplication by digits.
 
-    python -m dev.make_arithmetic --operation=x/y --p=97 --train-share=0.5
+    python -m dev.make_arithmetic --operation=x/y --p=53 --train-share=0.6
+    python -m scripts.base_train dev/configs/grokking.py
     python -m dev.make_arithmetic --task=multiplication --digits=1 --train-share=1
+    python -m scripts.base_train dev/configs/multiplication.py
 
 A document is one line of the table, `12o9=34` with a token for each number below p, or `12*34=0408` with one for each
 digit; only what follows `=` is learnt and scored. A share of the lines, drawn by the seed, trains; the others validate.

@@ -37,12 +37,13 @@ class BitsPerByte:
     tokens: int
     documents: int  # that have a byte
     right: int = 0  # tokens that the model thought the likeliest
+    exact: int = 0  # documents of which all tokens were right
 
     def figures(self, train_loss: float) -> dict[str, float]:
-        """In other words: nats per token, their exponential, the share of tokens right, nats above the train_loss."""
+        """Also: nats per token, their exponential, shares of tokens and documents right, nats over train_loss."""
         nats = self.bpb * math.log(2) * self.bytes / self.tokens
-        gap = {"accuracy": self.right / self.tokens, "gap": nats - train_loss}
-        return {"val_nats": nats, "perplexity": math.exp(min(nats, 700.0)), **gap}
+        shares = {"accuracy": self.right / self.tokens, "exact": self.exact / self.documents}
+        return {"val_nats": nats, "perplexity": math.exp(min(nats, 700.0)), **shares, "gap": nats - train_loss}
 
 
 class Window(NamedTuple):
@@ -139,4 +140,5 @@ def ratio_over_documents(sums: np.ndarray) -> BitsPerByte:
         raise UserError("there is no bits per byte of nothing: the text to score has no bytes", everywhere=True)
     bpb = bits.sum() / total
     stderr = math.sqrt(n / (n - 1) * ((bits - bpb * lengths) ** 2).sum()) / total if n > 1 else None
-    return BitsPerByte(float(bpb), stderr, int(lengths.sum()), int(sums[:, 2].sum()), n, int(sums[:, 3:].sum()))
+    right = int(sums[:, 3:].sum()), int((sums[:, 3:] == sums[:, 2:3]).sum())
+    return BitsPerByte(float(bpb), stderr, int(lengths.sum()), int(sums[:, 2].sum()), n, *right)

@@ -66,6 +66,7 @@ recompute = False  # keep only each block's input, and compute the rest again in
 # Evaluation
 eval_every: Interval = 250  # steps between quick validations (-1 = never)
 eval_tokens: Positive = 20 * 524288  # tokens of each validation, quick or final; less text is scored whole
+eval_train = False  # with each quick validation score as much of the training text
 sample_every: Interval = 2000  # steps between samples (-1 = never)
 core_metric_every: Interval = -1  # steps between CORE scores (-1 = never); its tasks: nanochat.dataset --prefetch=eval
 core_metric_max_per_task: Interval = 500  # items of each of its tasks (-1 = all)
@@ -90,7 +91,7 @@ from nanochat.common import UserError, print0, run_main
 from nanochat.compute import Compute, compute_cleanup, compute_init
 from nanochat.configurator import GIVEN
 from nanochat.core_eval import CoreTask, GPTScorer, find_bundle, load_tasks, mean_centred, score_task
-from nanochat.corpus import Corpus, load_corpus
+from nanochat.corpus import Corpus, Shards, load_corpus
 from nanochat.dataloader import Position, training_stream
 from nanochat.loss_eval import BitsPerByte, evaluate_bpb, validation_windows
 from nanochat.model import LanguageModel, build_model, choose_config
@@ -150,8 +151,14 @@ def main() -> None:
     device_rows = choose_device_batch(*of_batch, compute, compile, optimizer == "adamw")
     batch = plan_batches(total_batch_size, device_rows, max_seq_len, compute.world_size)
     print0(f"batch: {batch} (asked for {total_batch_size:,})")
+
+    def validate(shards: Shards, stride: int, poll: Callable[[], None] | None = None) -> BitsPerByte:
+        """Bits per byte of the first eval_tokens: stride max_seq_len is quick, half of it the honest one."""
+        windows = validation_windows(shards, tokenizer, max_seq_len, stride, eval_tokens)
+        return evaluate_bpb(model, windows, tokenizer, compute, batch.device_batch_size, poll)
+
     if eval_only:
-        val = validate(model, text, tokenizer, batch, compute, stride=max(1, max_seq_len // 2))
+        val = validate(text.val, stride=max(1, max_seq_len // 2))
         nats = val.figures(0.0)["val_nats"]
         print0(f"val bpb {val.bpb:.4f}, {nats:.4f} nats per token, {val.tokens:,} tokens, {val.documents:,} documents")
         compute_cleanup()
@@ -180,16 +187,21 @@ def main() -> None:
 
             done = step + 1
             if every(eval_every, done, num_steps):
-                quick = validate(model, text, tokenizer, batch, compute, stride=max_seq_len, poll=run.watch.poll)
+                quick = validate(text.val, max_seq_len, run.watch.poll)
                 print0(f"step {done:,}: quick val bpb {quick.bpb:.4f}")
                 run.evaluated(quick.bpb, val_bpb_quick=quick.bpb, **quick.figures(run.meter.smooth_loss))
+                if eval_train:
+                    seen = validate(text.train, max_seq_len, run.watch.poll)
+                    shares = {"accuracy": seen.right / seen.tokens, "exact": seen.exact / seen.documents}
+                    run.record.write("eval_train", step=done, bpb=seen.bpb, **shares)
+                    print0(f"  tokens right: {quick.right / quick.tokens:.1%}, {shares['accuracy']:.1%} in training")
             if every(sample_every, done, num_steps):
                 show_samples(model, tokenizer, compute, run)
             if every(core_metric_every, done, num_steps):
                 evaluate_core(model, tokenizer, core_tasks, compute, run)
 
         # The end: the honest validation, and the figures
-        val = validate(model, text, tokenizer, batch, compute, stride=max(1, max_seq_len // 2))
+        val = validate(text.val, stride=max(1, max_seq_len // 2))
         about = {"val_bpb": val.bpb, "val_bpb_stderr": val.stderr, "documents": val.documents}
         run.record.write("eval", step=num_steps, **about, **val.figures(run.meter.smooth_loss))
         run.finish(sums.position.describe(), val_bpb=val.bpb)
@@ -219,20 +231,6 @@ def make_optimizers(model: LanguageModel, compute: Compute) -> list[AdamW | Muon
     if optimizer == "adamw":
         return model.setup_adamw(lr, weight_decay, (beta1, beta2))
     return model.setup_optimizers(matrix_lr, embedding_lr, unembedding_lr, weight_decay, compute.dtype)
-
-
-def validate(
-    model: LanguageModel,
-    text: Corpus,
-    tokenizer: Tokenizer,
-    batch: BatchPlan,
-    compute: Compute,
-    stride: int,
-    poll: Callable[[], None] | None = None,
-) -> BitsPerByte:
-    """Bits per byte of the first eval_tokens of validation: stride max_seq_len is quick, half of it the honest one."""
-    windows = validation_windows(text.val, tokenizer, max_seq_len, stride, eval_tokens)
-    return evaluate_bpb(model, windows, tokenizer, compute, batch.device_batch_size, poll)
 
 
 def evaluate_core(

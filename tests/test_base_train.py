@@ -244,10 +244,11 @@ def test_the_best_validation_is_saved_and_spared(home, train_here, monkeypatch):
 
     scores = iter([3.0, 2.0, 2.5, 2.75])
 
-    def validated(*_: object, stride: int, **__: object) -> base_train.BitsPerByte:
+    def scored(model: object, stride: int, *_: object) -> base_train.BitsPerByte:
         return base_train.BitsPerByte(next(scores) if stride == 32 else 2.0, None, 1, 1, 1)
 
-    monkeypatch.setattr(base_train, "validate", validated)
+    monkeypatch.setattr(base_train, "validation_windows", lambda shards, tokenizer, T, stride, n: stride)
+    monkeypatch.setattr(base_train, "evaluate_bpb", scored)
     train_here(model_tag="best", num_iterations=8, eval_every=2, save_best=True, keep_last=1)
     folder = home / "base_checkpoints" / "best"
     assert sorted(path.name for path in folder.glob("step_*")) == ["step_000004", "step_000008"]

@@ -1,12 +1,15 @@
 """dev.make_arithmetic: tables of numbers modulo p and of products, with a loss on what follows = alone."""
 
+import json
+import xml.dom.minidom
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dev import make_arithmetic
+from dev import grokking_curve, make_arithmetic
+from nanochat.checkpoint_manager import find_checkpoint, open_model
 from nanochat.common import UserError
 from nanochat.compute import Compute
 from nanochat.corpus import Corpus, load_corpus
@@ -14,6 +17,7 @@ from nanochat.dataloader import training_stream
 from nanochat.schedule import BatchPlan
 from nanochat.token_files import read_ids
 from nanochat.tokenizer import get_tokenizer
+from scripts import base_train
 from tests.tiny import run_here
 
 # As the paper writes them (arXiv 2201.02177, appendix A.1.1), for one pair after another.
@@ -86,3 +90,31 @@ def test_a_table_that_cannot_be_is_one_line(make: Any) -> None:
         make(p=9)
     with pytest.raises(UserError, match=r"^--train-share=0: no line of 6 is left for a part"):
         make(p=3, train_share=0.0)
+
+
+def test_a_table_is_learnt_by_the_ordinary_loop_and_its_curve_drawn(
+    make: Any, base_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The scores in the record are those of the saved model, asked for the answer of one line after another."""
+    corpus = make(operation="x+y", p=5, train_share=0.8)
+    shape = {"depth": 1, "aspect_ratio": 64, "head_dim": 32, "max_seq_len": 5, "total_batch_size": 100}
+    how = {"optimizer": "adamw", "lr": 5e-3, "schedule": "constant", "num_iterations": 40, "compile": False}
+    quiet = {"dtype": "float32", "device_type": "cpu", "sample_every": -1, "model_tag": "table"}
+    evaluated = {"eval_every": 20, "eval_train": True, "corpus": "made", "device_batch_size": 20}
+    run_here(monkeypatch, base_train, {**shape, **how, **quiet, **evaluated})
+    run_here(monkeypatch, grokking_curve, {"model_tag": "table", "reached": 0.6})
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["training"] > 0.6 and result["training_reached_at"] in (20, 40)  # chance is 0.2
+
+    model, _ = open_model(find_checkpoint("base", "table", None), torch.device("cpu"))
+    for part, role in (("training", "train"), ("validation", "val")):
+        rows = torch.tensor(read_ids(getattr(corpus, role).paths[0], "uint16").reshape(-1, 6).astype(int))
+        answers = [int(model(row[None, :-1])[0, -1].argmax()) for row in rows]
+        assert result[part] == sum(map(int.__eq__, answers, rows[:, -1].tolist())) / len(rows)
+    drawn = xml.dom.minidom.parse(str(base_dir / "report" / "grokking-table.svg"))
+    assert len(drawn.getElementsByTagName("polyline")) == 2
+
+
+def test_a_curve_of_a_run_without_scores_is_one_line(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"^--model-tag=none: no scores of training documents in .*--eval-train"):
+        run_here(monkeypatch, grokking_curve, {"model_tag": "none"})

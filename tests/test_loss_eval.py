@@ -92,8 +92,16 @@ def test_perplexity_accuracy_and_gap_are_those_of_all_logits_at_once():
     windows = [Window(document, np.array(ids), 0) for document in (0, 1)]
     result = evaluate_bpb(net, windows, ByteTokenizer(), CPU, 3)
     assert (result.right, result.tokens) == (20, 30)
-    expected = {"val_nats": nats, "perplexity": math.exp(nats), "accuracy": 2 / 3, "gap": nats - 2.0}
+    shares = {"accuracy": 2 / 3, "exact": 0.0}
+    expected = {"val_nats": nats, "perplexity": math.exp(nats), **shares, "gap": nats - 2.0}
     assert result.figures(train_loss=2.0) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_document_is_exact_when_all_of_its_tokens_in_all_of_its_windows_are_right():
+    rows = [[1.0, 5, 4, 4], [1.0, 5, 4, 3], [1.0, 0, 0, 0], [1.0, 5, 1, 1]]  # nats, bytes, tokens, right
+    result = ratio_over_documents(np.array(rows))
+    assert (result.exact, result.documents, result.right, result.tokens) == (2, 3, 8, 9)
+    assert result.figures(train_loss=0.0)["exact"] == 2 / 3
 
 
 def test_the_standard_error_is_what_documents_scatter_by():
