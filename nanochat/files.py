@@ -27,6 +27,8 @@ def whole(path: Path) -> Iterator[Path]:
     try:
         yield building
         for written in [building, *(building.rglob("*") if building.is_dir() else ())]:
+            if written.is_file():  # who may read the folder may read what is in it: safetensors gives its owner alone
+                written.chmod(building.stat().st_mode & 0o666)
             flush(written)
         if path.is_dir():
             os.replace(path, before)

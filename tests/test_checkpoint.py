@@ -148,6 +148,12 @@ def test_a_failed_save_leaves_what_was_there(saved, root, monkeypatch):
     assert not list(root.glob(".*"))
 
 
+def test_weights_that_nobody_but_their_owner_could_read(saved, root):
+    """A class that shares a base directory chats with models that others trained."""
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (root / "step_000010").iterdir()}
+    assert set(modes.values()) == {root.stat().st_mode & 0o666} and len(modes) == 4
+
+
 def test_a_verified_checkpoint_is_not_written_again(saved, root):
     path = root / "step_000010"
     before = (path / "meta.json").stat().st_mtime_ns
