@@ -70,16 +70,21 @@ def test_every_architecture_can_be_asked_for(script):
     assert read_block(ROOT / "scripts" / f"{script}.py").settings["arch"].words == tuple(ARCHITECTURES)
 
 
-def test_init_leaves_nothing_uninitialised():
+def initialised(config):
     """Build as for a large model (on meta, then empty memory full of NaN): init_weights must write every parameter."""
     with torch.device("meta"):
-        model = GPT(SMALL)
+        model = config.build()
     model.to_empty(device="cpu")
     with torch.no_grad():
         for p in model.parameters():
             p.fill_(torch.nan)
     model.init_weights(seed=0)
     assert all(p.isfinite().all() for p in model.parameters())
+    return model
+
+
+def test_init_leaves_nothing_uninitialised():
+    model = initialised(SMALL)
     loss = model(torch.zeros(2, 8, dtype=torch.long), torch.ones(2, 8, dtype=torch.long))
     assert loss.item() == pytest.approx(torch.tensor(300.0).log().item(), abs=0.01)
 

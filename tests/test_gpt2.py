@@ -12,7 +12,7 @@ from nanochat.common import UserError
 from nanochat.engine import Engine, Sampling
 from nanochat.gpt2 import GPT2Config, alibi_channels, alibi_slopes, append, from_hf, plain_loss_slice, to_hf
 from nanochat.model import HeadLoss, build_model
-from tests.test_gpt import CPU, small_model
+from tests.test_gpt import CPU, initialised, small_model
 
 SMALL = GPT2Config(sequence_len=32, vocab_size=300, n_layer=2, n_head=4, n_embd=64)
 ALIBI = dataclasses.replace(SMALL, positions="alibi")
@@ -115,14 +115,7 @@ def test_the_plain_loss_is_cross_entropy(dtype):
     "config", [SMALL, ALIBI, dataclasses.replace(SMALL, bias=False)], ids=["gpt2", "alibi", "bare"]
 )
 def test_init_leaves_nothing_uninitialised(config):
-    with torch.device("meta"):
-        model = config.build()
-    model.to_empty(device="cpu")
-    with torch.no_grad():
-        for p in model.parameters():
-            p.fill_(torch.nan)
-    model.init_weights(seed=0)
-    assert all(p.isfinite().all() for p in model.parameters())
+    model = initialised(config)
     assert model.blocks[0].attn.c_proj.weight.std().item() == pytest.approx(0.01, rel=0.05)
     assert model(IDX[:, :-1], IDX[:, 1:]).item() == pytest.approx(math.log(300), abs=0.1)
 
