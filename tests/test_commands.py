@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from dev import settings_page
+from dev.settings_page import scripts as script_paths
 from nanochat.common import UserError
 from nanochat.configurator import parse_args, read_block
 
@@ -46,18 +48,11 @@ KNOWN = """
 """
 
 
-def script_paths() -> dict[str, Path]:
-    """{module: file} of everything with a settings block."""
-    paths = [path for folder in ("scripts", "nanochat", "dev") for path in (ROOT / folder).glob("*.py")]
-    with_block = [path for path in paths if "\nsettings = configure(__name__" in path.read_text(encoding="utf-8")]
-    return {f"{path.parent.name}.{path.stem}": path for path in with_block}
-
-
 def sources() -> Iterator[tuple[str, str]]:
     """(where, text) of everything that shows commands. Of a shell script the comments: test_launchers.py runs it."""
     yield "KNOWN", KNOWN
     for pattern in ("*.md", "docs/**/*.md", "dev/configs/*.py"):
-        for path in sorted(ROOT.glob(pattern)):
+        for path in sorted({*ROOT.glob(pattern)} - {ROOT / settings_page.page}):
             yield str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
     for path in sorted([*ROOT.glob("*.sh"), *ROOT.glob("dev/**/*.s[hl]*"), *ROOT.glob("docker/*")]):
         lines = path.read_text(encoding="utf-8").splitlines()
