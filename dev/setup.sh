@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make .venv: Python, the pinned dependencies with the torch build that fits this machine, and rustbpe.
-# The second call does nothing.
+# Make .venv: Python, what requirements.lock has (a file with another sha256 is refused), the torch build that fits this
+# machine, and rustbpe. The second call does nothing.
 #
 #   bash dev/setup.sh                      # what a run needs
 #   bash dev/setup.sh dev                  # and what dev/test.sh needs
@@ -35,9 +35,9 @@ if have uv; then
   installer=uv
 else
   installer=pip
-  have "$python" || fail "$python is missing; install Python 3.11 or later, or uv (https://docs.astral.sh/uv)"
-  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-    fail "$("$python" --version) is too old; install 3.11 or later and call: PYTHON=python3.11 bash dev/setup.sh"
+  have "$python" || fail "$python is missing; install Python 3.11 to 3.14, or uv (https://docs.astral.sh/uv)"
+  "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' ||
+    fail "$("$python" --version) is not in requirements.lock; install 3.11 to 3.14 and call: PYTHON=python3.11 bash dev/setup.sh"
 fi
 
 # The torch build. nvidia-smi prints the CUDA version that the driver knows: wheels for 13 need a driver that knows 13.
@@ -68,7 +68,7 @@ esac
 # Done already? One stamp for each mode: a checksum of everything that decides what is installed.
 
 crate=$(find rustbpe \( -name target -o -name _native \) -prune -o \( -name '*.rs' -o -name '*.toml' -o -name '*.py' \) -print)
-stamp=$(echo "$PWD $installer $build" | cat - pyproject.toml constraints.txt dev/setup.sh $(sort <<<"$crate") | cksum)
+stamp=$(echo "$PWD $installer $build" | cat - pyproject.toml requirements.lock dev/setup.sh $(sort <<<"$crate") | cksum)
 stamp_file=.venv/.stamp${extras:+-dev}
 if [ -x .venv/bin/python ] && [ "$(cat "$stamp_file" 2>/dev/null)" = "$stamp" ]; then
   echo "setup: .venv is ready: $(<.venv/.ready)"
@@ -87,7 +87,7 @@ make_venv() {
   echo "setup: making .venv with $installer for the $build build of torch ($why); the first time takes minutes"
   rm -rf .venv
   if [ $installer = uv ]; then
-    uv venv --quiet --python "${PYTHON:->=3.11}" .venv || fail "uv could not make .venv"
+    uv venv --quiet --python "${PYTHON:->=3.11,<3.15}" .venv || fail "uv could not make .venv"
   else
     "$python" -m venv .venv >/dev/null ||
       fail "$python -m venv .venv failed; on Debian and Ubuntu: apt install python3-venv"
@@ -102,6 +102,10 @@ install() { # WHAT ARGUMENTS...
   local line
   line=$(grep -iE '^ *error[:[]' "$log" | grep -v 'subprocess-exited' | head -n 1 | sed 's/^ *//') || true
   case $(<"$log") in
+    *"DO NOT MATCH THE HASHES"* | *"ash mismatch for"*)
+      what=$(sed -nE 's/^ +([^ ]+==[^ ]+)[: ].*from .*/\1/p; s/.*ash mismatch for `([^`]+)`.*/\1/p' "$log" | head -n 1)
+      fail "$what is not a file that requirements.lock knows: its sha256 differs, so it was not installed. Was it changed, or is" \
+        "this a mirror with files of its own? See $log" ;;
     *"No space left"*) fail "the disk is full; the $build build of torch and the rest need about $gigabytes GB in $PWD" ;;
     *"No matching dist"* | *"onnection"* | *"conflicting dep"* | *"No solution"* | *"ailed to fetch"* | *"dns error"*)
       fail "no package index has $what, or none answers: check the network, or name an index (PIP_INDEX_URL for pip," \
@@ -123,20 +127,31 @@ os._exit(0)
 PYTHON
 }
 
-# Torch comes first and alone, from PyTorch's index; everything else, its dependencies too, then comes pinned from the
-# usual one. Only ROCm's own libraries are nowhere else.
+install_locked() { # WHAT "SECTIONS" ARGUMENTS...: what stands under these headings of requirements.lock
+  awk -v want=" $2 " '/^# [a-z]+:/ { on = index(want, " " substr($2, 1, length($2) - 1) " ") } on' requirements.lock |
+    sed "s/^torch==[^ ]*/$torch/" >.venv/locked.txt
+  install "$1" --no-deps --require-hashes "${@:3}" -r .venv/locked.txt
+}
+
+# Torch comes first and alone, from PyTorch's index; the rest, its dependencies too, from the usual one. Of a build whose
+# files dev/lock.sh could not see there the version is pinned and the origin trusted, as that of ROCm's own libraries.
 install_torch() {
-  local torch index="https://download.pytorch.org/whl/$build"
-  torch=$(grep '^torch==' constraints.txt)
-  if [ "$build" = default ] || compgen -G ".venv/lib/python3*/site-packages/${torch/==/-}*/RECORD" >/dev/null; then
-    return # the usual index has it, or it is here
-  elif reachable "$index/torch/"; then
-    [[ $build = rocm* ]] && local deps="" || local deps="--no-deps"
-    PIP_CONSTRAINT="" UV_CONSTRAINT="" install "$torch+$build" $deps --index-url "$index" "$torch+$build"
-  elif [ "$build" != cpu ] && [ "$build" != cu130 ]; then
+  local index="https://download.pytorch.org/whl/$build" deps="--no-deps"
+  if compgen -G ".venv/lib/python3*/site-packages/${torch/==/-}*/RECORD" >/dev/null; then
+    return
+  elif [ "$build" != default ] && reachable "$index/torch/"; then
+    torch+="+$build"
+    if grep -q "^# torch:.* $build\b" requirements.lock; then
+      install_locked "$torch" torch --index-url "$index"
+    else
+      [[ $build != rocm* ]] || deps=""
+      install "$torch" $deps --index-url "$index" "$torch"
+    fi
+  elif [[ $build = cu126 || $build = rocm* ]]; then
     fail "$index does not answer, and the $build build is nowhere else; go online, or: TORCH_BUILD=cpu bash dev/setup.sh"
-  else # on Linux that is the build for CUDA 13, which runs on CPUs too
-    why+="; PyTorch's index does not answer, so from the usual one"
+  else # a mirror or a folder of wheels may have the very build; the plain one, on Linux for CUDA 13, runs on CPUs too
+    [ "$build" = default ] || why+="; PyTorch's index does not answer, so from the usual one"
+    { [ "$build" != default ] && (torch+="+$build" && install_locked "$torch" torch) 2>/dev/null; } || install_locked "$torch" torch
   fi
 }
 
@@ -146,14 +161,20 @@ made_for=$(cut -d ' ' -f 1 .venv/.torch-build 2>/dev/null || true)
 if [ ! -x .venv/bin/$tool ] || [ "${made_for:-$build}" != "$build" ]; then
   make_venv
 fi
-export PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1
-export UV_CONSTRAINT=constraints.txt UV_BUILD_CONSTRAINT=constraints.txt
+export PIP_CONSTRAINT="" UV_CONSTRAINT="" PIP_DISABLE_PIP_VERSION_CHECK=1 PATH="$PWD/.venv/bin:$PATH"
+torch=$(grep '^torch==' constraints.txt)
 install_torch
 echo "$build $why" >.venv/.torch-build
-install "the dependencies" -e ".$extras"
-install rustbpe --no-deps --force-reinstall ./rustbpe
+case $(compgen -G ".venv/lib/python3*/site-packages/torch-*.dist-info") in
+  *+cpu.* | *+rocm*) cuda="" ;;
+  *+cu126.*) cuda="" && install "CUDA's libraries" --constraint constraints.txt torch ;; # torch itself pins them
+  *) cuda=cuda ;;
+esac
+install_locked "the dependencies" "run $cuda ${extras:+dev}"
+install nanochat --no-deps --no-build-isolation -e .
+install rustbpe --no-deps --no-build-isolation --force-reinstall ./rustbpe
 if [ -n "$extras" ]; then # the tests' oracle has the import name of ours, so it stays out of .venv's own packages
-  install "the rustbpe that tests compare with" --no-deps --upgrade --target .venv/oracle rustbpe
+  install_locked "the rustbpe that tests compare with" oracle --upgrade --target .venv/oracle
 fi
 have "${CXX:-c++}" || have g++ || have clang++ ||
   echo "setup: no C++ compiler: torch.compile is off and training slower; Debian and Ubuntu: apt install g++"
