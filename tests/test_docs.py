@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from markdown_it import MarkdownIt
@@ -26,10 +26,11 @@ from markdown_it.token import Token
 from dev import settings_page
 from nanochat.common import UserError
 from nanochat.configurator import Block, parse_args, read_block
-from tests.test_commands import script_paths
+from tasks.common import message_text
+from tests.test_commands import TUTORIAL_TASK, script_paths
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")} - {ROOT / "CHANGELOG.md"})
 FOREIGN = {"there", "nanoGPT"}  # heads of columns that show what other projects have
 CODE = ("nanochat", "scripts", "tasks", "dev", "tests")  # folders with modules of ours
 LAUNCHER = re.compile(r"(speedrun|run1000|launch_\w+|(mini)?series|scaling_laws|runcpu)\.sh$")
@@ -45,7 +46,7 @@ OTHERS = set(
     """.split()
 )
 # Files that a run or the user makes, and other projects' programs.
-MADE = set("report.md compare.md".split())
+MADE = set("report.md compare.md next_number.py capitals.py mine.py".split())
 DATA = (".html", ".json", ".jsonl", ".csv", ".svg", ".png", ".bin", ".txt", ".pkl", ".parquet", ".safetensors", ".log")
 NOT_OURS = {"ChildFailedError", "log_interval"}  # names
 
@@ -153,8 +154,13 @@ def modules() -> dict[str, list[Path]]:
 
 
 @cache
-def classes() -> dict[str, Path]:
-    return {name: paths[0] for paths in modules().values() for name in members(paths[0]) if name}
+def classes() -> dict[str, set[str]]:
+    """{class: what stands in all of that name}."""
+    found: dict[str, set[str]] = {}
+    for path in {path for paths in modules().values() for path in paths}:
+        for name, inside in members(path).items():
+            found[name] = found.get(name, set()) | inside
+    return found
 
 
 @cache
@@ -197,7 +203,11 @@ def wrong_in_block(page: Path, piece: Piece) -> Iterator[str]:
     elif piece.info == "bash":
         checked = subprocess.run(["bash", "-n"], input=piece.text, capture_output=True, text=True)
         yield from checked.stderr.splitlines() or wrong_commands(piece.text)
-    elif piece.info not in ("", "python", "json", "mermaid"):  # ruff format looks at the Python
+    elif piece.info == "python":  # ruff format looks at the rest of it
+        for module, listed in re.findall(r"^from ([\w.]+) import (.+)", piece.text, re.MULTILINE):
+            for name in re.findall(r"\w+", listed) if module.partition(".")[0] in CODE else ():
+                yield from wrong_name(f"{module}.{name}", called=False)
+    elif piece.info not in ("", "json", "mermaid"):
         yield f"a block of {piece.info}: expected bash, console, python, json, mermaid or nothing"
 
 
@@ -236,7 +246,7 @@ def wrong_name(name: str, called: bool) -> Iterator[str]:
             if not rest or (rest[0] in inside[""] and (len(rest) == 1 or rest[1] in inside.get(owner, set()))):
                 return
         yield f"there is no {'.'.join(parts[head:])} in {module}"
-    elif parts[0] in classes() and parts[1] not in members(classes()[parts[0]])[parts[0]]:
+    elif parts[0] in classes() and parts[1] not in classes()[parts[0]]:
         yield f"{parts[0]} has no {parts[1]}"
 
 
@@ -259,7 +269,7 @@ def wrong_flags(text: str) -> Iterator[str]:
 
 
 def wrong_commands(text: str) -> Iterator[str]:
-    for line in text.replace("\\\n", " ").splitlines():
+    for line in text.replace("\\\n", " ").replace(TUTORIAL_TASK, "GSM8K").splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
         lexer.whitespace_split = True
         command: list[str] = []
@@ -338,6 +348,7 @@ def test_what_a_page_says_holds(page: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("```bash\nif true\n```", "syntax error"),
         ("```bash\nfrobnicate\n```", "frobnicate is no program"),
         ("```pyhton\nx = 1\n```", "a block of pyhton"),
+        ("```python\nfrom nanochat.engine import Engin\n```", "there is no Engin in nanochat.engine"),
         ("a flag alone: `--save-bset`", "no setting named save_bset"),
         ("a value alone: `--schedule=cosin`", "--schedule=cosin: expected one of"),
         ("`nanochat/nothing.py`", "there is no file nanochat/nothing.py"),
@@ -484,3 +495,16 @@ def test_examples_print_what_their_page_shows(
         pattern = "".join(r"(?:.*\n)*?" if line == ".*\n" else line for line in lines)
         printed = run(command).strip("\n").replace(str(base_dir), "BASE") + "\n"
         assert re.fullmatch(pattern, printed), f"{page.name}: {command} prints\n{printed}"
+
+
+def test_the_task_of_the_tutorial_is_one() -> None:
+    """Its page is the only place of it."""
+    page = (ROOT / "docs/tutorials/ability.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(next(piece.text for piece in pieces(page) if piece.info == "python"), names)
+    splits = {split: names["NextNumber"](split, size=50) for split in ("train", "dev", "test")}
+    asked = {split: {item["messages"][0]["content"] for item in task} for split, task in splits.items()}
+    assert not asked["train"] & asked["test"] and len(asked["test"]) > 40
+    item = splits["test"][0]
+    assert splits["test"].evaluate(item, message_text(item["messages"][-1]))
+    assert not splits["test"].evaluate(item, "#### 0")
