@@ -74,7 +74,8 @@ def open_weights(name: str, vocab_size: int, sequence_len: int | None = None, **
     except KeyError as error:
         raise UserError(f"--init-from={name}: its config.json does not say {error}") from None
     if not vocab_size <= config.vocab_size < vocab_size + PADDING:
-        needs = f"the tokenizer has {vocab_size:,} and must be the model's own"
+        take = f"python -m scripts.tok_train --kind=hf --path={name} --chat-tokens=false --corpus-own"
+        needs = f"the tokenizer has {vocab_size:,}; take the model's own, for the same --corpus: {take}"
         raise UserError(f"--init-from={name}: its vocabulary has {config.vocab_size:,} tokens, {needs}")
     sequence_len = sequence_len or config.sequence_len
     if sequence_len > config.sequence_len:

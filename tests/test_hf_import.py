@@ -53,7 +53,10 @@ def test_a_shorter_context_reads_short_texts_as_before(folder):
 def test_what_does_not_fit_is_refused_in_one_line(folder, tmp_path):
     for options, line in (
         ({"sequence_len": 64}, "--max-seq-len=64: .* has 32 positions; --max-seq-len=32 or less fits"),
-        ({"vocab_size": 65}, "its vocabulary has 320 tokens, the tokenizer has 65"),
+        (
+            {"vocab_size": 65},
+            "its vocabulary has 320 tokens, the tokenizer has 65; .* --chat-tokens=false --corpus-own",
+        ),
         ({"positions": "alibi"}, "--positions=alibi: .* has learned, which its weights are for; leave it out"),
         ({"arch": "llama"}, "--arch=llama: .* has gpt2,"),
         ({"depth": 20}, "--depth=20: .* has 2,"),
