@@ -64,6 +64,7 @@ from nanochat.tokenizer import get_tokenizer
 from nanochat.train import Rates, Spikes, Stream, accumulate, agree, compile_model, update
 
 FLAT = Rates(lr=1.0, momentum=0.95, weight_decay=0.0)
+CPU_FLOPS = 1e11  # per second, in fp32 by two cores or so, give or take a factor of two
 HEAD = f"{'rows':>5} {'accumulation':>12} {'ms/step':>9} {'tokens/s':>11} {'GFLOP/s':>10} {'MFU':>6} {'peak GB':>8}"
 
 
@@ -120,6 +121,8 @@ def time_steps(config: Any, batch: BatchPlan, compute: Compute, trace: str | Non
     adamw = optimizer == "adamw"
     optimizers = model.setup_adamw() if adamw else model.setup_optimizers(dtype=compute.dtype)
     stream, spikes = open_stream(model, batch, compute), Spikes(compute.dtype)
+    if compute.device.type == "cpu":
+        warn_of_hours(model.estimate_flops() * batch.tokens * (Meter.SKIP + steps))
     card = find_card(device_name(compute.device))
     meter = Meter(model.estimate_flops(), steps, card and card.tflops * 1e12 * compute.world_size)
 
@@ -140,6 +143,14 @@ def time_steps(config: Any, batch: BatchPlan, compute: Compute, trace: str | Non
             sort = "self_cpu_time_total" if compute.device.type == "cpu" else "self_device_time_total"
             print0(profiler.key_averages().table(sort_by=sort, row_limit=12, max_name_column_width=40))
     return meter
+
+
+def warn_of_hours(flops: int) -> None:
+    """The defaults are for a GPU; a CPU would be silent for an hour before the first line of the table."""
+    minutes = flops / CPU_FLOPS / 60
+    if minutes > 2:
+        way = "shorter: --depth=4 --max-seq-len=256 --vocab-size=4096, or fewer --rows and --steps"
+        print0(f"{flops:.1e} FLOPs to time this batch: {minutes:,.0f} minutes of a CPU that does 100 GFLOP/s; {way}")
 
 
 def open_stream(model: LanguageModel, batch: BatchPlan, compute: Compute) -> Stream:

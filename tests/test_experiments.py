@@ -283,6 +283,16 @@ def test_bench_times_every_batch_and_leaves_a_table_and_a_trace(tmp_path, monkey
         tiny.run_here(monkeypatch, bench, {**shape, "rows": "2,x"})
 
 
+def test_bench_says_what_a_gpus_batch_would_take_on_a_cpu(capsys):
+    """Silent for an hour: the defaults with --depth=12 on a laptop."""
+    from scripts import bench
+
+    bench.warn_of_hours(10**13)
+    assert not capsys.readouterr().out
+    bench.warn_of_hours(36 * 10**13)
+    assert "60 minutes of a CPU that does 100 GFLOP/s; shorter: --depth=4" in capsys.readouterr().out
+
+
 def test_bench_reads_real_text_too(faults, monkeypatch, capsys):
     from scripts import bench
 
