@@ -1,5 +1,5 @@
 # Grokking, x/y modulo 53: python -m scripts.base_train dev/configs/grokking.py
-# Before it: python -m dev.make_arithmetic --p=53 --train-share=0.6
+# Before it: python -m dev.make_arithmetic --p=53 --train-share=0.5
 # After it: python -m dev.grokking_curve --model-tag=grokking
 
 # Run
@@ -15,17 +15,17 @@ aspect_ratio = 128  # width 128, 4 heads
 head_dim = 32
 max_seq_len = 5  # BOS x o y =
 # Horizon
-num_iterations = 1500
+num_iterations = 2450
 # Batch
-device_batch_size = 512
-total_batch_size = 2560  # 512 lines
+device_batch_size = 256
+total_batch_size = 1280  # 256 lines
 # Optimizers
 optimizer = "adamw"
 lr = 1e-3
 beta2 = 0.98
 weight_decay = 1.0  # the help to generalising that the paper found to be the best
 schedule = "constant"
-warmup_ratio = 0.007  # ten steps
+warmup_ratio = 0.01  # 24 steps
 # Evaluation
 eval_every = 50
 eval_train = True
