@@ -4,8 +4,9 @@
 
 Takes the settings of base_train and runs it for a hundred steps, in which the rates rise exponentially from e^-2.5
 times those given to e^2.5 times (Smith, arXiv 1506.01186, section 3.3; nanuGPT's figures). At first the loss falls, at
-some rate it stops falling, and above that it rises. Suggested is a third of that rate, where the mean of nine
-neighbouring losses is lowest: the rates at which it is lowest are on their way to doing harm.
+some rate it stops falling, and above that it rises. Suggested is half of that rate, where the mean of nine neighbouring
+losses is lowest: between what was best in whole runs with Muon (all of it) and with AdamW (a third), measured in
+docs/how-to/experiments.md.
 
 Writes report/lr-range-<tag>.csv and .svg; no checkpoint, and no record that a report would count. The last line is one
 JSON object.
@@ -36,7 +37,7 @@ from nanochat.files import write_atomic
 from nanochat.report import points, read_run
 from nanochat.report_page import Curve, Series
 
-REACH, DIVISOR = 4, 3.0  # neighbours on each side of a mean; what the rate of the lowest one is divided by
+REACH, DIVISOR = 4, 2.0  # neighbours on each side of a mean; what the rate of the lowest one is divided by
 HORIZONS = dict.fromkeys(["minutes", "target_flops", "target_param_data_ratio"])
 QUIET = {"eval_every": -1, "sample_every": -1, "core_metric_every": -1, "save_every": -1, "eval_tokens": 1}
 
@@ -52,11 +53,12 @@ def main() -> None:
     write_atomic(path.with_suffix(".csv"), "\n".join(["multiplier,loss,smoothed", *rows]) + "\n")
     write_atomic(path.with_suffix(".svg"), svg_file(draw(tag, multipliers, losses, means, suggested)))
     print(f"written to {path}.csv and {path}.svg")
-    where = "the last one: it was still falling, try again with higher rates" if at == len(losses) - 1 else f"step {at}"
+    still = at >= len(losses) - 1 - 2 * REACH
+    where = "one of the last: it was still falling, try again with higher rates" if still else f"step {at}"
     print(f"the loss, mean of {2 * REACH + 1}, is lowest at {multipliers[at]:.3g} times the rates given ({where})")
     names = ["lr"] if settings["optimizer"] == "adamw" else ["matrix_lr", "embedding_lr", "unembedding_lr"]
     flags = [f"--{name.replace('_', '-')}={settings[name] * suggested:.3g}" for name in names]
-    print(f"suggested, a third of that: {' '.join(flags)}")
+    print(f"suggested, half of that: {' '.join(flags)}")
     print(json.dumps({"steps": len(losses), "lowest_at": multipliers[at], "suggested": suggested}))
 
 
@@ -86,7 +88,8 @@ def smoothed(losses: Sequence[float]) -> list[float]:
 
 def suggest(multipliers: Sequence[float], means: Sequence[float]) -> tuple[float, int]:
     """The multiplier to take, and the step with the lowest mean, which is what it comes from."""
-    at = min(range(len(means)), key=means.__getitem__)
+    whole = range(REACH, len(means) - REACH) or range(len(means))  # at the ends a mean is that of few, or of one
+    at = min(whole, key=means.__getitem__)
     return multipliers[at] / DIVISOR, at
 
 

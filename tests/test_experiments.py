@@ -254,14 +254,25 @@ def test_a_range_test_leaves_a_table_a_plot_and_a_suggestion_and_no_checkpoint(f
     assert not tiny.events(faults.base_dir, "base", "ranged", "start")
 
 
-def test_the_suggestion_is_a_third_of_the_rate_with_the_lowest_mean():
+def test_the_suggestion_is_half_the_rate_with_the_lowest_mean():
     from dev import lr_range
 
     losses = [abs(i - 60) / 10 for i in range(100)]
     losses[10] = -1.0  # one lucky batch is not the lowest mean
+    losses[99] = -1.0  # also at the end, where the mean would be of it alone
     multipliers = [math.exp(5 * i / 99 - 2.5) for i in range(100)]
     suggested, at = lr_range.suggest(multipliers, lr_range.smoothed(losses))
-    assert at == 60 and suggested == pytest.approx(multipliers[60] / 3)
+    assert at == 60 and suggested == pytest.approx(multipliers[60] / 2)
+
+
+def test_a_loss_that_still_falls_at_the_highest_rate_is_told(tmp_path, monkeypatch, capsys):
+    """AdamW from 1e-3 on: lowest at the last step but one, which was called the lowest and no more."""
+    from dev import lr_range
+
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setattr(lr_range, "test_rates", lambda tag: [3 - i / 100 for i in range(98)] + [1.0, 2.5])
+    lr_range.main()
+    assert "it was still falling, try again with higher rates" in capsys.readouterr().out
 
 
 def test_bench_times_every_batch_and_leaves_a_table_and_a_trace(tmp_path, monkeypatch, capsys):
