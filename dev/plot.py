@@ -9,6 +9,7 @@ text { font: 11px sans-serif; fill: #555 } .title { font-weight: bold }
 .flag { stroke: #555; stroke-dasharray: 3 3 } polyline { fill: none; stroke: #2563eb; stroke-width: 2 }
 .faint { opacity: .3 } .hue1 { stroke: #c2410c } .hue2 { stroke: #15803d } .hue3 { stroke: #7e22ce }
 .hue4 { stroke: #a16207 } .hue5 { stroke: #0e7490 }
+@media (prefers-color-scheme: dark) { text { fill: #bbb } path { stroke: #444 } circle { fill: #ddd } }
 """
 
 

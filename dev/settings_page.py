@@ -40,7 +40,8 @@ def row(setting: Setting, letters: dict[str, str]) -> str:
     letter = letters.get(setting.name)
     flag = f"`--{setting.name.replace('_', '-')}`" + (f", `-{letter}`" if letter else "")
     flag += ", or the words without dashes" * (letter == "")
-    return f"| {flag} | {cell(setting.type_name)} | `{setting.default!r}` | {cell(setting.help)} |"
+    default = repr(setting.default).replace("|", "\\|")
+    return f"| {flag} | {cell(setting.type_name)} | `{default}` | {cell(setting.help)} |"
 
 
 def section(module: str, path: Path) -> list[str]:
