@@ -81,7 +81,7 @@ def open_weights(name: str, vocab_size: int, sequence_len: int | None = None, **
     if sequence_len > config.sequence_len:
         most = f"--max-seq-len={config.sequence_len} or less fits"
         raise UserError(f"--max-seq-len={sequence_len}: {name} has {config.sequence_len} positions; {most}")
-    config = replace(config, sequence_len=sequence_len)
+    config, padding = replace(config, sequence_len=sequence_len, vocab_size=vocab_size), config.vocab_size - vocab_size
     if options.get("dropout") is not None and hasattr(config, "dropout"):
         config = replace(config, dropout=options["dropout"])
     C, L = config.n_embd, config.n_layer
@@ -91,9 +91,10 @@ def open_weights(name: str, vocab_size: int, sequence_len: int | None = None, **
         if value is not None and value != has.get(option):
             flag, theirs = f"--{option.replace('_', '-')}={value}", has.get(option, "no such setting")
             raise UserError(f"{flag}: {name} has {theirs}, which its weights are for; leave it out")
-    if "wpe.weight" in weights:  # a shorter context needs fewer positions
-        weights["wpe.weight"] = weights["wpe.weight"][:sequence_len]
-    print0(f"weights: {folder}, {len(weights)} tensors")
+    # A shorter context needs fewer positions; padding would be drawn, and no text is behind it.
+    for table, rows in (("wpe.weight", sequence_len), ("wte.weight", vocab_size), ("lm_head.weight", vocab_size)):
+        weights |= {table: weights[table][:rows]} if table in weights else {}
+    print0(f"weights: {folder}, {len(weights)} tensors" + f", without {padding} tokens of padding" * bool(padding))
     return Weights(name, config, weights)
 
 
@@ -107,5 +108,5 @@ def find_folder(name: str) -> Path:
             f"--init-from={name} is no folder; expected one with a config.json, or one of {', '.join(SIZES)}"
         )
     fetch = huggingface_hub.snapshot_download
-    what = f"openai-community/{name}"
-    return Path(persist(lambda: fetch(what, allow_patterns=["config.json", "model*.safetensors"]), what))
+    repository, files = f"openai-community/{name}", ["config.json", "model*.safetensors"]
+    return Path(persist(lambda: fetch(repository, allow_patterns=files), f"{repository}, or any folder in its place,"))

@@ -95,7 +95,7 @@ def find_hf_folder(name: str) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise UserError(f"{name}: no such file or folder; expected one, or OWNER/NAME on the Hugging Face hub")
     fetch = partial(huggingface_hub.snapshot_download, allow_patterns=["tokenizer.json", "tokenizer_config.json"])
-    return Path(persist(lambda: fetch(repository), repository))
+    return Path(persist(lambda: fetch(repository), f"{repository}, or any folder in its place,"))
 
 
 def read_spec(path: Path) -> dict[str, Any]:

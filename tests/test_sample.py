@@ -1,5 +1,6 @@
 """scripts.sample, and nanoGPT's quickstart: prepare a text, train on its characters, sample."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from nanochat.common import UserError, get_base_dir
 from nanochat.configurator import parse_args, read_block
 from nanochat.corpus import load_corpus
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.hf_tokenizer import find_hf_folder
+from nanochat.hf_tokenizer import find_hf_folder, load_hf_tokenizer
 from nanochat.model import build_model
 from nanochat.tokenizer import get_tokenizer
 from nanochat.train import complete
 from scripts import base_train, sample
+from tests.test_char_byte import byte_level, hf_folder
+from tests.test_gpt2 import SMALL, theirs_of
 from tests.tiny import ROOT, run_here
 
 LINE = "-" * 15
@@ -71,6 +74,36 @@ def test_a_longer_context_gives_the_same_logits_and_more_room(samples: Any) -> N
     assert torch.equal(sample.with_context(short, 64)(ids), short(ids))
     with pytest.raises(UserError, match="the windows of this model are a part of its context"):
         sample.with_context(byte_model(window_pattern="SL"), 64)
+
+
+def test_a_folder_samples_as_transformers_does_and_its_padding_is_never_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """nanoGPT's GPT-2 has 50,304 rows for 50,257 tokens: the first of the others that was drawn ended sample.py."""
+    tokenizer = load_hf_tokenizer(hf_folder(tmp_path, byte_level()), chat=False)
+    V, bos = tokenizer.get_vocab_size(), tokenizer.get_bos_token_id()
+    theirs = theirs_of(replace(SMALL, vocab_size=V + 60, sequence_len=48))
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "start.txt").write_text("hear me", encoding="utf-8")
+    ids = torch.tensor([[bos, *tokenizer.encode("hear me")]])
+    how = {"suppress_tokens": [*range(V, V + 60)], "eos_token_id": bos, "pad_token_id": bos}
+    said = theirs.generate(ids, max_new_tokens=20, do_sample=False, **how)[0, 1:].tolist()
+
+    def run(**values: Any) -> str:
+        where = {"init_from": str(tmp_path), "device_type": "cpu", "dtype": "float32"}
+        run_here(monkeypatch, sample, {**where, "prompt": "hear me", "max_tokens": 20, **values})
+        return capfd.readouterr().out
+
+    expected = tokenizer.decode([token for token in said if token != bos]) + "\n"
+    for prompt in ("hear me", f"FILE:{tmp_path / 'start.txt'}"):
+        assert run(prompt=prompt, temperature=0.0, num_samples=1, top_k=0) == expected
+    wild = {"temperature": 100.0, "top_k": 0}
+    drawn = run(num_samples=20, **wild).split(f"\n{LINE}\n")
+    assert len(drawn) == 20 and run(num_samples=3, **wild).removesuffix("\n").split(f"\n{LINE}\n") == drawn[:3]
+    assert run(num_samples=3, **wild, seed=1) != run(num_samples=3, **wild, seed=2)
+    assert run(num_samples=1, temperature=100.0, top_k=1) == expected, "the likeliest of one"
+    with pytest.raises(UserError, match="--context=64: this model has learned 48 positions; give fewer or none"):
+        run(context=64)
 
 
 def test_a_model_that_is_nowhere_is_one_line() -> None:
