@@ -100,13 +100,15 @@ def add_tokenizer(writer: Any, files: Mapping[str, Any], pattern: str) -> None:
     import gguf
 
     spec, drawing = files["tokenizer.json"], files["generation_config.json"]
-    special = {token["id"]: token["content"] for token in spec["added_tokens"]}
-    tokens = {token: name for name, token in spec["model"]["vocab"].items()} | special
-    kinds = gguf.TokenType
+    added, kinds, ids = spec["added_tokens"], gguf.TokenType, range(files["config.json"]["vocab_size"])
+    names = {token: name for name, token in spec["model"]["vocab"].items()}
+    names |= {token["id"]: token["content"] for token in added}
+    kind_of = dict.fromkeys(names, kinds.NORMAL)
+    kind_of |= {token["id"]: kinds.CONTROL if token["special"] else kinds.USER_DEFINED for token in added}
     writer.add_tokenizer_model("gpt2")  # byte-level BPE
     writer.add_tokenizer_pre(pattern)
-    writer.add_token_list([tokens[token] for token in range(len(tokens))])
-    writer.add_token_types([kinds.CONTROL if token in special else kinds.NORMAL for token in range(len(tokens))])
+    writer.add_token_list([names.get(token, f"[PAD{token}]") for token in ids])
+    writer.add_token_types([kind_of.get(token, kinds.UNUSED) for token in ids])
     writer.add_token_merges([" ".join(pair) for pair in spec["model"]["merges"]])
     writer.add_bos_token_id(drawing["bos_token_id"])
     writer.add_eos_token_id(drawing["eos_token_id"][0])

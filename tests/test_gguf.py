@@ -108,6 +108,19 @@ def test_the_tokenizer_goes_along(tmp_path, tokenizer):
     assert named["ggml.add_bos_token"] and named["chat_template"] == TEMPLATE
 
 
+def test_padding_and_added_words_are_no_control_tokens(tmp_path, tokenizer):
+    """llama.cpp prints no control tokens, such as runs of spaces would be, and opens no file with fewer tokens than its
+    embedding has rows.
+    """
+    _, files, tensors = make("llama", tokenizer)
+    files["config.json"]["vocab_size"] = 323
+    files["tokenizer.json"]["added_tokens"].append({"id": 320, "content": "  ", "special": False})
+    write_gguf(tmp_path / "m.gguf", files, tensors)
+    fields, _ = read(tmp_path / "m.gguf")
+    assert fields["tokenizer.ggml.tokens"][-3:] == ["  ", "[PAD321]", "[PAD322]"]
+    assert fields["tokenizer.ggml.token_type"][-5:] == [3, 3, 4, 5, 5]
+
+
 def test_what_llama_cpp_cannot_run_is_refused_in_one_line(tmp_path, tokenizer):
     _, files, tensors = make("llama", tokenizer)
     other = Tokenizer(tokenizer.merges)  # nanochat's pattern: digits in twos
