@@ -44,11 +44,8 @@ def rates_at(
     step: int, num_steps: int, warmup: float, warmdown: float, final: float, schedule: str = "trapezoid"
 ) -> Rates:
     """The schedules of base, mid and SFT, at a step."""
-    return Rates(
-        lr=learning_rate(step, num_steps, warmup, warmdown, final, schedule),
-        momentum=muon_momentum(step, num_steps),
-        weight_decay=cosine_to_zero(step, num_steps),
-    )
+    lr = learning_rate(step, num_steps, warmup, warmdown, final, schedule)
+    return Rates(lr, momentum=muon_momentum(step, num_steps), weight_decay=cosine_to_zero(step, num_steps))
 
 
 @dataclass
@@ -147,8 +144,7 @@ def update(
         raise failed
     spike = bool(spikes and agreed.tokens and spikes.see(agreed.loss, grad_norm, skip_spikes))
     if spike:
-        figures = f"loss {agreed.loss:.4f}, gradient norm {grad_norm:.3f}"
-        print0(f"spike: {figures}" + (", update skipped" if skip_spikes else ""))
+        print0(f"spike: loss {agreed.loss:.4f}, gradient norm {grad_norm:.3f}" + ", update skipped" * skip_spikes)
     if agreed.tokens and not (spike and skip_spikes):
         if clip[1]:
             clip_gradients(optimizers, clip[0], clip[1], grad_norm, compute)
@@ -193,7 +189,7 @@ class Spikes:
     """
 
     WINDOW, ENOUGH, SIGMAS = 128, 64, 6.0
-    FIRST_SCALE, GROW_AFTER = 64.0, 2000
+    FIRST_SCALE, GROW_AFTER = 64.0, 2000  # of a sum of losses: with 1,024 tokens the 65,536 that GradScaler begins at
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.losses: deque[float] = deque(maxlen=self.WINDOW)

@@ -119,6 +119,10 @@ STARTS = ("The", "If the file does not exist,", "The capital of France is", "Onc
 
 
 def main() -> None:
+    for name in sorted(GIVEN & {"lr", "beta1", "beta2"}) if optimizer == "muon" else ():
+        print0(f"warning: {name} changes nothing without --optimizer=adamw")
+    if eval_only and (resume or resume_from_step is not None):
+        raise UserError("--eval-only scores the first weights; those of a checkpoint: python -m scripts.base_loss")
     compute = compute_init(device_type, dtype, seed)
     text = load_corpus(corpus)
     tokenizer = get_tokenizer(text.path)

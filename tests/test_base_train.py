@@ -160,12 +160,22 @@ def test_mistyped_settings_get_one_line_and_exit_code_2(home, flags):
         ({"model_tag": "none", "resume": True}, "no base checkpoint none"),
         ({"corpus": "elsewhere"}, "elsewhere"),
         ({"head_dim": 7}, "head-dim"),
+        ({"model_tag": "whole", "resume": True, "eval_only": True}, "those of a checkpoint: .* scripts.base_loss"),
     ],
 )
 def test_mistakes_are_told_in_one_line(train_here, changes, message):
     with pytest.raises(UserError, match=message) as error:
         train_here(**changes)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("optimizer", "told"), [("muon", True), ("adamw", False)])
+def test_a_rate_that_the_optimizer_has_not_is_told(train_here, monkeypatch, capsys, optimizer, told):
+    """base_train --lr=1e-3 trained by Muon at its own rates, without a word."""
+    monkeypatch.setattr("scripts.base_train.GIVEN", {"lr", "beta2"})
+    with pytest.raises(UserError, match="elsewhere"):
+        train_here(lr=1e-3, beta2=0.98, optimizer=optimizer, corpus="elsewhere")
+    assert ("warning: lr changes nothing without --optimizer=adamw" in capsys.readouterr().out) == told
 
 
 def test_missing_corpus_and_tokenizer_name_the_command(tmp_path, home, train_here, monkeypatch):
