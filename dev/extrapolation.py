@@ -69,7 +69,10 @@ def read_symbols() -> tuple[Tensor, Tensor, int]:
     """The file's characters as numbers, for training and for validation, and how many different ones there are."""
     if file is None or not (path := Path(file).expanduser()).is_file():
         raise UserError(f"--file={file}: expected a text file, such as tinyshakespeare's input.txt")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--file={file}: {error}; expected a text file in UTF-8") from None
     symbols = sorted(set(text))
     places = {symbol: place for place, symbol in enumerate(symbols)}
     ids = torch.tensor([places[symbol] for symbol in text])

@@ -49,7 +49,11 @@ def main() -> None:
 def find_tokenizer(folder: Path) -> Tokenizer:
     """What the ids in a folder were made with; nanoGPT numbers characters as we do, by their code points."""
     file = folder / FILE_NAME
-    if file.is_file() and "model" not in json.loads(file.read_bytes()):  # theirs has one
+    try:
+        ours = file.is_file() and "model" not in json.loads(file.read_bytes())  # theirs has one
+    except ValueError as error:
+        raise UserError(f"{file}: {error}; expected the tokenizer of these ids") from None
+    if ours:
         return Tokenizer.load(file)
     if (folder / "meta.pkl").exists() and (folder / "input.txt").exists():
         print0(f"{folder}: meta.pkl is not read, a pickle can hold a program; the characters are those of input.txt")

@@ -175,7 +175,8 @@ def describe_ids(file: Path, dtype: str, tokenizer: Tokenizer) -> dict[str, Any]
     """What the manifest says about a file of ids. Raises UserError where they are not the tokenizer's."""
     size, width = file.stat().st_size, np.dtype(dtype).itemsize
     if not size or size % width:
-        raise UserError(f"{file.resolve()}: {size:,} bytes are no {dtype} ids; give the other --token-type")
+        way = "give the other --token-type" if size else "make the file again"
+        raise UserError(f"{file.resolve()}: {size:,} bytes are no {dtype} ids; {way}")
     ids, bos, V = read_ids(file, dtype), tokenizer.get_bos_token_id(), tokenizer.get_vocab_size()
     if width == 2 and len(ids) > 64 and not ids[1 : 1 << 16 : 2].any():
         raise UserError(f"{file.resolve()}: every second id is 0; give --token-type=uint32")

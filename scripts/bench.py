@@ -157,7 +157,8 @@ def open_stream(model: LanguageModel, batch: BatchPlan, compute: Compute) -> Str
     """Micro-batches of this rank: base_train's, or one of random tokens again and again."""
     if data == "real":
         text = load_corpus(corpus)
-        return training_stream(text.train, get_tokenizer(text.path), batch, compute, seed=seed)
+        packing = "flat" if text.train.tokens.get("document", 0) is None else "bos"  # a .bin file is one stream of ids
+        return training_stream(text.train, get_tokenizer(text.path), batch, compute, packing, seed)
 
     def again() -> Iterator[tuple[torch.Tensor, torch.Tensor, Any]]:
         generator = torch.Generator().manual_seed(seed + compute.rank)

@@ -1,5 +1,6 @@
 """A corpus of token ids: nanoGPT's .bin files through the ordinary stream, validation and training."""
 
+import json
 import pickle
 from functools import partial
 from itertools import islice
@@ -21,7 +22,7 @@ from nanochat.loss_eval import validation_windows
 from nanochat.schedule import BatchPlan
 from nanochat.token_files import documents, gather, read_ids, row_starts, write_tokens
 from nanochat.tokenizer import get_tokenizer
-from scripts import base_loss, base_train
+from scripts import base_loss, base_train, bench
 from tests.reference.bin_rows import epoch_rows
 from tests.tiny import events, run_here
 
@@ -139,8 +140,17 @@ def test_mistakes_are_one_line(base_dir: Path, tmp_path: Path, monkeypatch: pyte
     refused(folder, "506 bytes are no uint32 ids", token_type="uint32")
     refused(write_bins(folder, IDS, IDS, "uint32"), "every second id is 0; give --token-type=uint32")
     refused(write_bins(folder, IDS + 20, IDS), "id 275 is none of the tokenizer's 265")
-    refused(write_bins(folder, IDS[:0], IDS), "0 bytes are no uint16 ids")
+    refused(write_bins(folder, IDS[:0], IDS), "0 bytes are no uint16 ids; make the file again")
+    (folder / "tokenizer.json").write_text("{cut off")
+    refused(write_bins(folder, IDS, IDS), "tokenizer.json: .*; expected the tokenizer of these ids")
     assert not (base_dir / "data" / "x").exists()
+
+
+def test_bench_reads_ids_too(corpus: Corpus, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """It asked for a --packing that it has not."""
+    shape = {"depth": 1, "aspect_ratio": 16, "head_dim": 8, "max_seq_len": T, "device_type": "cpu", "compile": False}
+    run_here(monkeypatch, bench, {**shape, "data": "real", "rows": "2", "steps": 1})
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens_per_step"] == 2 * T
 
 
 def test_a_changed_file_is_refused_and_text_is_asked_for_in_one_line(corpus: Corpus) -> None:

@@ -19,10 +19,12 @@ def test_every_kind_is_scored_at_every_length(tmp_path, monkeypatch, capsys):
     assert "<svg" in page and "rotary" in page
 
 
-@pytest.mark.parametrize(("text", "line"), [(None, "expected a text file"), ("short", "is no longer than a window")])
+@pytest.mark.parametrize(
+    ("text", "line"), [(None, "expected a text file"), (b"short", "is no longer"), (b"\xff", "expected .* UTF-8")]
+)
 def test_a_text_that_cannot_be_used_is_refused(tmp_path, monkeypatch, text, line):
     path = tmp_path / "text.txt"
     if text:
-        path.write_text(text)
+        path.write_bytes(text)
     with pytest.raises(UserError, match=line):
         tiny.run_here(monkeypatch, extrapolation, {"file": str(path)})
