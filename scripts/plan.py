@@ -18,7 +18,7 @@ gpus: Positive = 1  # ranks, one per GPU
 card: str | None = None  # its name, such as "RTX 4090": memory and peak come from the table (None = vram_gb decides)
 vram_gb: Amount | None = None  # memory of one GPU, or of the machine without one, in GB (None = the card's)
 device_type: Literal["auto", "cuda", "cpu"] = "auto"  # auto = cuda, which also stands for AMD's ROCm
-dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # what matmuls compute in (auto = bfloat16)
+dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # what matmuls compute in (auto = bfloat16)
 compile = True  # torch.compile, as base_train does it; eager training keeps more
 mfu: Fraction | None = None  # assumed share of the cards' peak that training reaches (None = show 0.4 and 0.1)
 dollars_per_hour: Rate | None = None  # of one GPU, or of a machine without (None = known for H100, A100 and V100)
@@ -40,6 +40,7 @@ ratio_counts: Literal["all", "matmuls"] = "all"  # parameters of the ratio: all,
 device_batch_size: Positive | Literal["auto"] = "auto"  # rows per rank and micro-batch (auto = the most that fit)
 total_batch_size: Positive = 524288  # tokens per step over all ranks (rounded to whole micro-batches, which is printed)
 # Memory
+optimizer: Literal["muon", "adamw"] = "muon"  # adamw keeps two moments of everything, muon one of the matrices
 shard = False  # base_train --shard: weights, gradients and optimizer state in parts on all ranks
 offload = False  # base_train --offload: these parts in the host's memory
 recompute = False  # base_train --recompute: activations are computed again in the backward pass; a third more FLOPs
@@ -121,6 +122,7 @@ def make_plan(layers: int, machine: Card) -> Plan:
         itemsize=4 if dtype == "float32" else 2,
         compiled=compile,
         cpu=device_type == "cpu",
+        adamw=optimizer == "adamw",
         shard=sharded,
         offload=offload and sharded,
         recompute=recompute,
@@ -162,7 +164,8 @@ def show_plan(plan: Plan, machine: Card) -> None:
     text = min(plan.shards, MOST_SHARDS)
     epochs = f"; all there are: {plan.shards / MOST_SHARDS:.1f} epochs" if plan.shards > MOST_SHARDS else ""
     print0(f"text: python -m nanochat.dataset -n {text}   # at {CHARS_PER_TOKEN} characters per token{epochs}")
-    text_gb, checkpoint_gb = text * SHARD_BYTES / 1e9, (4 * parameters + sizing.optimizer_bytes(plan.model, 1)) / 1e9
+    state_bytes = sizing.optimizer_bytes(plan.model, 1, plan.setup.adamw)
+    text_gb, checkpoint_gb = text * SHARD_BYTES / 1e9, (4 * parameters + state_bytes) / 1e9
     disk_gb, checkpoints = text_gb + keep_last * checkpoint_gb, f"{keep_last} checkpoints of {checkpoint_gb:.2f}"
     print0(f"disk: {disk_gb:.1f} GB = {text_gb:.1f} of text + {checkpoints}; one more while saving")
     print0(f"start: {command(plan)}")
@@ -171,7 +174,7 @@ def show_plan(plan: Plan, machine: Card) -> None:
 def show_memory(plan: Plan, machine: Card) -> None:
     """Each part, the sum, and what fits."""
     rows, setup = plan.batch.device_batch_size, plan.setup
-    numbers = f"{'compiled' if compile else 'eager'}, {'bfloat16' if setup.itemsize == 2 else 'float32'}"
+    numbers = f"{'compiled' if compile else 'eager'}, {'bfloat16' if dtype == 'auto' else dtype}"
     print0(f"memory of each rank, about, {numbers}, {rows} rows of {max_seq_len} tokens:")
     part = f", 1/{gpus} of it" * setup.shard
     labels = {
@@ -186,7 +189,7 @@ def show_memory(plan: Plan, machine: Card) -> None:
         print0(f"  {size / 1e9:8.2f} GB  {labels[name]}")
     print0(f"  {sum(plan.memory.values()) / 1e9:8.2f} GB  at the fullest moment")
     if setup.offload:
-        host = 8 * plan.model.num_params() / gpus + sizing.optimizer_bytes(plan.model, gpus)
+        host = 8 * plan.model.num_params() / gpus + sizing.optimizer_bytes(plan.model, gpus, setup.adamw)
         print0(f"  {host / 1e9:8.2f} GB  of the host's memory for each rank: weights, gradients, optimizer state")
     if plan.most:
         room = f"{machine.gb * (1 - MARGIN):.1f} GB, {machine.gb:g} less {MARGIN:.0%}"

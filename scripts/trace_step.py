@@ -5,7 +5,7 @@
 
 Every tensor that a module or a function of torch makes is shown with its shape, mean, standard deviation, smallest and
 largest value, down to the square in the MLP and the slices of the loss; what only looks at another tensor's numbers,
-such as a transposition, is left out. Parameters follow with their gradients and with what Muon and AdamW made of them.
+such as a transposition, is left out. Parameters follow with their gradients and with what the optimizers made of them.
 The step is base_train's, in fp32 and without torch.compile. The checkpoint is not changed.
 """
 
@@ -25,6 +25,7 @@ arch: Literal["gpt", "gpt2", "llama"] = "gpt"  # architecture of a new one, by i
 depth: Positive = 2  # layers of a new one
 aspect_ratio: Positive = 64  # width / depth of a new one
 seed: Seed = 42  # of its weights
+optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon and AdamW; adamw: for everything
 warmup_steps: Natural = 2  # on this text before the one that is told: half of a new model's matrices begin as zeros
 # Output
 blocks: Positive = 1  # of the Transformer's layers told in full; of the others the result
@@ -43,6 +44,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from nanochat.adamw import AdamW
+from nanochat.char_byte import byte_tokenizer
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, print0, run_main
 from nanochat.compute import compute_init
@@ -69,10 +71,13 @@ class Line(NamedTuple):
 def main() -> None:
     compute = compute_init("cpu", "float32", seed)
     model, tokenizer = open_model(compute.device)
-    ids = torch.tensor(tokenizer.encode(text, prepend="<|bos|>"))[None, : model.config.sequence_len + 1]  # (1, T + 1)
+    whole = tokenizer.encode(text, prepend="<|bos|>")
+    ids = torch.tensor(whole)[None, : model.config.sequence_len + 1]  # (1, T + 1)
     if ids.size(1) < 2:
         raise UserError("--text is empty: there is nothing to predict")
-    optimizers = model.setup_optimizers(dtype=compute.dtype)
+    if len(whole) > ids.size(1):
+        print0(f"of the {len(whole)} tokens of --text the first {ids.size(1)} are told, a row of this model")
+    optimizers = model.setup_adamw() if optimizer == "adamw" else model.setup_optimizers(dtype=compute.dtype)
 
     def forward_and_backward() -> Any:
         return accumulate(model, iter([(ids[:, :-1], ids[:, 1:], None)]), 1, compute)
@@ -100,7 +105,7 @@ def main() -> None:
 
 
 def open_model(device: torch.device) -> tuple[LanguageModel, Tokenizer]:
-    """The model to look at, and its tokenizer; a new one without a tokenizer on this machine learns one of its text."""
+    """The model to look at, and its tokenizer; a new one without a tokenizer on this machine reads bytes."""
     if source != "new":
         model, tokenizer, _ = load_model(source, device, "train", model_tag, step)
         return model, tokenizer
@@ -108,7 +113,7 @@ def open_model(device: torch.device) -> tuple[LanguageModel, Tokenizer]:
         tokenizer = get_tokenizer()
     except UserError as error:
         print0(f"{error}: so this text is taken, byte by byte")
-        tokenizer = Tokenizer.train([text], 300)
+        tokenizer = byte_tokenizer()
     config = choose_config(arch, depth, tokenizer.get_vocab_size(), 256, aspect_ratio=aspect_ratio)
     return build_model(config, device, seed), tokenizer
 

@@ -2,6 +2,7 @@
 of compiled code too.
 
     python -m tests.step_memory '{"n_layer": 2, "n_embd": 256, "n_head": 4, "sequence_len": 256}' 4 bfloat16 eager
+    python -m tests.step_memory '{"n_layer": 2, "n_embd": 256, "n_head": 4, "arch": "gpt2"}' 1 float32 eager+adamw
     torchrun --nproc_per_node=3 -m tests.step_memory '{"n_layer": 4}' 4 bfloat16 compiled+shard+recompute
 
 Last line: weights and optimizer state, and the most that forward, backward and update held beside them, in bytes, on
@@ -17,8 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from nanochat.common import print0
 from nanochat.compute import compute_cleanup, compute_init
-from nanochat.gpt import GPTConfig
-from nanochat.model import build_model
+from nanochat.model import build_model, load_config
 from nanochat.sharding import held_bytes, placement
 
 
@@ -37,11 +37,11 @@ def most_held(work: Callable[[], None]) -> tuple[int, int]:
 def main(shape: str, rows: str, dtype: str, mode: str) -> None:
     compute = compute_init("cpu", dtype)
     place = placement(compute, "shard" in mode, offload=False)
-    model = build_model(GPTConfig(**json.loads(shape)), compute.device, 0, place)
+    model = build_model(load_config(json.loads(shape)), compute.device, 0, place)
     model.recompute = "recompute" in mode
     if "compiled" in mode:
         model.compile_parts()
-    optimizers = model.setup_optimizers(dtype=compute.dtype)
+    optimizers = model.setup_adamw() if "adamw" in mode else model.setup_optimizers(dtype=compute.dtype)
     tokens = torch.randint(model.config.vocab_size, (int(rows), model.config.sequence_len + 1))
 
     def gradients() -> None:

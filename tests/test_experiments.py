@@ -336,8 +336,15 @@ def test_a_step_is_told_in_reading_order(base_dir, tmp_path, monkeypatch, capsys
     assert "blocks.1.attn" not in printed[: printed.index("Gradients")] and "\033[" not in printed
     told = (tmp_path / "step.md").read_text()
     assert told.startswith("# One training step") and "## Forward" in told and told.count("```") % 2 == 0
-    tiny.run_here(monkeypatch, trace_step, {**settings, "markdown": None, "color": "always"})
-    assert "\033[1;33m" in capsys.readouterr().out
+    tiny.run_here(monkeypatch, trace_step, {**settings, "markdown": None, "color": "always", "optimizer": "adamw"})
+    printed = capsys.readouterr().out
+    assert "\033[1;33m" in printed and "Update by AdamW" in printed and "Update by Muon" not in printed
+    tiny.run_here(monkeypatch, trace_step, {**settings, "markdown": None, "text": "The cat saw it. " * 200})
+    assert "of the 3201 tokens of --text the first 257 are told, a row of this model" in capsys.readouterr().out
+    tiny.run_here(
+        monkeypatch, trace_step, {**settings, "markdown": None, "text": "Hi"}
+    )  # too little to learn tokens of
+    assert "'H' -> 'i'" in capsys.readouterr().out
 
 
 def test_telling_a_step_does_not_change_it(base_dir):

@@ -192,6 +192,15 @@ def test_six_cards_of_24_gb(plan: Callable[..., str]) -> None:
     assert "nanochat.dataset -n 237" in text
 
 
+def test_adamw_keeps_two_moments_of_everything(plan: Callable[..., str]) -> None:
+    """The plan knew no --optimizer, and no float16."""
+    words = ["--arch=gpt2", "--depth=12", "--dtype=float16", "--vram-gb=24"]
+    muon, adamw = plan(*words), plan(*words, "--optimizer=adamw")
+    assert "compiled, float16, " in muon and "0.76 GB  optimizer state" in muon and "checkpoints of 1.30" in muon
+    assert "1.10 GB  optimizer state" in adamw and "checkpoints of 1.64" in adamw  # 8 and 12 bytes of 136,960,512
+    assert "--dtype=float16" in adamw.splitlines()[-1] and "--optimizer=adamw" in adamw.splitlines()[-1]
+
+
 def test_dollars_are_of_one_card_as_in_the_report(plan: Callable[..., str]) -> None:
     text = plan("--gpus=8", "--card=H100", "--mfu=0.5", "--dollars-per-hour=2")
     hours, dollars = re.search(r"time: ([\d.]+) hours .*, ([\d,]+) dollars at 2 an hour", text).groups()  # type: ignore[union-attr]
