@@ -58,7 +58,7 @@ def open_weights(name: str, vocab_size: int, sequence_len: int | None = None, **
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         module = MODULES[about["model_type"]]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         known = f"a model_type of {', '.join(MODULES)}"
         raise UserError(f"--init-from={name}: expected a config.json with {known} in {folder} ({error})") from None
     tensors: dict[str, Tensor] = {}

@@ -89,6 +89,8 @@ def load(compute: Compute) -> tuple[Any, Tokenizer]:
     """The model and its tokenizer, of a checkpoint or as published."""
     if init_from is None:
         return load_model(source, compute.device, "eval", model_tag, step)[:2]
+    if model_tag is not None or step is not None:
+        raise UserError(f"--init-from={init_from} is a model by itself; leave out --model-tag and --step")
     tokenizer = open_tokenizer(find_hf_folder(init_from), chat=False)
     weights = import_module("nanochat.hf_import").open_weights(init_from, tokenizer.get_vocab_size())
     model = build_model(weights.config, compute.device)

@@ -69,9 +69,10 @@ def test_what_does_not_fit_is_refused_in_one_line(folder, tmp_path):
             open_folder(folder, **options)
     with pytest.raises(UserError, match="no-such is no folder; expected .* gpt2-xl"):
         open_folder("no-such")
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(UserError, match="expected a config.json with a model_type of gpt2, llama"):
-        open_folder(tmp_path)
+    for about in ({"model_type": "bert"}, ["gpt2"], {"model_type": ["gpt2"]}):
+        (tmp_path / "config.json").write_text(json.dumps(about))
+        with pytest.raises(UserError, match="expected a config.json with a model_type of gpt2, llama"):
+            open_folder(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,8 @@ def test_a_folder_samples_as_transformers_does_and_its_padding_is_never_drawn(
     assert run(num_samples=1, temperature=100.0, top_k=1) == expected, "the likeliest of one"
     with pytest.raises(UserError, match="--context=64: this model has learned 48 positions; give fewer or none"):
         run(context=64)
+    with pytest.raises(UserError, match=r"is a model by itself; leave out --model-tag and --step"):
+        run(step=3)
 
 
 def test_a_model_that_is_nowhere_is_one_line() -> None:
