@@ -1,8 +1,9 @@
 """The cards, how much memory a run takes, and the rows that fit. torch is imported where it is used: cards need none.
 
 The memory is an estimate: on the CPU, whose allocator can be asked, from 1 % below to 11 % above what 32 kinds of steps
-held (docs/how-to/choose-a-machine.md). The margin is for what is not in it: the interpreter and torch (0.5 GB of a CPU
-process), a GPU's driver and kernels, NCCL's buffers, fragments. On a GPU a real step decides.
+of a gpt held, more for the others (docs/how-to/choose-a-machine.md). The margin is for what is not in it: the
+interpreter and torch (0.5 GB of a CPU process), a GPU's driver and kernels, NCCL's buffers, fragments. On a GPU a real
+step decides.
 """
 
 import gc
