@@ -5,7 +5,8 @@ Shapes: B batch, T queries, S keys, H heads, G key/value heads, D head size.
 """
 
 import math
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -60,3 +61,11 @@ class LayerCache(Protocol):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention (B, H, T, D) of q (B, H, T, D), where k, v (B, G, T, D) are the same tokens' keys and values."""
+
+
+class Context(NamedTuple):
+    """Where tokens (B, T) stand that are not the beginning of a text."""
+
+    positions: Tensor  # (T,) or (B, T)
+    previous: Tensor  # (B, T) the token before each; the first of a text follows itself
+    caches: Sequence[LayerCache | None]  # one for each layer

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 import yaml  # type: ignore[import-untyped]
 from torch import Tensor
 
-from nanochat.attention import LayerCache, causal_attention
+from nanochat.attention import Context, LayerCache, causal_attention
 from nanochat.common import UserError, get_base_dir
 from nanochat.compute import Compute
 from nanochat.files import one_line, read_sealed, sha256_file
@@ -188,7 +188,7 @@ class Unit(NamedTuple):
 class Batch(NamedTuple):
     """Units as a model is fed them, one to a line of T places: stems, padded to the longest, then branches."""
 
-    fed: Tensor  # (3, B, T): tokens, positions in their own row, branches (0 = stem, then 1, 2, ...; -1 = padding)
+    fed: Tensor  # (4, B, T): tokens, those before them, positions in their own row, branches (0 = stem; -1 = padding)
     stem: int  # places for the stems
     asked: Tensor  # (5, N): from this line and place to predict this target, for this item and choice
 
@@ -246,7 +246,7 @@ def batch_units(units: Iterable[Unit], max_tokens: int) -> Iterator[Batch]:
 def lay_out(units: Sequence[Unit]) -> Batch:
     """Stems and branches get at least 2 places each, if there are any: torch.compile makes a graph of its own for 1."""
     stem, tail = max(2, *(unit.stem for unit in units)), max(unit.tail for unit in units)
-    fed = np.full((3, len(units), stem + (max(2, tail) if tail else 0)), [[[0]], [[0]], [[-1]]])
+    fed = np.full((4, len(units), stem + (max(2, tail) if tail else 0)), [[[0]], [[0]], [[0]], [[-1]]])
     asked = []
     for line, unit in enumerate(units):
         end = stem  # of the branches so far
@@ -254,7 +254,8 @@ def lay_out(units: Sequence[Unit]) -> Batch:
             position = np.arange(len(tokens) - 1)
             is_stem = position < unit.stem
             place = np.where(is_stem, position, position - unit.stem + end)
-            fed[:, line, place] = tokens[:-1], position, np.where(is_stem, 0, branch)
+            before = tokens[np.maximum(position - 1, 0)]
+            fed[:, line, place] = tokens[:-1], before, position, np.where(is_stem, 0, branch)
             asked.append(np.stack(np.broadcast_arrays(line, place[start - 1 :], tokens[start:], item, choice)))
             end += len(tokens) - 1 - unit.stem
     return Batch(torch.from_numpy(fed), stem, torch.from_numpy(np.concatenate(asked, axis=1)))
@@ -323,9 +324,9 @@ class GPTScorer:
         fed, (lines, places, targets, *_) = batch.fed.to(self.device), batch.asked.to(self.device)
         if self.compiled and fed.size(1) == 1:  # one line is a case of its own for torch.compile: spare it a graph
             fed = fed.expand(-1, 2, -1)
-        tokens, positions, branches = fed
-        caches = self.caches(positions, branches, batch.stem) if batch.stem < tokens.size(1) else None
-        states = self.model.hidden(tokens, self.dtype, positions, caches)[lines, places]
+        tokens, previous, positions, branches = fed
+        caches = self.caches(positions, branches, batch.stem)
+        states = self.model.hidden(tokens, self.dtype, Context(positions, previous, caches))[lines, places]
         losses, hits = [], []
         for part in slice_rows(len(targets), self.model.config.vocab_size, self.device):
             logits = self.model.logits(states[part])
@@ -333,10 +334,12 @@ class GPTScorer:
             hits.append(logits.argmax(dim=-1) == targets[part])
         return torch.cat(losses).cpu(), torch.cat(hits).cpu()
 
-    def caches(self, positions: Tensor, branches: Tensor, stem: int) -> list[LayerCache]:
+    def caches(self, positions: Tensor, branches: Tensor, stem: int) -> Sequence[LayerCache | None]:
         """What each layer looks at: a branch at itself and the stem, as far back as the window goes. Padding is a
         branch of its own. The masks have the model's dtype, or attention would make such copies in every layer.
         """
+        if stem == positions.size(1):  # no branches
+            return [None] * len(self.model.blocks)
         ahead = positions[:, stem:, None] - positions[:, None, :]
         seen = (ahead >= 0) & ((branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, stem:, None]))
         windows = self.model.config.windows()

@@ -48,8 +48,8 @@ class DecodingStep(nn.Module):
         super().__init__()
         self.model, self.dtype = model, dtype
 
-    def forward(self, idx: Tensor, positions: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-        return Engine.eager_step(self, idx, positions, keys, values)  # type: ignore[arg-type]
+    def forward(self, idx: Tensor, previous: Tensor, positions: Tensor, keys: Any, values: Any) -> Tensor:
+        return Engine.eager_step(self, idx, previous, positions, keys, values)  # type: ignore[arg-type]
 
 
 def dot_products(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -77,8 +77,8 @@ def build(config: Any, dtype: torch.dtype, rows: int, threads: int, path: Path) 
     layers = [{2: lengths[window]} for window in config.windows()]
     program = torch.export.export(
         DecodingStep(model, dtype),
-        (*torch.zeros(2, rows, dtype=torch.long), cache.keys, cache.values),
-        dynamic_shapes=(None, None, layers, layers),
+        (*torch.zeros(3, rows, dtype=torch.long), cache.keys, cache.values),
+        dynamic_shapes=(None, None, None, layers, layers),
         prefer_deferred_runtime_asserts_over_guards=True,
     ).run_decompositions({torch.ops.aten.linear.default: dot_products})
     options = {"aot_inductor.package_constants_in_so": False}
@@ -139,9 +139,8 @@ def load(engine: Engine, rows: int, path: Path) -> Step:
     constants = {name: weights[name] for name in loaded.get_constant_fqns()}
     loaded.load_constants(constants, check_full_update=True, user_managed=True)
 
-    def step(idx: Tensor, positions: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-        logits: Tensor = loaded.loader.boxed_run([idx, positions, *(tensor[:rows] for tensor in (*keys, *values))])[0]
-        return logits
+    def step(idx: Tensor, previous: Tensor, positions: Tensor, keys: list[Tensor], values: list[Tensor]) -> Any:
+        return loaded.loader.boxed_run([idx, previous, positions, *(x[:rows] for x in (*keys, *values))])[0]
 
     return step
 
@@ -150,7 +149,8 @@ def load(engine: Engine, rows: int, path: Path) -> Step:
 def check(engine: Engine, rows: int, step: Step) -> None:
     """Raises RuntimeError where a step and the eager one differ in logits, or in what they leave in the cache."""
     config, generator = engine.model.config, torch.Generator().manual_seed(rows)
-    steps, idx = (step, engine.eager_step), torch.randint(config.vocab_size, (rows,), generator=generator)
+    steps: list[Step] = [step, engine.eager_step]
+    tokens = torch.randint(config.vocab_size, (2, rows), generator=generator)
     for S in sorted({2, min(33, config.sequence_len), min(64, config.sequence_len)}):
         caches = [KVCache(config, rows, S, engine.model.device, engine.dtype) for _ in steps]
         for cache in caches:
@@ -158,7 +158,7 @@ def check(engine: Engine, rows: int, step: Step) -> None:
         for one, other in zip(*([*cache.keys, *cache.values] for cache in caches), strict=True):
             other.copy_(one.normal_(generator=generator))
         positions = torch.randint(S, (rows,), generator=generator)
-        logits = [f(idx, positions, cache.keys, cache.values) for f, cache in zip(steps, caches, strict=True)]
+        logits = [f(*tokens, positions, cache.keys, cache.values) for f, cache in zip(steps, caches, strict=True)]
         pairs = zip(*([x, *cache.keys, *cache.values] for x, cache in zip(logits, caches, strict=True)), strict=True)
         apart = max(float((a.float() - b.float()).abs().max()) for a, b in pairs)
         if not apart <= (1e-3 if engine.dtype == torch.float32 else 0.5):

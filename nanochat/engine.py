@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.attention import LayerCache, round_length
+from nanochat.attention import Context, LayerCache, round_length
 from nanochat.calculator import ToolUse
 from nanochat.common import UserError
 from nanochat.model import LanguageModel, slice_rows
@@ -343,9 +343,11 @@ class Batch:
         ends = starts + torch.tensor([[len(chunk)] for chunk in chunks.values()])
         positions = torch.minimum(starts + torch.arange(T), ends).to(device)  # (B, T)
         idx = torch.tensor([chunk + [0] * (T - len(chunk)) for chunk in chunks.values()]).to(device)
+        before = torch.tensor([(cache.tokens[slot] or chunk[:1])[-1:] for slot, chunk in chunks.items()]).to(device)
         cache.reserve(int(ends.max()) + 1)
         caches = look(cache.windows, cache.keys, cache.values, torch.tensor(list(chunks)).to(device), positions)
-        self.engine.model.hidden(idx, self.engine.dtype, positions, caches)
+        context = Context(positions, torch.cat([before, idx[:, :-1]], dim=1), caches)
+        self.engine.model.hidden(idx, self.engine.dtype, context)
         for slot, chunk in chunks.items():
             cache.tokens[slot] += chunk
 
@@ -358,7 +360,7 @@ class Batch:
             return []
         held = self.cache.tokens
         S = 1 + max(len(held[slot]) for slot, request in enumerate(self.running) if request)
-        fed, positions = ([0] * self.engine.rows(ready[-1] + 1, len(held)) for _ in range(2))
+        fed, previous, positions = ([0] * self.engine.rows(ready[-1] + 1, len(held)) for _ in range(3))
         for slot in range(len(fed)):
             if len(held[slot]) >= S:
                 held[slot] = []
@@ -367,8 +369,9 @@ class Batch:
             request = self.running[slot]
             fed[slot] = (request.tokens or request.prompt)[-1]  # type: ignore[union-attr]
             held[slot].append(fed[slot])
+            previous[slot] = held[slot][-2:][0]
         self.cache.reserve(S)
-        logits = self.engine.decode(fed, positions, self.cache)
+        logits = self.engine.decode((fed, previous, positions), self.cache)
         return self.choose(ready, logits if len(ready) == len(fed) else logits[ready])
 
     def choose(self, slots: list[int], logits: Tensor) -> list[Said]:
@@ -401,7 +404,7 @@ def scores_of(shares: Tensor, token: int, top: int) -> tuple[float, list[tuple[i
 # -----------------------------------------------------------------------------
 # The engine
 
-Step = Callable[[Tensor, Tensor, list[Tensor], list[Tensor]], Tensor]
+Step = Callable[..., Tensor]  # as Engine.eager_step
 
 
 class Engine:
@@ -478,17 +481,19 @@ class Engine:
         """How many rows a step has in which n are needed and there is room for `slots`."""
         return min((rows for rows in self.compiled if n <= rows <= slots), default=round_batch(n))
 
-    def decode(self, fed: list[int], positions: list[int], cache: KVCache) -> Tensor:
-        """Logits (B, V) after one token of each of the first B slots, at their positions."""
-        idx, places = (torch.tensor(values).to(self.model.device) for values in (fed, positions))
-        step = self.compiled.get(len(fed), self.eager_step)
-        return step(idx, places, cache.keys, cache.values)
+    def decode(self, fed: tuple[list[int], ...], cache: KVCache) -> Tensor:
+        """Logits (B, V) after one token of each of the first B slots, fed with the one before and its place."""
+        step = self.compiled.get(len(fed[0]), self.eager_step)
+        return step(*(torch.tensor(values).to(self.model.device) for values in fed), cache.keys, cache.values)
 
-    def eager_step(self, idx: Tensor, positions: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+    def eager_step(
+        self, idx: Tensor, previous: Tensor, positions: Tensor, keys: list[Tensor], values: list[Tensor]
+    ) -> Tensor:
         """What is compiled too: logits (B, V) after tokens idx (B,) at positions (B,) of the first B slots."""
         places = positions[:, None]
         caches = look(self.model.config.windows(), keys, values, slice(0, len(idx)), places)
-        return self.model.logits(self.model.hidden(idx[:, None], self.dtype, places, caches)[:, 0])
+        context = Context(places, previous[:, None], caches)
+        return self.model.logits(self.model.hidden(idx[:, None], self.dtype, context)[:, 0])
 
     @torch.inference_mode()
     def last_states(self, prompts: Sequence[Sequence[int]]) -> Tensor:

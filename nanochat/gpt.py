@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.attention import LayerCache, causal_attention
+from nanochat.attention import Context, LayerCache, causal_attention
 from nanochat.common import UserError
 from nanochat.model import LanguageModel, Linear, fill
 
@@ -163,17 +163,14 @@ class GPT(LanguageModel):
         self.blocks: list[Block] = nn.ModuleList([Block(config, window) for window in config.windows()])  # type: ignore[assignment]
         self.lm_head = Linear(config.n_embd, config.vocab_size)
 
-    def hidden(
-        self, idx: Tensor, dtype: torch.dtype, positions: Tensor | None = None, caches: list[LayerCache] | None = None
-    ) -> Tensor:
-        """The final normalised states (B, T, C) of tokens idx (B, T) at `positions` (T,) or (B, T), default 0..T-1."""
-        if positions is None:
-            positions = torch.arange(idx.size(1), device=idx.device)
+    def hidden(self, idx: Tensor, dtype: torch.dtype, context: Context | None = None) -> Tensor:
+        """The final normalised states (B, T, C) of tokens idx (B, T), which without a context begin a text."""
+        positions = context.positions if context else torch.arange(idx.size(1), device=idx.device)
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_base)  # (T, D/2) or (B, T, D/2)
-        x = norm(self.wte(idx).to(dtype))  # (B, T, C)
-        for i, block in enumerate(self.blocks):
-            x = self.run_block(block, x, cos, sin, caches[i] if caches else None)
-        return norm(x)
+        return norm(self.run_blocks(self.embed(idx, dtype, context), cos, sin, context=context))
+
+    def embed(self, idx: Tensor, dtype: torch.dtype, context: Context | None) -> Tensor:
+        return norm(self.wte(idx).to(dtype))
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat import gpt
-from nanochat.attention import LayerCache, causal_attention, round_length
+from nanochat.attention import Context, LayerCache, causal_attention, round_length
 from nanochat.common import UserError
 from nanochat.model import LanguageModel, Linear, fill
 
@@ -228,25 +228,17 @@ class GPT2(PlainModel):
         self.ln_f = LayerNorm(config.n_embd, config.bias)
         self.lm_head = self.wte  # the same module: one weight, whose only name is wte.weight
 
-    def hidden(
-        self, idx: Tensor, dtype: torch.dtype, positions: Tensor | None = None, caches: list[LayerCache] | None = None
-    ) -> Tensor:
-        """The final normalised states (B, T, C) of tokens idx (B, T) at `positions` (T,) or (B, T), default 0..T-1.
-        Raises UserError for a text longer than the table of positions.
-        """
+    def hidden(self, idx: Tensor, dtype: torch.dtype, context: Context | None = None) -> Tensor:
+        """As GPT.hidden. Raises UserError for a text longer than the table of positions."""
         most, x, distances = self.config.sequence_len, self.wte(idx), None
-        if positions is None:
-            positions = torch.arange(idx.size(1), device=idx.device)
-            if self.wpe and idx.size(1) > round_length(most, idx.device):
-                raise UserError(f"{idx.size(1)} tokens: this model has learned {most} positions; only alibi has no end")
+        positions = context.positions if context else torch.arange(idx.size(1), device=idx.device)
+        if not context and self.wpe and idx.size(1) > round_length(most, idx.device):
+            raise UserError(f"{idx.size(1)} tokens: this model has learned {most} positions; only alibi has no end")
         if self.wpe:
             x = x + self.wpe(positions.clamp(max=most - 1))  # what lies beyond is padding
         else:
             distances = alibi_channels(positions, self.config, dtype)
-        x = drop(x.to(dtype), self.config.dropout)
-        for i, block in enumerate(self.blocks):
-            x = self.run_block(block, x, distances, caches[i] if caches else None)
-        return self.ln_f(x)
+        return self.ln_f(self.run_blocks(drop(x.to(dtype), self.config.dropout), distances, context=context))
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -40,7 +40,7 @@ class HFScorer:
     @torch.inference_mode()
     def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Losses and hits of everything asked; logits at no more places than some unit asks for, if the model can."""
-        (tokens, _, branches), (lines, places, targets, *_) = batch.fed.to(self.device), batch.asked.to(self.device)
+        (tokens, _, _, branches), (lines, places, targets, *_) = batch.fed.to(self.device), batch.asked.to(self.device)
         options: dict[str, Any] = {"attention_mask": (branches == 0).long(), "use_cache": False}
         if self.picks:
             options["logits_to_keep"], places = places.unique(return_inverse=True)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat import gpt
-from nanochat.attention import LayerCache, causal_attention
+from nanochat.attention import Context, LayerCache, causal_attention
 from nanochat.common import UserError
 from nanochat.gpt2 import PlainModel, check_hf, check_sizes
 from nanochat.model import Linear, fill
@@ -139,17 +139,11 @@ class Llama(PlainModel):
         self.norm = RMSNorm(config)
         self.lm_head = self.wte if config.tied else Linear(config.n_embd, config.vocab_size)
 
-    def hidden(
-        self, idx: Tensor, dtype: torch.dtype, positions: Tensor | None = None, caches: list[LayerCache] | None = None
-    ) -> Tensor:
-        """The final normalised states (B, T, C) of tokens idx (B, T) at `positions` (T,) or (B, T), default 0..T-1."""
-        if positions is None:
-            positions = torch.arange(idx.size(1), device=idx.device)
+    def hidden(self, idx: Tensor, dtype: torch.dtype, context: Context | None = None) -> Tensor:
+        """As GPT.hidden."""
+        positions = context.positions if context else torch.arange(idx.size(1), device=idx.device)
         cos, sin = gpt.rotary_angles(-positions, self.config.head_dim, self.config.rope_base)  # (T, D/2) or (B, T, D/2)
-        x = self.wte(idx).to(dtype)  # (B, T, C)
-        for i, block in enumerate(self.blocks):
-            x = self.run_block(block, x, cos, sin, caches[i] if caches else None)
-        return self.norm(x)
+        return self.norm(self.run_blocks(self.wte(idx).to(dtype), cos, sin, context=context))
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib import import_module
+from itertools import repeat
 from typing import Any, Literal, Self
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.adamw import AdamW
+from nanochat.attention import Context
 from nanochat.common import UserError
 from nanochat.muon import Muon
 from nanochat.sharding import Place, compute_device, is_split, local, own_rows, whole_weights
@@ -133,10 +135,14 @@ class LanguageModel(nn.Module):
     def device(self) -> torch.device:
         return compute_device(self.wte.weight)
 
-    def run_block(self, block: nn.Module, *inputs: Any) -> Any:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+    def run_blocks(self, x: Tensor, *inputs: Any, context: Context | None) -> Tensor:
+        """x (B, T, C) through all blocks, each of which gets the inputs and its cache."""
+        for block, cache in zip(self.blocks, context.caches if context else repeat(None), strict=False):
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, *inputs, cache, use_reentrant=False)
+            else:
+                x = block(x, *inputs, cache)
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Capped logits (..., V) in fp32."""
@@ -252,7 +258,8 @@ class LanguageModel(nn.Module):
 # -----------------------------------------------------------------------------
 # Building one
 
-ARCHITECTURES = {"gpt": "GPTConfig", "gpt2": "GPT2Config", "llama": "LlamaConfig"}  # a file in nanochat/: its dataclass
+# The name of a file in nanochat/, and of its dataclass.
+ARCHITECTURES = {"gpt": "GPTConfig", "fast": "FastConfig", "gpt2": "GPT2Config", "llama": "LlamaConfig"}
 
 
 def choose_config(arch: str, depth: int, vocab_size: int, sequence_len: int, **options: Any) -> Any:

@@ -94,6 +94,20 @@ def open_record(stage: str, tag: str, settings: dict[str, Any], **about: Any) ->
     return record
 
 
+def open_wandb(stage: str, settings: dict[str, Any], run_id: str | None) -> Any:
+    """A wandb run, continued where its id is known, or None for --run=dummy and on other ranks. wandb itself respects
+    WANDB_MODE=offline.
+    """
+    if (run := settings["run"]) == "dummy" or get_rank() != 0:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(f"--run={run} needs wandb: pip install wandb, or --run=dummy to do without") from None
+    project = "nanochat" if stage == "base" else f"nanochat-{stage}"
+    return wandb.init(project=project, name=run, config=settings, id=run_id, resume="allow")
+
+
 # -----------------------------------------------------------------------------
 # Figures of the loop
 

@@ -39,7 +39,7 @@ from nanochat.compute import Compute, compute_cleanup, device_name, peak_memory_
 from nanochat.files import write_atomic
 from nanochat.model import LanguageModel
 from nanochat.muon import Muon
-from nanochat.record import Meter, Record, StepResult, open_record
+from nanochat.record import Meter, Record, StepResult, open_record, open_wandb
 from nanochat.sharding import held_bytes, local
 from nanochat.signals import SaveClock, SignalWatch
 from nanochat.sizing import find_card
@@ -113,7 +113,7 @@ class Run:
         plan |= {"flops_per_token": model.estimate_flops(), "parameter_bytes": held_bytes(model)}
         plan |= {"optimizer_state_bytes": sum(optimizer.state_bytes() for optimizer in optimizers)}
         self.record.write("plan", first_step=self.first_step, num_steps=num_steps, **plan)
-        self.wandb = open_wandb(self.settings["run"], self.stage, self.settings, self.checkpoint)
+        self.wandb = open_wandb(self.stage, self.settings, self.checkpoint.meta["wandb"] if self.checkpoint else None)
         self.watch.__enter__()
 
     @property
@@ -217,21 +217,6 @@ class Run:
         self.watch.__exit__()  # a second signal must not end a save
         if end is None:
             compute_cleanup()
-
-
-def open_wandb(run: str, stage: str, settings: dict[str, Any], checkpoint: Checkpoint | None) -> Any:
-    """A wandb run, continued where the checkpoint knows its id, or None for --run=dummy and on other ranks. wandb
-    itself respects WANDB_MODE=offline.
-    """
-    if run == "dummy" or get_rank() != 0:
-        return None
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(f"--run={run} needs wandb: pip install wandb, or --run=dummy to do without") from None
-    project = "nanochat" if stage == "base" else f"nanochat-{stage}"
-    run_id = checkpoint.meta["wandb"] if checkpoint else None
-    return wandb.init(project=project, name=run, config=settings, id=run_id, resume="allow")
 
 
 def write_bundle(run: Run, seen: Any) -> Path:

@@ -22,7 +22,7 @@ seed: Seed = 42  # of the weights and of the order of the rows
 corpus: str | None = None  # directory name in $NANOCHAT_BASE_DIR/data (None = the only one there)
 packing: Literal["bos", "flat"] = "bos"  # bos: every row starts with BOS, best fit; flat: one long stream cut into rows
 # Model
-arch: Literal["gpt", "gpt2", "llama"] = "gpt"  # architecture, by its file in nanochat/
+arch: Literal["gpt", "fast", "gpt2", "llama"] = "gpt"  # architecture, by its file in nanochat/
 depth: Positive = 20  # number of Transformer layers; width and heads follow from it
 aspect_ratio: Positive = 64  # width / depth
 head_dim: Positive | None = None  # channels per attention head (None = 128, or 64 for models narrower than 512)

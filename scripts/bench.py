@@ -23,7 +23,7 @@ data: Literal["random", "real"] = "random"  # real: the corpus through the token
 corpus: str | None = None  # of real ones: directory name in $NANOCHAT_BASE_DIR/data (None = the only one there)
 vocab_size: Positive = 65536  # of random ones; real ones have the tokenizer's
 # Model
-arch: Literal["gpt", "gpt2", "llama"] = "gpt"  # architecture, by its file in nanochat/
+arch: Literal["gpt", "fast", "gpt2", "llama"] = "gpt"  # architecture, by its file in nanochat/
 depth: Positive = 12  # number of Transformer layers; width and heads follow from it
 aspect_ratio: Positive = 64  # width / depth
 head_dim: Several | None = None  # channels per attention head (None = 128, or 64 for models narrower than 512)

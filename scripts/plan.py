@@ -23,7 +23,7 @@ compile = True  # torch.compile, as base_train does it; eager training keeps mor
 mfu: Fraction | None = None  # assumed share of the cards' peak that training reaches (None = show 0.4 and 0.1)
 dollars_per_hour: Rate | None = None  # of one GPU, or of a machine without (None = known for H100, A100 and V100)
 # Model
-arch: Literal["gpt", "gpt2", "llama"] = "gpt"  # architecture, by its file in nanochat/
+arch: Literal["gpt", "fast", "gpt2", "llama"] = "gpt"  # architecture, by its file in nanochat/
 depth: Positive = 20  # number of Transformer layers; width and heads follow from it
 aspect_ratio: Positive = 64  # width / depth
 head_dim: Several | None = None  # channels per attention head (None = 128, or 64 for models narrower than 512)

@@ -21,7 +21,7 @@ text = "The cat saw a small red house near the river. The dog saw it too."  # th
 source: Literal["new", "base", "mid", "sft", "rl"] = "new"  # a new one, or the stage of a checkpoint
 model_tag: str | None = None  # name of its directory (None = the one saved last)
 step: Natural | None = None  # its step (None = the last)
-arch: Literal["gpt", "gpt2", "llama"] = "gpt"  # architecture of a new one, by its file in nanochat/
+arch: Literal["gpt", "fast", "gpt2", "llama"] = "gpt"  # architecture of a new one, by its file in nanochat/
 depth: Positive = 2  # layers of a new one
 aspect_ratio: Positive = 64  # width / depth of a new one
 seed: Seed = 42  # of its weights

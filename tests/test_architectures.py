@@ -10,6 +10,7 @@ from tests import tiny
 from tests.faults import STEPS, check_losses
 
 ARCHITECTURES = {
+    "fast": {"arch": "fast"},
     "gpt2": {"arch": "gpt2"},
     "alibi": {"arch": "gpt2", "positions": "alibi", "bias": False},
     "dropout": {"arch": "gpt2", "dropout": 0.1},
@@ -36,7 +37,7 @@ def train(faults, name: str, ranks: int = 1, tag: str = "", **changes: object):
     return faults.train("base", {**settings, **changes}, ranks)
 
 
-@each("dropout", "llama")
+@each("fast", "dropout")
 def test_it_learns_and_resumes_bit_for_bit(faults, name):
     whole = train(faults, name)["step"]
     assert whole[-1]["loss"] < 0.85 * whole[0]["loss"]
@@ -64,7 +65,7 @@ def test_dropout_is_the_same_after_trial_steps_and_on_ranks_that_resume(faults):
     assert tiny.weights(faults.base_dir, "dropout2-again", 6) == tiny.weights(faults.base_dir, "dropout2", 6)
 
 
-@each("gpt2")
+@each("gpt2", "fast")
 @pytest.mark.parametrize("shard", [pytest.param(False, marks=pytest.mark.soak), True])
 def test_two_ranks_are_one(faults, name, shard):
     if name == "dropout":
@@ -77,7 +78,7 @@ def test_two_ranks_are_one(faults, name, shard):
     assert two["sample"]
 
 
-@each("alibi", "llama")
+@each("alibi", "fast")
 def test_it_learns_to_chat_and_chats(faults, name, monkeypatch, capsys):
     train(faults, name, tag="-long", max_seq_len=128, num_iterations=2, sample_every=-1)
     settings = {"source_tag": f"{name}1-long", "mixture": str(faults.base_dir / "chats.jsonl"), "num_iterations": 2}

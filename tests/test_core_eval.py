@@ -121,7 +121,8 @@ def test_the_beginning_of_an_item_is_computed_once():
     rows = [core_eval.Row(5, i, np.array([7, 8, 9, *tail]), 3) for i, tail in enumerate(([1, 2], [3], [1, 4, 6], []))]
     units = core_eval.make_units(rows, 16, branches=True)
     fed, stem, asked = core_eval.lay_out(units)
-    tokens, positions, branches = fed[:, 0]
+    tokens, previous, positions, branches = fed[:, 0]
+    assert previous.tolist() == [7, 7, 8, 9, 9, 1], "of a branch's first token it is the stem's last"
     assert stem == 3 and tokens.tolist() == [7, 8, 9, 1, 1, 4]
     assert positions.tolist() == [0, 1, 2, 3, 3, 4] and branches.tolist() == [0, 0, 0, 1, 3, 3]
     line, place, target, item, choice = asked.tolist()

@@ -12,7 +12,7 @@ from nanochat.compute import can_compile
 from nanochat.decode_step import artefact, check, compile_decoding, dot_products
 from nanochat.engine import Engine, KVCache, Sampling
 from nanochat.gpt import GPTConfig
-from tests import test_gpt2, test_llama
+from tests import test_fast, test_gpt2, test_llama
 from tests.test_gpt import SMALL, small_model
 
 WINDOWS = GPTConfig(**{**SMALL.__dict__, "n_layer": 2, "window_pattern": "SL"})
@@ -25,7 +25,7 @@ def eager(engine: Engine, rows: int, path=None):
 
 def off_by_one(engine: Engine, rows: int, path=None):
     """A step that feeds the right tokens in the wrong places."""
-    return lambda idx, positions, keys, values: engine.eager_step(idx, positions ^ 1, keys, values)
+    return lambda idx, before, positions, keys, values: engine.eager_step(idx, before, positions ^ 1, keys, values)
 
 
 @pytest.fixture
@@ -44,7 +44,9 @@ def made(path) -> None:
 @pytest.mark.soak
 @pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="no C++ compiler")
 @pytest.mark.parametrize(
-    "config", [WINDOWS, test_gpt2.SMALL, test_gpt2.ALIBI, LLAMA], ids=lambda config: type(config).__name__
+    "config",
+    [WINDOWS, test_fast.SMALL, test_gpt2.SMALL, test_gpt2.ALIBI, LLAMA],
+    ids=lambda config: type(config).__name__,
 )
 def test_the_compiled_step_equals_the_eager_one(base_dir, monkeypatch, config):
     """A real compilation, a minute on a busy machine. Rows of different lengths, grouped heads, a ring that goes round
@@ -58,7 +60,7 @@ def test_the_compiled_step_equals_the_eager_one(base_dir, monkeypatch, config):
     caches = [KVCache(config, 2, 32, engine.model.device, engine.dtype) for _ in range(2)]
     steps = (engine.compiled[2], engine.eager_step)
     for p in range(30):  # rows of p + 1 and p // 2 + 1 tokens
-        fed = torch.tensor([[p + 3, 2 * p], [p, p // 2]])
+        fed = torch.tensor([[p + 3, 2 * p], [p + 1, p], [p, p // 2]])
         for cache in caches:
             cache.reserve(p + 1)
         with torch.inference_mode():
@@ -102,8 +104,8 @@ def test_a_wrong_step_is_refused_and_made_anew(compiler, monkeypatch):
 def test_a_step_that_leaves_other_keys_is_refused():
     engine = Engine(small_model())
 
-    def forgetful(idx, positions, keys, values):
-        return engine.eager_step(idx, positions, [k.clone() for k in keys], values)
+    def forgetful(idx, before, positions, keys, values):
+        return engine.eager_step(idx, before, positions, [k.clone() for k in keys], values)
 
     with pytest.raises(RuntimeError, match="differ by"):
         check(engine, 2, forgetful)

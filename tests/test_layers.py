@@ -11,19 +11,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TRUNK = """
-common configurator files record schedule compute sharding muon adamw model attention gpt sizing
+common configurator files record schedule compute sharding muon adamw attention model gpt sizing
 tokenizer corpus dataloader loss_eval core_eval checkpoint_manager signals run train
 """.split()
 LEAVES = """
 char_byte download hf_tokenizer corpus_writer token_files
-calculator engine decode_step gpt2 llama conversation names chat_train task_eval hf_model hf_import
+calculator engine decode_step fast gpt2 llama conversation names chat_train task_eval hf_model hf_import
 task_data dataset gpt_hf hf_export gguf_export jail_stub execution report_page report runs serving api access markdown
 server
 """.split()
 # The places to talk to a model, the other architectures, the faster recipe: what comes on top of the library.
 ADDED = """
-char_byte hf_tokenizer token_files hf_model gpt2 llama hf_import gpt_hf hf_export gguf_export runs api access markdown
-serving server
+char_byte hf_tokenizer token_files hf_model fast gpt2 llama hf_import gpt_hf hf_export gguf_export runs api access
+markdown serving server
 """.split()
 # What one reads to understand and change the training of a model.
 STORY = ["speedrun.sh", "scripts/base_train.py"] + [
@@ -34,8 +34,8 @@ BUDGETS = {
     "files of the trunk": 25,
     "lines of the trunk": 5100,
     "lines of the story": 2500,
-    "lines of the library": 8565,  # to become 7,500
-    "lines of the library and the server": 11770,  # to become 9,000, with relatives and recipe
+    "lines of the library": 8580,  # to become 7,500
+    "lines of the library and the server": 11850,  # to become 9,000, with relatives and recipe
     "parameters of a library function": 7,
 }
 
