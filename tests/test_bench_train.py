@@ -1,0 +1,49 @@
+"""The race: its scorer against ours, and arms that are none. (The race itself takes minutes and is run by hand.)"""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dev import bench_train
+from dev.train_score import windows
+from nanochat.common import UserError
+from nanochat.loss_eval import document_windows, window_rows
+from tests.test_gpt import small_model
+
+
+@pytest.mark.parametrize("context", [4, 32])
+def test_every_token_is_scored_once_and_as_base_loss_does(context):
+    """Documents shorter and longer than a window, and of whole windows."""
+    model, generator = small_model(), np.random.default_rng(0)
+    documents = [generator.integers(0, 299, n).tolist() for n in (1, context // 2, context, context + 1, 3 * context)]
+    ours, theirs = [0.0] * len(documents), [0.0] * len(documents)
+    counted = [0] * len(documents)
+    with torch.no_grad():
+        for number, inputs, targets in windows(documents, 299, context):
+            theirs[number] += float(F.cross_entropy(model(inputs[None])[0], targets, reduction="sum", ignore_index=-1))
+            counted[number] += int((targets >= 0).sum())
+        offsets = np.cumsum([0, *map(len, documents)])
+        for window in document_windows(np.concatenate(documents), offsets, 299, context, context // 2):
+            inputs, targets = torch.from_numpy(window_rows([window], 1, context)).unbind(1)
+            ours[window.document] += float(model(inputs[:, :-1], targets[:, 1:], loss_reduction="none").sum())
+    assert counted == [len(ids) for ids in documents]
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"), [("laptop", "expected settings:DEPTHxWIDTH"), ("laptop:4x100", "multiple"), ("no:4x128", "no.py")]
+)
+def test_an_arm_that_is_none_is_one_line(word, said):
+    with pytest.raises(UserError, match=said):
+        bench_train.read_arm(word)
+
+
+def test_the_peer_needs_its_folder():
+    with pytest.raises(UserError, match="--peer=FOLDER"):
+        bench_train.read_arm("peer:4x128")
+
+
+def test_a_step_has_the_tokens_of_its_settings_file():
+    """They were a pair, with where they had been given."""
+    assert bench_train.read_arm("fast:4x128").tokens == 4096
