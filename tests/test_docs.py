@@ -114,7 +114,7 @@ def anchors(text: str) -> set[str]:
 def source() -> str:
     """Everything that is no page: a name that does not occur in it is none of ours."""
     files = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True).splitlines()
-    paths = [ROOT / file for file in files if not file.endswith((".md", ".json")) and (ROOT / file).is_file()]
+    paths = [ROOT / file for file in files if not file.endswith((".md", ".json", ".png")) and (ROOT / file).is_file()]
     return "\n".join(path.read_text(encoding="utf-8") for path in paths if path != Path(__file__))
 
 
