@@ -9,8 +9,9 @@ to leave for other people's software is trained with --arch=gpt.
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -32,18 +33,9 @@ class FastConfig(GPTConfig):
         return FastGPT(self)
 
 
-def config_from_depth(
-    depth: int,
-    vocab_size: int,
-    sequence_len: int,
-    aspect_ratio: int = 64,
-    head_dim: int | None = None,
-    kv_heads: int | None = None,
-    window_pattern: str = "L",
-) -> FastConfig:
-    """The dial of gpt.config_from_depth."""
-    shape = (depth, vocab_size, sequence_len, aspect_ratio, head_dim, kv_heads, window_pattern)
-    return FastConfig(**dataclasses.asdict(gpt.config_from_depth(*shape)))
+@functools.wraps(gpt.config_from_depth)
+def config_from_depth(*dial: Any, **options: Any) -> FastConfig:
+    return FastConfig(**dataclasses.asdict(gpt.config_from_depth(*dial, **options)))
 
 
 class FastGPT(GPT):
