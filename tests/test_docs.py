@@ -490,6 +490,12 @@ def test_examples_print_what_their_page_shows(
     page: Path, shown: list[tuple[str, str]], base_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv(
+        "HF_HUB_OFFLINE", "1"
+    )  # which is set for `-a list`, too late where an earlier test has the hub's
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HF_HUB_OFFLINE", True
+    )  # client imported: it asked, for half a minute
     for command, output in shown:
         lines = [re.escape(line).replace(r"\.\.\.", ".*") + "\n" for line in output.strip("\n").splitlines()]
         pattern = "".join(r"(?:.*\n)*?" if line == ".*\n" else line for line in lines)
