@@ -331,7 +331,8 @@ def show(field: list[Arm], pace: dict[str, float], results: dict[str, Any]) -> N
             rate = f"{arm.tokens / pace[arm.name]:,.0f}"
             figures = [f"{mean:.4f}", f"{error:.4f}", f"{runs[0]['stderr']:.4f}"]
             rows.append([arm.name, f"{seconds:g}", f"{steps:,}", rate, str(seeds), *figures])
-            said |= {f"{arm.name} {seconds:g} s": round(mean, 4), f"{arm.name} {seconds:g} s error": round(error, 4)}
+            said |= {f"{arm.name} {seconds:g} s": round(mean, 4)}
+            said |= {f"{arm.name} {seconds:g} s error": round(error, 4)} if seeds > 1 else {}
         lines.append(page.Series(arm.name, "line", points, hue % page.HUES))
         said |= {
             f"{arm.name} train_ratio": round(arm.tokens / pace[arm.name] * pace[field[0].name] / field[0].tokens, 3)

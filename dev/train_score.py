@@ -62,7 +62,7 @@ def load_peer(checkpoint: Path) -> Predict:
     about = json.loads(checkpoint.with_name(checkpoint.stem.replace("model", "meta") + ".json").read_text())
     model = GPT(GPTConfig(**about["model_config"]))
     model.init_weights()  # buffers, which are not saved
-    model.load_state_dict(torch.load(checkpoint))
+    model.load_state_dict(torch.load(checkpoint, weights_only=True))
     return model.eval().float()
 
 
