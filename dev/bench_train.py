@@ -10,7 +10,7 @@ tokenizer and text. Needs a corpus and a tokenizer in $NANOCHAT_BASE_DIR.
 2. Training: of each arm and seed as many steps as fit into each of the budgets at that pace. The seed draws weights and
    order of documents. Compiling, evaluating and saving are not in the budget.
 3. Score: one program for all (dev/train_score.py), on every second validation document: the others are there to choose
-   settings by. What is trained and scored is kept in bench_train/ of the base directory, and not done again.
+   settings by. Scores are kept in bench_train/ of the base directory: the same arms, settings and text go on from them.
 
 First the noise, the standard deviation over seeds within an arm. The table has the mean over seeds with its standard
 error, and that over documents. The last line is one JSON object; report/bench_train.md and .html have a diagram.
@@ -45,6 +45,7 @@ import statistics
 import subprocess
 import sys
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,7 +151,14 @@ def main() -> None:
     for seed in range(1, seeds + 1) if any(arm.is_peer for arm in field) else ():
         lay_out_for_peer(text, tokenizer, seed)
     pace = take_paces(field)
-    kept = work_folder() / "results.json"
+    about = [
+        text.fingerprint,
+        dtype,
+        max_seq_len,
+        total_batch_size,
+        *(our_settings(arm.file) for arm in field if not arm.is_peer),
+    ]
+    kept = work_folder() / f"results-{zlib.crc32(repr(about).encode()):08x}.json"  # other settings, other runs
     results: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
     wanted = []
     for seconds in map(float, budgets.split()):
