@@ -1,5 +1,7 @@
 """The race: its scorer against ours, and arms that are none. (The race itself takes minutes and is run by hand.)"""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -47,3 +49,41 @@ def test_the_peer_needs_its_folder():
 def test_a_step_has_the_tokens_of_its_settings_file():
     """They were a pair, with where they had been given."""
     assert bench_train.read_arm("fast:4x128").tokens == 4096
+
+
+def test_the_race_goes_on_at_the_pace_that_it_began_with(monkeypatch, tmp_path):
+    """An arm that comes later is paced beside the first, on a machine that is half as fast by then."""
+    paced, trained = [], []
+
+    def pace(field):
+        paced.append([arm.name for arm in field])
+        return {arm.name: len(paced) * seconds for arm, seconds in zip(field, (0.5, 1.0), strict=False)}
+
+    def train(arm, seed, steps, *_):
+        trained.append((arm.name, seed, steps))
+        return {"bpb": 2.0, "stderr": 0.1}
+
+    text = SimpleNamespace(name="text", path=tmp_path, fingerprint="f00")
+    for name, fake in {
+        "load_corpus": lambda _: text,
+        "get_tokenizer": lambda _: None,
+        "scored_documents": lambda *_: [],
+        "take_paces": pace,
+        "train_and_score": train,
+        "work_folder": lambda: tmp_path,
+        "budgets": "10",
+        "seeds": 2,
+        "corpus": None,
+    }.items():
+        monkeypatch.setattr(bench_train, name, fake)
+    monkeypatch.setattr(bench_train.report, "write", lambda *_: None)
+    for arms in ("laptop:4x128", "laptop:4x128 fast:4x128", "fast:4x128"):
+        monkeypatch.setattr(bench_train, "arms", arms)
+        bench_train.main()
+    assert paced == [["laptop:4x128"], ["laptop:4x128", "fast:4x128"]]
+    assert sorted(trained) == [
+        ("fast:4x128", 1, 10),
+        ("fast:4x128", 2, 10),
+        ("laptop:4x128", 1, 20),
+        ("laptop:4x128", 2, 20),
+    ]
