@@ -1,7 +1,9 @@
 # Products of digits: python -m scripts.base_train dev/configs/multiplication.py
 # Before it: python -m dev.make_arithmetic --task=multiplication --train-share=1
 # After it: python -m dev.grokking_curve --model-tag=multiplication
-# Two digits: --max-seq-len=10 --total-batch-size=5120 --device-batch-size=512, and more steps
+# Two digits, 10,000 lines: --digits=2 before it, then --optimizer=muon --schedule=trapezoid --max-seq-len=10
+# --total-batch-size=5120 --device-batch-size=512 --num-iterations=800: 100 % right after 800 steps, 4 minutes of one
+# core. With AdamW, as below, 43 % after 2,000 steps: what is learned by heart, Muon learns faster.
 
 # Run
 compile = False
