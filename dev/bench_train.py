@@ -192,8 +192,8 @@ def read_arm(word: str) -> Arm:
     if not found:
         raise UserError(f"{word} in --arms: expected settings:DEPTHxWIDTH, such as laptop:4x128 or peer:4x192")
     arm = Arm(word, found[1], int(found[2]), int(found[3]))
-    if arm.width % arm.depth or arm.width % HEAD_DIM:
-        raise UserError(f"{word} in --arms: the width must be a multiple of the depth and of {HEAD_DIM}")
+    if arm.width % HEAD_DIM or arm.width < arm.depth:
+        raise UserError(f"{word} in --arms: the width must be a multiple of {HEAD_DIM}, and at least the depth")
     missing = arm.root / ("nanochat/engine.py" if arm.is_peer else arm.file)
     if not missing.is_file() or (arm.is_peer and not peer):
         raise UserError(f"{word} in --arms: {missing} is missing; peer needs --peer=FOLDER, others dev/configs/NAME.py")

@@ -59,8 +59,10 @@ def causal_mask(T: int, S: int, window: int, device: torch.device | str) -> Tens
 class LayerCache(Protocol):
     """What a layer's queries look at, if not simply at the tokens before them: engine.KVCache, core_eval.Branches."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention (B, H, T, D) of q (B, H, T, D), where k, v (B, G, T, D) are the same tokens' keys and values."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, late: Tensor | None = None) -> Tensor:
+        """Attention (B, H, T, D) of q (B, H, T, D), where k, v (B, G, T, D) are the same tokens' keys and values. In
+        the channels `late` (D,), a token's key is that of the one before it; a first one's is 0.
+        """
 
 
 class Context(NamedTuple):

@@ -287,9 +287,13 @@ class Branches:
 
     window: int
     mask: Tensor  # (B, 1, n, T): 0, or -inf where a token must not look
+    before: Tensor  # (B, T): the place of the token before, or -1
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, late: Tensor | None = None) -> Tensor:
         start = q.size(2) - self.mask.size(2)
+        if late is not None:
+            places = self.before[:, None, :, None].expand_as(k)
+            k = torch.where(late, k.gather(2, places.clamp(min=0)) * (places >= 0), k)
         stems = causal_attention(q[:, :, :start], k[:, :, :start], v[:, :, :start], self.window)
         gqa = q.size(1) != k.size(1)
         branches = F.scaled_dot_product_attention(q[:, :, start:], k, v, attn_mask=self.mask, enable_gqa=gqa)
@@ -342,9 +346,11 @@ class GPTScorer:
             return [None] * len(self.model.blocks)
         ahead = positions[:, stem:, None] - positions[:, None, :]
         seen = (ahead >= 0) & ((branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, stem:, None]))
+        same, place = branches[:, 1:] == branches[:, :-1], torch.arange(positions.size(1) - 1, device=self.device)
+        before = F.pad(torch.where(same, place, positions[:, 1:] - 1), (1, 0), value=-1)
         windows = self.model.config.windows()
         masks = {w: torch.where(seen & (ahead < w), 0.0, -torch.inf).to(self.dtype)[:, None] for w in set(windows)}
-        return [Branches(window, masks[window]) for window in windows]
+        return [Branches(window, masks[window], before) for window in windows]
 
 
 def default_batch_tokens(device: torch.device) -> int:

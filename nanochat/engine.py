@@ -45,18 +45,26 @@ class LayerSlots:
     keys: Tensor
     values: Tensor
     rows: slice | Tensor  # the slots that are fed, B of them
+    follows: Tensor  # (B, T, 1, 1): whether there is a token before
     cells: Tensor  # (B, T): where the fed tokens go
     mask: Tensor  # (B, 1, T, R): which of the cells each of them sees
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store k, v (B, G, T, D); attention (B, H, T, D) of q over what is stored."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, late: Tensor | None = None) -> Tensor:
+        """Store k, v (B, G, T, D); attention (B, H, T, D) of q over what is stored. Late channels go to the cell of the
+        token after, which nobody sees yet.
+        """
         slots = torch.arange(k.size(0), device=k.device) if isinstance(self.rows, slice) else self.rows
-        self.keys[slots[:, None], :, self.cells] = k.transpose(1, 2)
-        self.values[slots[:, None], :, self.cells] = v.transpose(1, 2)
+        cells = slots[:, None], slice(None), self.cells
+        k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, T, G, D)
+        self.keys[cells] = k if late is None else torch.where(late, self.keys[cells] * self.follows, k)
+        if late is not None:
+            after = slots[:, None], slice(None), (self.cells + 1) % self.keys.size(2)
+            self.keys[after] = torch.where(late, k, self.keys[after])
+        self.values[cells] = v
         keys, values = self.keys[self.rows], self.values[self.rows]
         if q.size(2) == 1 and q.device.type == "cpu":
             return attend_one(q, keys, values, self.mask)
-        return F.scaled_dot_product_attention(q, keys, values, self.mask, enable_gqa=q.size(1) != k.size(1))
+        return F.scaled_dot_product_attention(q, keys, values, self.mask, enable_gqa=q.size(1) != keys.size(1))
 
 
 def attend_one(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
@@ -83,7 +91,7 @@ def look(
             cells = torch.arange(R, device=k.device)
             ahead = (positions[:, :, None] - cells).remainder(R)  # (B, T, R) how far back what a cell holds lies
             masks[window] = (ahead < (positions[:, :, None] + 1).clamp(max=window))[:, None]
-        found.append(LayerSlots(k, v, rows, positions.remainder(R), masks[window]))
+        found.append(LayerSlots(k, v, rows, (positions > 0)[:, :, None, None], positions.remainder(R), masks[window]))
     return found
 
 
@@ -94,7 +102,7 @@ class KVCache:
     """
 
     def __init__(self, config: Any, slots: int, capacity: int, device: torch.device, dtype: torch.dtype):
-        self.windows, self.capacity = config.windows(), round_length(capacity, device)
+        self.windows, self.capacity = config.windows(), round_length(capacity + 1, device)  # one cell after the last
         self.tokens: list[list[int]] = [[] for _ in range(slots)]  # what each slot holds
         # A chunk is written before its first token looks back: a ring has room for both.
         self.cells = [min(self.capacity, round_length(window + CHUNK, device)) for window in self.windows]
@@ -102,10 +110,10 @@ class KVCache:
         self.keys, self.values = ([torch.zeros(shape, device=device, dtype=dtype) for _ in self.cells] for _ in "kv")
 
     def reserve(self, S: int) -> None:
-        """Make room for sequences of S tokens, an eighth more and in multiples of 64: so it is rarely done."""
+        """Make room for S tokens and one, or an eighth more, in multiples of 64: so it is rarely done."""
         for tensors in (self.keys, self.values):
             for i, most in enumerate(self.cells):
-                if (R := tensors[i].size(2)) < min(S, most):
+                if (R := tensors[i].size(2)) < min(S + 1, most):
                     tensors[i] = F.pad(tensors[i], (0, 0, 0, min(-(-(S + S // 8) // 64) * 64, most) - R))
 
     def shared(self, slot: int, prompt: Sequence[int]) -> int:
@@ -126,7 +134,7 @@ class KVCache:
         """Let a slot hold the first n tokens of another, or of itself."""
         if source != slot:
             for tensor in (*self.keys, *self.values):
-                tensor[slot, :, : len(self.tokens[source])] = tensor[source, :, : len(self.tokens[source])]
+                tensor[slot, :, : len(self.tokens[source]) + 1] = tensor[source, :, : len(self.tokens[source]) + 1]
         self.tokens[slot] = self.tokens[source][:n]
 
 

@@ -10,6 +10,7 @@ Shapes below: B batch, T time, C width, H heads, G key/value heads, D head size.
 
 import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -112,7 +113,7 @@ class Attention(nn.Module):
         self.c_v = Linear(C, config.n_kv_head * D)
         self.c_proj = Linear(C, C)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *more: Any) -> Tensor:
         B, T, C = x.shape
         D = self.config.head_dim
         q = self.c_q(x).view(B, T, self.config.n_head, D)
@@ -120,8 +121,10 @@ class Attention(nn.Module):
         v = self.c_v(x).view(B, T, self.config.n_kv_head, D)
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or G, T, D)
-        y = causal_attention(q, k, v, self.window) if cache is None else cache.attend(q, k, v)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.c_proj(self.attend(q, k, v, *more).transpose(1, 2).reshape(B, T, C))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None = None) -> Tensor:
+        return causal_attention(q, k, v, self.window) if cache is None else cache.attend(q, k, v)
 
 
 class MLP(nn.Module):
@@ -144,8 +147,8 @@ class Block(nn.Module):
         self.attn = Attention(config, window)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.attn(norm(x), cos, sin, cache)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *more: Any) -> Tensor:
+        x = x + self.attn(norm(x), cos, sin, *more)
         return x + self.mlp(norm(x))
 
 
@@ -155,22 +158,20 @@ class Block(nn.Module):
 
 class GPT(LanguageModel):
     config: GPTConfig
+    block = Block
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks: list[Block] = nn.ModuleList([Block(config, window) for window in config.windows()])  # type: ignore[assignment]
+        self.blocks: list[Block] = nn.ModuleList([self.block(config, window) for window in config.windows()])  # type: ignore[assignment]
         self.lm_head = Linear(config.n_embd, config.vocab_size)
 
     def hidden(self, idx: Tensor, dtype: torch.dtype, context: Context | None = None) -> Tensor:
         """The final normalised states (B, T, C) of tokens idx (B, T), which without a context begin a text."""
         positions = context.positions if context else torch.arange(idx.size(1), device=idx.device)
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_base)  # (T, D/2) or (B, T, D/2)
-        return norm(self.run_blocks(self.embed(idx, dtype, context), cos, sin, context=context))
-
-    def embed(self, idx: Tensor, dtype: torch.dtype, context: Context | None) -> Tensor:
-        return norm(self.wte(idx).to(dtype))
+        return norm(self.run_blocks(norm(self.wte(idx).to(dtype)), cos, sin, context=context))
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
