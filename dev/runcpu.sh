@@ -41,7 +41,7 @@ stage tok tok_train python -m scripts.tok_train --corpus="$CORPUS" --vocab-size=
 stage tok tok_eval python -m scripts.tok_eval --corpus="$CORPUS"
 
 # 3. Base model, then its score against byte frequencies and xz -9.
-stage base base_train python -m scripts.base_train dev/configs/laptop.py --minutes="$BASE" --corpus="$CORPUS" --model-tag=laptop $(resume base)
+stage base base_train python -m scripts.base_train dev/configs/fast.py --minutes="$BASE" --corpus="$CORPUS" --model-tag=laptop $(resume base)
 stage eval base_loss python -m scripts.base_loss --corpus="$CORPUS" --model-tag=laptop --split-tokens=262144
 
 # 4. Chat: the format, spelling and arithmetic with a tool; then answers alone; then harder problems by trial and error.

@@ -2,8 +2,8 @@
 
 - Bigram hash embedding (modded-nanogpt, record 62): each pair of neighbouring tokens has a row of a table, by a hash,
   which is added to the later one's normalised embedding. The layers need not learn which word follows which.
-- Value embeddings (arXiv 2410.17897): what a token says to those that look at it, a row of one table for all layers,
-  is added to what each layer makes of it.
+- Value embeddings (modded-nanogpt, after arXiv 2410.17897): a row of one table, the same in all layers, is added to
+  what a token says to those that look at it.
 - Partial key offset (modded-nanogpt): of the channels that the rotation hardly turns, a token's key has those of the
   token before. So one layer finds what followed a token like this one, which otherwise takes two.
 

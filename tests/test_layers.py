@@ -34,8 +34,8 @@ BUDGETS = {
     "files of the trunk": 25,
     "lines of the trunk": 5100,
     "lines of the story": 2500,
-    "lines of the library": 8575,  # to become 7,500
-    "lines of the library and the server": 11835,  # to become 9,000, with relatives and recipe
+    "lines of the library": 8590,  # to become 7,500
+    "lines of the library and the server": 11880,  # to become 9,000, with relatives and recipe
     "parameters of a library function": 7,
 }
 
