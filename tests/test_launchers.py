@@ -1,6 +1,7 @@
 """The launchers, run with fakes of everything they call: what they start, skip, refuse, and how they end."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -270,6 +271,26 @@ def test_switches_choose_stages(checkout, speedrun):
     assert checkout.modules() == ["dataset", "tok_train", "tok_eval"]
     speedrun(STAGES="base,eval")
     assert checkout.modules()[3:] == "dataset dataset base_train base_loss base_eval gen_words gen_identity".split()
+
+
+def test_speedrun_takes_newer_rules_from_a_settings_file(checkout, speedrun, monkeypatch):
+    """They win over the launcher's, and are nanochat's arithmetic for this depth."""
+    assert speedrun(STAGES="tok base", VOCAB_SIZE=32768, BASE_ARGS="dev/configs/speedrun_2026.py").returncode == 0
+    parse_calls(checkout, monkeypatch)
+    call = checkout.calls("scripts.base_train")[0]
+    found = parse_args(read_block(ROOT / "scripts/base_train.py"), call[call.index("-m") + 2 :])
+    given = {name: value for name, (value, _) in found.items()}
+    assert (given["depth"], given["target_param_data_ratio"], given["ratio_counts"]) == (20, 12, "matmuls")
+    matmuls = {depth: 12 * depth * (64 * depth) ** 2 + 32768 * 64 * depth for depth in (12, 20)}
+    tokens, first = (12 * matmuls[depth] for depth in (20, 12))
+    batch = 2 ** round(math.log2(2**19 * (tokens / first) ** 0.383))
+    scale = math.sqrt(batch / 2**19)
+    assert given["total_batch_size"] == batch
+    assert given["weight_decay"] == pytest.approx(0.28 * scale * first / tokens, rel=1e-3)
+    assert [given[f"{name}_lr"] / scale for name in ("matrix", "embedding", "unembedding")] == pytest.approx(
+        [0.02, 0.3, 0.008], rel=1e-3
+    )
+    assert given["warmup_ratio"] * tokens / batch == pytest.approx(40, abs=0.5)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
