@@ -47,6 +47,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,7 @@ from nanochat.tokenizer import Tokenizer, get_tokenizer
 ROOT = Path(__file__).parents[1]
 HEAD_DIM = 64
 ENDLESS, PACE_SEED = 10**6, 1  # steps of a run whose pace is taken
+STARTED: list[subprocess.Popen[bytes]] = []
 # nanochat has one seed of its own, so another is added to whatever it asks for.
 PEER = "import runpy, torch; f = torch.manual_seed; torch.manual_seed = lambda n: f(n + {seed}); "
 PEER += "runpy.run_module('scripts.base_train', run_name='__main__', alter_sys=True)"
@@ -127,7 +129,9 @@ class Arm:
             old.unlink()
         with open(self.log(seed, steps), "wb") as log:
             command = self.command(seed, steps)
-            return subprocess.Popen(command, cwd=self.root, env=environment, stdout=log, stderr=log, process_group=0)
+            process = subprocess.Popen(command, cwd=self.root, env=environment, stdout=log, stderr=log, process_group=0)
+        STARTED.append(process)
+        return process
 
     def log(self, seed: int, steps: int) -> Path:
         return work_folder() / f"{self.tag(seed, steps)}.log"
@@ -181,8 +185,12 @@ def main() -> None:
             score = results[arm.tag(seed, steps)]
             print0(f"{arm.name} seed {seed}, {steps:,} steps: {score['bpb']:.4f} +- {score['stderr']:.4f}")
 
-    with ThreadPoolExecutor(lanes) as pool:
+    pool = ThreadPoolExecutor(lanes)
+    try:
         list(pool.map(race, wanted))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        stop(STARTED)
     show(field, pace, results)
 
 
@@ -233,7 +241,9 @@ def peer_folder(seed: int) -> Path:
 
 def lay_out_for_peer(text: Corpus, tokenizer: Tokenizer, seed: int) -> None:
     """Its base directory: our text in an order drawn by seed, as its loader reads files from first to last, and our
-    tokens as the tiktoken encoding that its tokenizer is.
+    tokens as the tiktoken encoding that its tokenizer is. Training text is cut into spans that fill its rows, as our
+    loader cuts it: of longer documents its loader takes the beginnings and drops the rest. On books, articles and PEPs
+    that was nine tenths of the text, and it came to 2.20 bits per byte where plain of ours came to 1.83.
     """
     import tiktoken
     import torch
@@ -247,6 +257,10 @@ def lay_out_for_peer(text: Corpus, tokenizer: Tokenizer, seed: int) -> None:
     shards.mkdir(parents=True, exist_ok=True)
     for name, part in (("shard_00000", text.train), ("shard_00001", text.val)):
         documents = pa.concat_arrays(list(iter_text(part)))
+        if part is text.train:
+            ids = map(tokenizer.encode, documents.to_pylist())
+            spans = (document[i : i + max_seq_len] for document in ids for i in range(0, len(document), max_seq_len))
+            documents = pa.array([tokenizer.decode(span) for span in spans])
         order = np.random.default_rng(seed).permutation(len(documents))
         pq.write_table(
             pa.table({"text": documents.take(pa.array(order))}), shards / f"{name}.parquet", row_group_size=256
@@ -281,15 +295,20 @@ def take_paces(field: list[Arm]) -> dict[str, float]:
             os.killpg(running[arm].pid, signal.SIGSTOP)
             seconds[arm] += arm.times(PACE_SEED, ENDLESS)[before + 1 :]  # the first had waited for its turn
     finally:
-        for process in running.values():
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        stop(running.values())
     pace = {arm.name: statistics.median(times) for arm, times in seconds.items()}
     for arm in field:
         rate, first = arm.tokens / pace[arm.name], field[0].tokens / pace[field[0].name]
         times = f"{1000 * pace[arm.name]:.0f} ms a step, median of {len(seconds[arm])}"
         print0(f"{arm.name:>16}: {times}, {rate:,.0f} tokens/s, {rate / first:.2f} of {field[0].name}'s")
     return pace
+
+
+def stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def wait_for_steps(arm: Arm, process: subprocess.Popen[bytes], enough: int = 4) -> None:

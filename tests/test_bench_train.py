@@ -1,5 +1,9 @@
 """The race: its scorer against ours, and arms that are none. (The race itself takes minutes and is run by hand.)"""
 
+import os
+import signal
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -51,7 +55,28 @@ def test_a_step_has_the_tokens_of_its_settings_file():
     assert bench_train.read_arm("fast:4x128").tokens == 4096
 
 
-def test_the_race_goes_on_at_the_pace_that_it_began_with(monkeypatch, tmp_path):
+@pytest.fixture
+def race(monkeypatch, tmp_path):
+    """A race of 10 s over two seeds without text, whose arms make a step in half a second; its folder."""
+    text = SimpleNamespace(name="text", path=tmp_path, fingerprint="f00")
+    for name, fake in {
+        "load_corpus": lambda _: text,
+        "get_tokenizer": lambda _: None,
+        "scored_documents": lambda *_: [],
+        "take_paces": lambda field: {arm.name: 0.5 for arm in field},
+        "work_folder": lambda: tmp_path,
+        "budgets": "10",
+        "seeds": 2,
+        "corpus": None,
+    }.items():
+        monkeypatch.setattr(bench_train, name, fake)
+    monkeypatch.setattr(bench_train.report, "write", lambda *_: None)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield tmp_path
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_the_race_goes_on_at_the_pace_that_it_began_with(monkeypatch, race):
     """An arm that comes later is paced beside the first, on a machine that is half as fast by then."""
     paced, trained = [], []
 
@@ -63,20 +88,8 @@ def test_the_race_goes_on_at_the_pace_that_it_began_with(monkeypatch, tmp_path):
         trained.append((arm.name, seed, steps))
         return {"bpb": 2.0, "stderr": 0.1}
 
-    text = SimpleNamespace(name="text", path=tmp_path, fingerprint="f00")
-    for name, fake in {
-        "load_corpus": lambda _: text,
-        "get_tokenizer": lambda _: None,
-        "scored_documents": lambda *_: [],
-        "take_paces": pace,
-        "train_and_score": train,
-        "work_folder": lambda: tmp_path,
-        "budgets": "10",
-        "seeds": 2,
-        "corpus": None,
-    }.items():
-        monkeypatch.setattr(bench_train, name, fake)
-    monkeypatch.setattr(bench_train.report, "write", lambda *_: None)
+    monkeypatch.setattr(bench_train, "take_paces", pace)
+    monkeypatch.setattr(bench_train, "train_and_score", train)
     for arms in ("laptop:4x128", "laptop:4x128 fast:4x128", "fast:4x128"):
         monkeypatch.setattr(bench_train, "arms", arms)
         bench_train.main()
@@ -87,3 +100,21 @@ def test_the_race_goes_on_at_the_pace_that_it_began_with(monkeypatch, tmp_path):
         ("laptop:4x128", 1, 20),
         ("laptop:4x128", 2, 20),
     ]
+
+
+def test_a_race_that_was_stopped_trained_on(monkeypatch, race):
+    """Its trainings are processes with groups of their own, and the threads that wait for them had more to start."""
+    monkeypatch.setattr(bench_train, "arms", "laptop:4x128")
+    monkeypatch.setattr(bench_train, "STARTED", [])
+    monkeypatch.setattr(bench_train.Arm, "command", lambda *_: ["sleep", "600"])
+
+    def stop():
+        while not bench_train.STARTED:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    with pytest.raises(SystemExit) as stopped:
+        bench_train.main()
+    (process,) = bench_train.STARTED
+    assert stopped.value.code == 143 and process.poll() == -signal.SIGKILL
