@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode
 
 from nanochat.adamw import AdamW
 from nanochat.char_byte import byte_tokenizer
@@ -167,7 +167,7 @@ class Watch(TorchFunctionMode):
             inputs = [arg for arg in args if isinstance(arg, Tensor)]
             storage = result.untyped_storage().data_ptr()
             fresh = all(storage != tensor.untyped_storage().data_ptr() for tensor in inputs)
-            name = (resolve_name(function) or getattr(function, "__name__", "")).rpartition(".")[2]
+            name = getattr(function, "__name__", "")  # resolve_name gives the last of several: spmm for mm
             if fresh and not name.startswith("__") and name not in ("empty_like", "zeros_like", "apply"):
                 self.tell("function", name, statistics(result))
         return result

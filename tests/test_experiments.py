@@ -358,3 +358,14 @@ def test_telling_a_step_does_not_change_it(base_dir):
     seen = len(watch.lines)
     model(tokens)
     assert len(watch.lines) == seen > 20
+
+
+def test_a_product_of_matrices_is_told_as_mm_and_not_as_spmm():
+    """torch.mm has both names, and resolve_name of torch gives the other one."""
+    from scripts.trace_step import Watch
+
+    model = torch.nn.Linear(2, 2)
+    model.forward = lambda x: torch.mm(x, model.weight)
+    with Watch(model, 1) as watch:
+        model(torch.ones(1, 2))
+    assert [line.name for line in watch.lines] == ["model", "mm", "= result"]
