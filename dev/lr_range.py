@@ -26,6 +26,7 @@ import math
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,11 +73,16 @@ def test_rates(tag: str) -> list[float]:
             if path.name != "records" and not path.name.endswith("_checkpoints"):
                 (Path(folder) / path.name).symlink_to(path)
         environment = os.environ | {"NANOCHAT_BASE_DIR": folder}
-        code = subprocess.run(base_command({**settings, **test}, gpus), cwd=ROOT, env=environment).returncode
+        command = base_command({**settings, **test}, gpus)
+        run = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        sys.stderr.write(run.stderr.replace(folder, str(get_base_dir())))  # a folder that the user knows
         records = list((Path(folder) / "records").glob("base-*.jsonl"))
         losses = [loss for _, loss in points(read_run(records[0]), "step", "loss")] if records else []
-    if code not in (0, 3) or len(losses) < 2:
-        raise UserError(f"the run ended with exit code {code} after {len(losses)} steps, before there was much to see")
+    if run.returncode == 2:
+        sys.exit(2)  # the run has said why
+    if run.returncode not in (0, 3) or len(losses) < 2:
+        ended = f"the run ended with exit code {run.returncode} after {len(losses)} steps"
+        raise UserError(f"{ended}, before there was much to see")
     return losses
 
 

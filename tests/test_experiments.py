@@ -202,13 +202,13 @@ def runs(faults, monkeypatch):
     """Runs of base_train that a program starts happen in forks; the tags of these."""
     tags = []
 
-    def run(command, cwd, env=None):
+    def run(command, cwd, env=None, **streams):
         words = command[command.index("scripts.base_train") + 1 :]
         block = read_block(Path(cwd) / "scripts" / "base_train.py")
         given = {name: value for name, (value, _) in parse_args(block, words).items()}
         tags.append(given["model_tag"])
         home = Faults(Path(env["NANOCHAT_BASE_DIR"]) if env else faults.base_dir, faults.server)
-        return SimpleNamespace(returncode=home.run("base", given)[0])
+        return SimpleNamespace(returncode=home.run("base", given)[0], stderr="")
 
     monkeypatch.setattr("subprocess.run", run)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(faults.base_dir))
@@ -252,6 +252,12 @@ def test_a_range_test_leaves_a_table_a_plot_and_a_suggestion_and_no_checkpoint(f
     )
     assert sorted(path.name for path in (faults.base_dir / "base_checkpoints").glob("*")) == before
     assert not tiny.events(faults.base_dir, "base", "ranged", "start")
+
+
+def test_a_mistake_in_a_range_test_is_one_line_without_its_temporary_folder(own_home):
+    result = tiny.run(own_home, "dev.lr_range", *tiny.RUN, "--corpus=other", check=False)
+    said = f"base_train: corpus=other: not among tiny in {own_home}/data; get it with: python -m nanochat.dataset"
+    assert result.returncode == 2 and result.stderr.startswith(said) and result.stderr.count("\n") == 1, result.stderr
 
 
 def test_the_suggestion_is_half_the_rate_with_the_lowest_mean():
