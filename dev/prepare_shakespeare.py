@@ -28,12 +28,16 @@ from nanochat.download import fetch_url
 from nanochat.hf_tokenizer import find_hf_folder, load_hf_tokenizer
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+ROW = 64  # tokens of a row in dev/configs/shakespeare_char.py; the text that trains must have a target more
 NAMES = {"char": "shakespeare_char", "gpt2": "shakespeare"}  # nanoGPT's
 
 
 def main() -> None:
     text = read_text()
     parts = text[: int(0.9 * len(text))], text[int(0.9 * len(text)) :]
+    if len(parts[0]) <= ROW:
+        least = f"expected at least {ROW * 10 // 9 + 2}, nine tenths of which are a row of {ROW} and its last target"
+        raise UserError(f"path={path}: {len(text):,} characters; {least}")
     tokenizer = (
         SymbolTokenizer.of_text([text]) if kind == "char" else load_hf_tokenizer(find_hf_folder(vocabulary), chat=False)
     )

@@ -129,6 +129,19 @@ def test_the_quickstart_of_nanogpt(
     assert capfd.readouterr().out.count(LINE) == 1
 
 
+@pytest.mark.parametrize("length", [0, 1, 72])
+def test_a_text_too_short_to_train_on_makes_no_corpus(
+    base_dir: Path, tmp_path: Path, monkeypatch: Any, length: int
+) -> None:
+    """One character was all for validation, and nine could be trained on with nothing that we recommend."""
+    (tmp_path / "short.txt").write_text("x" * length)
+    with pytest.raises(UserError, match=f"^path=.*short.txt: {length} characters; expected at least 73, nine tenths"):
+        run_here(monkeypatch, prepare_shakespeare, {"path": str(tmp_path / "short.txt")})
+    assert not (base_dir / "data").exists()
+    (tmp_path / "short.txt").write_text("x" * 73)
+    run_here(monkeypatch, prepare_shakespeare, {"path": str(tmp_path / "short.txt")})
+
+
 def test_shakespeare_without_a_network_says_what_takes_a_file(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fetch(url: str, target: Path) -> None:
         raise UserError(f"cannot fetch {url}")
