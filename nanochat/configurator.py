@@ -166,7 +166,7 @@ def literal(node: ast.expr | None) -> object:
             if isinstance(left, (int, float)) and isinstance(right, (int, float)):
                 return ARITHMETIC[type(node.op)](left, right)
         return ast.literal_eval(node)
-    except (ArithmeticError, TypeError) as error:  # 1 / 0, {[]: 1}
+    except (ArithmeticError, TypeError, RecursionError) as error:  # 1 / 0, {[]: 1}, 1 + 1 + ... of 900 terms
         raise ValueError(str(error)) from None
 
 
@@ -252,7 +252,7 @@ def read_settings_file(block: Block, word: str, derived: str = "") -> Iterator[t
     another one is `derived` from. UserError with the line of the first mistake.
     """
     try:
-        tree = ast.parse(Path(word).read_text(encoding="utf-8-sig"))
+        tree = ast.parse(text := Path(word).read_text(encoding="utf-8-sig"))
     except OSError as error:
         is_setting = "=" in word and word.partition("=")[0].replace("-", "_") in block.settings
         hint = f"it is the base of {derived}" if derived else "settings are given as --name=value"
@@ -260,14 +260,14 @@ def read_settings_file(block: Block, word: str, derived: str = "") -> Iterator[t
         raise UserError(f"cannot read settings file {word!r} ({error.strerror}); {hint}") from None
     except SyntaxError as error:
         raise UserError(f"{word}:{error.lineno or 1}: {error.msg}; expected name = value") from None
-    except ValueError as error:
-        raise UserError(f"{word}: not a settings file ({error})") from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise UserError(f"{word}: not a settings file ({str(error) or 'nested too deeply'})") from None
     lines = tree.body[ast.get_docstring(tree) is not None :]
     for node in lines:
         name, _, value = assignment(node)
-        where, line = f"{word}:{node.lineno}", ast.unparse(node).splitlines()[0]
+        where, line = f"{word}:{node.lineno}", str(ast.get_source_segment(text, node)).split("\n")[0][:100]
         try:
-            given = literal(value)
+            str(given := literal(value))  # a ValueError, too: an int too long to be printed
         except ValueError:
             raise UserError(f"{where}: `{line}`: expected name = literal value; nothing is executed") from None
         if name == "base":

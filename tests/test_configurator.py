@@ -253,7 +253,7 @@ def test_a_settings_file_changes_its_base(script, tmp_path):
         (
             'depth = 2\nbase = "base.py"',
             "depth = 4",
-            "small.py:2: base = 'base.py': expected a file's name, in the first",
+            'small.py:2: base = "base.py": expected a file\'s name, in the first',
         ),
         ("base = 4", "", "small.py:1: base = 4: expected a file's name"),
         ('base = "none.py"', "", "none.py' (No such file or directory); it is the base of"),
@@ -310,13 +310,17 @@ def test_a_settings_file_with_a_byte_order_mark_is_read(script, tmp_path):
         ("depth = __import__('os').system('touch ran')\n", "expected name = literal value; nothing is executed"),
         ("depth, quiet = 4, True\n", "expected name = literal value; nothing is executed"),
         ("\0", ": source code string cannot contain null bytes"),
+        pytest.param(f"depth = 1{' + 1' * 5000}\n", "my.py:", id="5,000 terms"),
+        pytest.param(f"depth = 1{' + 1' * 990}\n", ":1: `depth = 1 + 1 + 1 + ", id="990 terms"),
+        pytest.param(f"depth = {'lambda: ' * 3000}1\n", "my.py:", id="no recursion but memory"),
+        pytest.param(f"depth = 0x{'f' * 9000}\n", ":1: `depth = 0xfff", id="an int that cannot be printed"),
     ],
 )
 def test_mistakes_in_a_settings_file_name_their_line(script, tmp_path, monkeypatch, text, message):
     monkeypatch.chdir(tmp_path)
     Path("my.py").write_text(text, encoding="utf-8")
     found = refusal(script, "my.py")
-    assert "my.py" in found and message in found
+    assert "my.py" in found and message in found and len(found) < 250 and "\n" not in found
     assert not Path("ran").exists()
 
 
