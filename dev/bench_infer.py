@@ -27,16 +27,17 @@ depth: Positive = 6  # layers; the width follows
 vocab_size: Several = 4096  # tokens
 context: Several = 1024  # tokens that the model takes
 dtype: Literal["float32", "bfloat16"] = "float32"  # what it computes in
+device_type: Literal["cpu", "cuda"] = "cpu"  # of all arms (cuda: not yet run)
 seed: Seed = 42  # of weights and prompts
 # Work
-batches = "1 8 32"  # how many continuations at once, a measurement for each
+batches = "1 8 32"  # how many continuations at once, with spaces or commas between; a measurement for each
 prompt_tokens: Positive = 256  # of each prompt
 max_tokens: Several = 128  # of each continuation
 rollouts = False  # instead: 16 samples of 16 prompts each, most of which end early
 # Arms
 peer: str | None = None  # folder of a checkout of karpathy/nanochat
 old: str | None = None  # folder of an older checkout of this project
-compile = True  # the decoding step of our arm, for each of the batches
+compile = True  # the decoding step of our arm, for each of the batches; on a CPU alone
 # Measuring
 repeats: Positive = 2  # rounds of A B B A
 threads: Natural = 0  # of each arm (0 = as torch chooses)
@@ -75,12 +76,13 @@ def main() -> None:
     from nanochat.gpt import config_from_depth
 
     config = config_from_depth(depth, vocab_size, context)
-    shape = {name: settings[name] for name in ("depth", "vocab_size", "context", "dtype", "seed", "compile")}
+    shape = {name: settings[name] for name in ("depth", "vocab_size", "context", "dtype", "device_type", "seed")}
+    shape |= {"compile": compile and device_type == "cpu"}
     shape |= {"n_head": config.n_head, "n_embd": config.n_embd, "threads": threads or torch.get_num_threads()}
-    shape |= {"rows": [int(rows) for rows in batches.split()]}
+    shape |= {"rows": [int(rows) for rows in batches.replace(",", " ").split()]}
     torch.set_num_threads(shape["threads"])
     arms = [Arm(name, root, shape) for name, root in (("ours", ROOT), ("peer", peer), ("old", old)) if root]
-    result = {name: shape[name] for name in ("depth", "vocab_size", "dtype", "threads", "compile")}
+    result = {name: shape[name] for name in ("depth", "vocab_size", "dtype", "device_type", "threads", "compile")}
     generator = torch.Generator().manual_seed(seed)
     prompts = torch.randint(vocab_size, (SAMPLES, prompt_tokens), generator=generator).tolist()
     result |= measure_rollouts(arms, prompts) if rollouts else measure_speeds(arms, prompts[0], config)
@@ -107,7 +109,7 @@ def measure_speeds(arms: list[Arm], prompt: list[int], config: Any) -> dict[str,
     result = check_equal(arms, prompt)
     names = ("first ms", "read/s", "decode/s", "best", "per CPU s", "of reads", "of copies")
     print(f"{'rows':>4} {'arm':5}" + "".join(f"{name:>10}" for name in names))
-    for rows in map(int, batches.split()):
+    for rows in map(int, batches.replace(",", " ").split()):
         answers = alternate(arms, what="speed", rows=rows, prompt=prompt, tokens=max_tokens)
         moved = step_bytes(config, rows)
         reads, copies = memory_rates(moved)
@@ -163,13 +165,18 @@ def memory_rates(size: float) -> tuple[float, float]:
     """
     import torch
 
-    buffer = torch.ones(2, int(size) // 8)
+    from nanochat.compute import synchronize
+
+    device = torch.device(device_type)
+    buffer = torch.ones(2, int(size) // 8, device=device)
     rates = []
     for touch in (buffer.sum, lambda: buffer[0].copy_(buffer[1])):
         times = []
         for _ in range(20):
+            synchronize(device)
             start = time.perf_counter()
             touch()
+            synchronize(device)
             times.append(time.perf_counter() - start)
         rates.append(size / statistics.median(times))
     return rates[0], rates[1]

@@ -30,6 +30,8 @@ def main(arm: str) -> None:
         asked = json.loads(line)
         answer = {"speed": speed, "gate": gate, "rollouts": rollouts}[asked.pop("what")](engine, **asked)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MB on Linux
+        if torch.cuda.is_initialized():
+            peak = torch.cuda.max_memory_allocated() / 2**20
         print(json.dumps(answer | {"peak_mb": peak}), file=answers, flush=True)
 
 
@@ -90,7 +92,7 @@ class Ours:
 
         keep_freed_memory()  # as compute_init() does
         config = config_from_depth(shape["depth"], shape["vocab_size"], shape["context"])
-        model = build_model(config, torch.device("cpu"))
+        model = build_model(config, torch.device(shape["device_type"]))
         draw_weights(model.named_parameters(), shape["seed"])
         self.engine = Engine(model, dtype=getattr(torch, shape["dtype"]))
         self.prepare(shape)
@@ -149,7 +151,7 @@ class Peer:
         heads = shape["n_head"]
         sizes = {"n_layer": shape["depth"], "n_head": heads, "n_kv_head": heads, "n_embd": shape["n_embd"]}
         model = GPT(GPTConfig(shape["context"], shape["vocab_size"], **sizes, window_pattern="L"))
-        model.init_weights()
+        model.to(shape["device_type"]).init_weights()
         for extra in (model.x0_lambdas, model.smear_lambda, model.backout_lambda, *model.value_embeds.parameters()):
             extra.data.zero_()
         model.resid_lambdas.data.fill_(1)

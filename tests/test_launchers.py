@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 
+from dev.gpu_page import make
 from nanochat.common import STAGES, get_base_dir
 from nanochat.configurator import parse_args, read_block
 from nanochat.schedule import BatchPlan
 from nanochat.sizing import choose_batch
 from tests import tiny
 from tests.test_core_eval import write_bundle
+from tests.test_docs import problems
 
 ROOT = Path(__file__).parent.parent
 SERIES = {"dev/miniseries.sh": 6, "dev/scaling_laws.sh": 24}  # and the models that they train
@@ -58,6 +60,7 @@ case "$name $*" in
   rocm-smi*)
     for ((card = 0; card < ${ROCM_SMI:-0}; card++)); do printf 'GPU[%d]\t\t: Card Series: \t\t7900\n' $card; done ;;
   *--prefetch=list*) [ -z "${MISSING:-}" ] || { echo "missing $MISSING"; exit 2; } ;;
+  *scripts.bench* | *dev.bench_* | *dev.peer_pace*) printf 'a table\n{"tokens_per_second": 1234567, "mfu": 0.4123}\n' ;;
   *scripts.tok_train*) mkdir -p "$NANOCHAT_BASE_DIR/tokenizer" && touch "$NANOCHAT_BASE_DIR/tokenizer/tokenizer.json" ;;
   *scripts.base_train* | *scripts.mid_train* | *scripts.chat_sft* | *scripts.chat_rl*)
     env >"$CALLS.env"
@@ -105,7 +108,7 @@ class Checkout:
 
     def modules(self) -> list[str]:
         """What ran, in order: the module of each python and torchrun, `dataset`, `base_train`, ..."""
-        return [call[call.index("-m") + 1].split(".")[1] for call in self.calls() if "-m" in call]
+        return [call[call.index("-m") + 1].split(".")[-1] for call in self.calls() if "-m" in call]
 
     def environment(self) -> dict[str, str]:
         """What the last training stage saw."""
@@ -195,6 +198,8 @@ def parse_calls(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> list[str
     monkeypatch.chdir(ROOT)  # settings files are given relative to it
     for call in checkout.calls("-m "):
         module, words = call[call.index("-m") + 1], call[call.index("-m") + 2 :]
+        if module == "pytest":
+            continue
         parse_args(read_block(ROOT / f"{module.replace('.', '/')}.py"), words)
     return checkout.modules()
 
@@ -614,6 +619,95 @@ def test_prefetch_fetches_and_ends_with_the_check_of_the_job(checkout, monkeypat
     assert [call[3] for call in checkout.calls("--prefetch")] == ["--prefetch=all", "--prefetch=list"]
     assert "tok_train" in parse_calls(checkout, monkeypatch)
     assert checkout.run("dev/slurm/prefetch.sh", MISSING="x").returncode == 2
+
+
+# -----------------------------------------------------------------------------
+# The first hour on a card
+
+PARTS = "doctor tests attention-d12 attention-d20 training-d12 training-d20 profile-d12 profile-d20".split()
+PARTS += "decoding-d12 decoding-d20".split()
+BESIDE = "text tokenizer beside-ours-d12 beside-ours-d20 beside-nanochat-d12 beside-nanochat-d20".split()
+
+
+@pytest.fixture
+def gpu_day(checkout: Checkout) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """On a machine with a card, whose page is really made."""
+    program(checkout.bin / "nvidia-smi", "#!/bin/sh")
+    (checkout.path / "docs/reference").mkdir(parents=True)
+    (checkout.path / "peer/scripts").mkdir(parents=True)
+    (checkout.path / "peer/scripts/base_train.py").touch()
+    path = f"{checkout.bin}:/usr/bin:/bin"
+    return lambda *words, **settings: checkout.run(
+        "dev/gpu_day.sh", *words, **{"PATH": path, "REAL": "dev.gpu_page", **settings}
+    )
+
+
+def test_a_dry_run_for_a_card_lists_the_parts_on_any_machine(checkout):
+    for words, settings in (((), {"DRY_RUN": 1}), (("--dry-run", str(ROOT)), {})):
+        result = checkout.run("dev/gpu_day.sh", *words, **settings)
+        assert result.returncode == 0, result.stderr
+        assert re.findall(r"^== (\S+): would run python -m", result.stdout, re.M) == PARTS + (BESIDE if words else [])
+    assert not checkout.calls() and not (checkout.path / "docs").exists()
+
+
+def test_a_machine_without_a_card_is_told_so_in_one_line(checkout, gpu_day):
+    if not shutil.which("nvidia-smi", path="/usr/bin:/bin") and not Path("/dev/kfd").exists():
+        refused(gpu_day(PATH="/usr/bin:/bin"), "gpu_day.sh: no GPU here")
+    refused(gpu_day(FAIL="import torch"), "torch sees no GPU; python -m scripts.doctor says why")
+    refused(gpu_day("nowhere"), "/nowhere has no scripts/base_train.py")
+    refused(gpu_day("peer", "more"), "more is not taken")
+    assert not list(checkout.path.glob("docs/reference/*"))
+
+
+def test_a_part_that_fails_stands_in_the_page_and_the_others_run(checkout, gpu_day, monkeypatch):
+    result = gpu_day(
+        "peer", FAIL="scripts.bench --max-seq-len=2048 --rows=8,16,32 --vocab-size=32768 --depth=12", CODE=7
+    )
+    assert (result.returncode, result.stderr) == (1, "")
+    assert "gpu.md; failed: training-d12, which run again" in result.stdout
+    page = (checkout.path / "docs/reference/gpu.md").read_text()
+    assert "training-d12 failed with exit code 7:\n\n```\nit printed nothing\n```" in page
+    assert re.findall(r"^## (\w+)", page, re.M) == [
+        *dict.fromkeys(name.partition("-")[0].title() for name in PARTS + BESIDE)
+    ]
+    assert "| what | d20 |\n| --- | ---: |\n| tokens per second | 1,234,567 |\n| mfu | 0.4123 |\n" in page
+    assert "| what | ours-d12 | ours-d20 | nanochat-d12 | nanochat-d20 |" in page
+    assert problems(ROOT / "docs/reference/gpu.md", page) == []
+    assert checkout.modules() == parse_calls(checkout, monkeypatch)
+    assert {call[-1] for call in checkout.calls("-m dev.bench_")} == {"--device-type=cuda"}
+
+
+def test_finished_parts_are_not_run_again_and_failed_ones_are(checkout, gpu_day):
+    gpu_day(FAIL="tests/test_gpu.py")
+    ran = len(checkout.modules())
+    result = gpu_day()
+    assert result.returncode == 0 and checkout.modules()[ran:] == ["pytest"]
+    assert result.stdout.count("finished earlier") == len(PARTS) - 1
+    gpu_day(DEPTHS="12 20 26")
+    assert checkout.modules()[ran + 1 :] == "bench_attention bench bench bench_infer".split()
+
+
+def test_the_page_of_a_card_has_what_the_last_lines_say(tmp_path):
+    for name, end, log in (
+        ("doctor", "1 python -m scripts.doctor", "ok\nMEND driver: too old\n"),
+        ("training-d12", "0 python -m scripts.bench --depth=12", 'x\n{"tokens_per_second": 812345.6, "mfu": 0.51}\n'),
+        ("training-d20", "0 python -m scripts.bench --depth=20", '{"mfu": null, "peak_gb": 61.5, "kernel": "a|b"}'),
+        ("profile-d12", "0 python -m scripts.bench", '{"mfu": 0.5}'),
+    ):
+        (tmp_path / f"{name}.end").write_text(end + "\n")
+        (tmp_path / f"{name}.log").write_text(log)
+    spent = [("kernel", "void flash<1, 2>(int)", 1500), ("kernel", "flash<3>", 500), ("kernel", "gemm", 3000)]
+    spent += [("cpu_op", "aten::mm", 9000)]
+    events = [{"cat": kind, "name": name, "dur": duration} for kind, name, duration in spent]
+    (tmp_path / "profile-d12.json").write_text(json.dumps({"traceEvents": [{"ph": "M"}, *events]}))
+    page = make(tmp_path, ["doctor", "training-d12", "training-d20", "training-d26", "profile-d12"], "An H100")
+    assert "\nAn H100. Made by" in page and "d26" not in page
+    assert "doctor failed with exit code 1:\n\n```\nok\nMEND driver: too old\n```" in page
+    rows = ["| what | d12 | d20 |", "| --- | ---: | ---: |", "| tokens per second | 812,346 | - |"]
+    rows += ["| mfu | 0.51 | - |", "| peak gb | - | 61.5 |", "| kernel | - | a/b |", ""]
+    assert "```bash\npython -m scripts.bench --depth=12\npython -m scripts.bench --depth=20\n```" in page
+    assert "\n".join(rows) in page
+    assert "| what | d12 |\n| --- | ---: |\n| gemm ms | 3 |\n| flash ms | 2 |\n" in page
 
 
 # -----------------------------------------------------------------------------
